@@ -1,0 +1,44 @@
+"""scorelab: score-based generative modelling around one function, score(x, sigma) = grad_x log p(x; sigma)."""
+
+from scorelab import distributions, losses, nn, predictions, processes, samplers, sigmas
+from scorelab.adapters import broadcast, check_score, clipped, from_denoiser, from_eps, from_time_score
+from scorelab.likelihood import LogLikelihood, log_likelihood
+from scorelab.models import ScoreModel
+from scorelab.predictions import Prediction, convert
+from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP
+from scorelab.samplers import Step, sample, trajectory
+from scorelab.typing import ScoreFn
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VE",
+    "VP",
+    "Cosine",
+    "DiscreteVP",
+    "Flow",
+    "LogLikelihood",
+    "Prediction",
+    "Process",
+    "ScoreFn",
+    "ScoreModel",
+    "Step",
+    "SubVP",
+    "broadcast",
+    "check_score",
+    "clipped",
+    "convert",
+    "distributions",
+    "from_denoiser",
+    "from_eps",
+    "from_time_score",
+    "log_likelihood",
+    "losses",
+    "nn",
+    "predictions",
+    "processes",
+    "sample",
+    "samplers",
+    "sigmas",
+    "trajectory",
+]

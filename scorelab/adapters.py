@@ -1,0 +1,155 @@
+"""Foreign functions as scores.
+
+Everything here takes a callable and returns a ScoreFn in unscaled coordinates. A callable that can be restricted to
+rows of a batch (``.rows(index)``) keeps that through every adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from scorelab.checks import broadcast, check_output, level, rows
+from scorelab.processes import Process
+from scorelab.typing import ScoreFn, Tensor
+
+__all__ = ["Report", "broadcast", "check_score", "clipped", "from_denoiser", "from_eps", "from_time_score"]
+
+
+class _Adapted:
+    """A score made from another callable by a formula."""
+
+    def __init__(self, fn: ScoreFn, formula: Callable[[ScoreFn, Tensor, Tensor], Tensor]) -> None:
+        if not callable(fn):
+            raise TypeError(f"got {type(fn).__name__}; expected a callable f(x, sigma)")
+        self.fn, self.formula = fn, formula
+        if hasattr(fn, "rows"):
+            self.rows = self._rows
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.formula(self.fn, x, sigma)
+
+    def _rows(self, index: Tensor) -> ScoreFn:
+        restricted = rows(self.fn, index)
+        assert restricted is not None
+        return _Adapted(restricted, self.formula)
+
+
+def from_eps(
+    eps_fn: Callable[[Tensor, Tensor], Tensor],
+    process: Process | None = None,
+    *,
+    label: Callable[[Tensor], Tensor] | None = None,
+) -> ScoreFn:
+    """A score from a noise predictor: score = -eps / sigma.
+
+    Without a process ``eps_fn(x, sigma)`` takes unscaled x. With one it is called as ``eps_fn(alpha x, label(sigma))``,
+    as networks trained on x_t expect; ``label`` is by default the process's time t. For a 1000-step DDPM network pass
+    ``DiscreteVP(betas)`` and ``label=lambda s: 1000 * process.time(s) - 1`` (index 0 is the least noise).
+    """
+
+    def formula(fn: ScoreFn, x: Tensor, sigma: Tensor) -> Tensor:
+        if process is None:
+            eps = fn(x, sigma if label is None else label(sigma))
+        else:
+            t = process.time(sigma)
+            eps = fn(broadcast(process.alpha(t), x) * x, t if label is None else label(sigma))
+        return -check_output(eps, x, sigma) / broadcast(sigma, x)
+
+    return _Adapted(eps_fn, formula)
+
+
+def from_denoiser(fn: Callable[[Tensor, Tensor], Tensor]) -> ScoreFn:
+    """A score from a denoiser x0_hat = fn(x, sigma), unscaled: (x0_hat - x) / sigma^2 (Tweedie)."""
+
+    def formula(fn: ScoreFn, x: Tensor, sigma: Tensor) -> Tensor:
+        return (check_output(fn(x, sigma), x, sigma) - x) / broadcast(sigma, x) ** 2
+
+    return _Adapted(fn, formula)
+
+
+def from_time_score(score_t: Callable[[Tensor, Tensor], Tensor], process: Process) -> ScoreFn:
+    """A score from one in scaled coordinates and time, score_t(x_t, t): score(x, sigma) = alpha score_t(alpha x, t)."""
+
+    def formula(fn: ScoreFn, x: Tensor, sigma: Tensor) -> Tensor:
+        t = process.time(sigma)
+        alpha = broadcast(process.alpha(t), x)
+        return alpha * check_output(fn(alpha * x, t), x, sigma)
+
+    return _Adapted(score_t, formula)
+
+
+def clipped(score: ScoreFn, low: float, high: float) -> ScoreFn:
+    """The score whose denoised sample x + sigma^2 score is clamped to [low, high].
+
+    For data known to lie in that range (images); it changes the samples, so it is never applied unasked.
+    """
+    if not low < high:
+        raise ValueError(f"low = {low:g}, high = {high:g}; expected low < high, the range of the data")
+
+    def formula(fn: ScoreFn, x: Tensor, sigma: Tensor) -> Tensor:
+        var = broadcast(sigma, x) ** 2
+        s = fn(x, sigma)
+        # where nothing is clamped the score passes through untouched, to the last digit
+        bounded = ((x + var * s).clamp(low, high) - x) / var
+        inside = (x + var * s - low) * (high - x - var * s) >= 0
+        return torch.where(inside, s, bounded)
+
+    return _Adapted(score, formula)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``check_score`` found: relative errors of the candidate readings, and the best of them."""
+
+    errors: dict[str, float]
+    best: str
+    ok: bool
+
+    def __str__(self) -> str:
+        lines = [f"  {name:<28} relative error {error:.3g}" for name, error in self.errors.items()]
+        verdict = "it is the score" if self.ok else f"it looks like {self.best}"
+        return "\n".join([f"check_score: {verdict}", *lines])
+
+
+def check_score(
+    fn: ScoreFn,
+    x0: Tensor,
+    *,
+    sigma_min: float,
+    sigma_max: float,
+    tolerance: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> Report:
+    """Compare a function with what a score of the data x0 (N, *D) must return, and name what it returns instead.
+
+    At noise levels between sigma_min and sigma_max data is noised, x = x0 + sigma eps, and the mean squared error of
+    every reading of the output against eps is measured: a score is -eps / sigma up to what cannot be predicted, so its
+    error is below that of predicting zero. ``ok`` says that the reading "score" is the best and its error is below
+    ``tolerance`` (1 is the zero predictor). Uses 8 levels, each one evaluation of the whole batch.
+    """
+    generator = torch.Generator(x0.device).manual_seed(0) if generator is None else generator
+    ratio = (sigma_max / sigma_min) ** (1 / 7)
+    totals: dict[str, float] = {}
+    for i in range(8):
+        sigma = sigma_min * ratio**i
+        eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
+        x = x0 + sigma * eps
+        with torch.no_grad():
+            out = check_output(fn(x, level(sigma, x)), x, sigma)
+        readings = {
+            "score": -sigma * out,
+            "minus the score": sigma * out,
+            "eps": out,
+            "minus eps": -out,
+            "the denoised sample x0_hat": (x - out) / sigma,
+            "sigma^2 * score": -out / sigma,
+        }
+        for name, eps_hat in readings.items():
+            error = float((eps_hat - eps).square().mean())
+            totals[name] = totals.get(name, 0.0) + (error if math.isfinite(error) else math.inf) / 8
+    best = min(totals, key=lambda name: totals[name])
+    return Report(totals, best, best == "score" and totals[best] < tolerance)

@@ -1,0 +1,150 @@
+"""Input checks, made once at public entrances: each error says what came, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import torch
+
+from scorelab.typing import ScoreFn, Tensor
+
+__all__ = [
+    "broadcast",
+    "check_batch",
+    "check_finite",
+    "check_output",
+    "check_range",
+    "check_sigmas",
+    "level",
+    "nearest_name",
+    "rows",
+]
+
+
+def broadcast(sigma: Tensor | float, x: Tensor) -> Tensor:
+    """Give sigma, () or (B,), the shape that multiplies x (B, *D) sample by sample: () or (B, 1, ..., 1).
+
+    Raises ValueError for a sigma of any other shape, TypeError for an x that is not floating point.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}; expected a floating-point tensor: convert it with x.float()")
+    if not isinstance(sigma, Tensor):
+        return level(sigma, x)
+    if sigma.ndim == 0:
+        return sigma
+    if sigma.shape != x.shape[:1]:
+        raise ValueError(
+            f"sigma has shape {tuple(sigma.shape)} for x of shape {tuple(x.shape)}; expected () or "
+            f"({x.shape[0] if x.ndim else 'B'},): pass one noise level, or one a sample"
+        )
+    return sigma.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def level(sigma: float, x: Tensor) -> Tensor:
+    """A noise level as a 0-dim tensor of x's dtype on x's device, made there (no synchronisation)."""
+    return torch.full((), sigma, dtype=x.dtype, device=x.device)
+
+
+def rows(score: ScoreFn, index: Tensor) -> ScoreFn | None:
+    """The score restricted to some rows of the batch, or None if it does not say how (then never split it)."""
+    restrict = getattr(score, "rows", None)
+    return None if restrict is None else restrict(index)
+
+
+def check_batch(x: Tensor, what: str = "x", shape: Sequence[int] | None = None) -> None:
+    """Refuse what is not a floating-point batch (B, *D), or not of the given data shape."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{what} is {type(x).__name__}; expected a torch.Tensor: wrap it with torch.as_tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"{what} has dtype {x.dtype}; expected floating point: convert it with {what}.float()")
+    if x.ndim < 2:
+        raise ValueError(
+            f"{what} has shape {tuple(x.shape)}; expected a batch (B, *D): add a dimension, e.g. {what}[None]"
+        )
+    if shape is not None and tuple(x.shape[1:]) != tuple(shape):
+        raise ValueError(
+            f"{what} has shape {tuple(x.shape)}; expected (B, {', '.join(map(str, shape))}): "
+            "reshape the data or build the model for this data_shape"
+        )
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Refuse NaN and infinity, naming the samples (costs one reduction and a synchronisation)."""
+    bad = ~torch.isfinite(x.detach()).reshape(len(x), -1).all(1) if x.numel() else torch.zeros(0, dtype=torch.bool)
+    if bad.any():
+        index = bad.nonzero().flatten().tolist()
+        raise ValueError(
+            f"{what} is not finite at {len(index)} of {len(x)} samples (first: sample {index[0]}); "
+            "expected finite numbers: remove or repair these"
+        )
+
+
+def check_range(x: Tensor, data_range: tuple[float, float], what: str = "data") -> None:
+    """Refuse values outside the declared range; the message shows their minimum and maximum."""
+    low, high = data_range
+    least, most = float(x.min()), float(x.max())
+    slack = 1e-4 * (high - low)
+    if not (least >= low - slack and most <= high + slack):
+        raise ValueError(
+            f"{what} spans [{least:.4g}, {most:.4g}] but the declared data_range is [{low:g}, {high:g}]: "
+            "rescale the data or declare its true range"
+        )
+
+
+def check_sigmas(sigmas: Tensor | Iterable[float], at_least: int = 1) -> list[float]:
+    """Noise levels as Python floats: finite, strictly descending, positive but for a final 0.
+
+    Raises ValueError for anything else, naming the first offending pair.
+    """
+    if isinstance(sigmas, Tensor):
+        if sigmas.ndim != 1:
+            raise ValueError(f"sigmas has shape {tuple(sigmas.shape)}; expected one dimension: a sequence of levels")
+        grid = [float(s) for s in sigmas.detach().cpu().double()]
+    else:
+        grid = [float(s) for s in sigmas]
+    if len(grid) < at_least:
+        raise ValueError(f"sigmas has {len(grid)} levels; expected at least {at_least}: see scorelab.sigmas")
+    for s in grid:
+        if not math.isfinite(s) or s < 0:
+            raise ValueError(f"sigmas holds {s:g}; expected finite levels >= 0: see scorelab.sigmas")
+    for i, (a, b) in enumerate(pairwise(grid)):
+        if b >= a:
+            raise ValueError(
+                f"sigmas[{i}] = {a:g} is followed by {b:g}; expected strictly descending levels: "
+                "sort them, drop repeats, or use scorelab.sigmas.geometric or karras"
+            )
+    if grid[0] == 0:
+        raise ValueError("sigmas starts at 0; expected a positive first level: 0 may only come last")
+    return grid
+
+
+def check_output(output: object, x: Tensor, sigma: Tensor | float) -> Tensor:
+    """Refuse what a score function returned if it is no tensor of x's shape and dtype."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the score function returned {type(output).__name__}; expected a tensor of shape {tuple(x.shape)}: "
+            "a network that returns more, or an object, needs an adapter (scorelab.from_eps, from_denoiser)"
+        )
+    if output.shape != x.shape:
+        shape = tuple(sigma.shape) if isinstance(sigma, Tensor) else ()
+        raise ValueError(
+            f"the score function returned shape {tuple(output.shape)} for x {tuple(x.shape)} and sigma {shape}; "
+            "expected the shape of x: inside the function use scorelab.broadcast(sigma, x) to give sigma x's "
+            "dimensions"
+        )
+    if output.dtype != x.dtype:
+        raise TypeError(
+            f"the score function returned {output.dtype} for x of {x.dtype}; expected the dtype of x: "
+            "convert its output with .to(x.dtype), or start from x in its precision"
+        )
+    return output
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """', did you mean ...?' with the closest known name, or the list of them."""
+    known = sorted(names)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -1,0 +1,5 @@
+import sys
+
+from scorelab.cli.main import main
+
+sys.exit(main())

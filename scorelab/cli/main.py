@@ -1,0 +1,130 @@
+"""``scorelab train`` and ``scorelab sample``.
+
+Bad input ends with one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from scorelab.checks import nearest_name
+
+__all__ = ["main"]
+
+_USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir runs/x [--config.optim.lr=1e-3] [--dry_run]
+       scorelab sample --workdir runs/x [--n 64] [--seed 0] [--out FILE.png|FILE.npz|DIRECTORY]"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 when it is done, 2 for input that can't be used, 130 when interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "sample": _sample}
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_USAGE)
+        return 0 if arguments else 2
+    try:
+        if arguments[0] not in commands:
+            raise ValueError(f"unknown command {arguments[0]!r}; {nearest_name(arguments[0], commands)}")
+        commands[arguments[0]](arguments)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, flags.Error) as error:
+        if isinstance(error, (TypeError, KeyError, AttributeError)) and not _is_input_error(error):
+            raise
+        print(f"scorelab: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split())
+
+
+def _is_input_error(error: BaseException) -> bool:
+    """A wrong config key or value: raised by ml_collections or by the config file, not by scorelab."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "scorelab" not in trace.tb_frame.f_globals.get("__name__", "")
+
+
+def _parse(arguments: list[str], values: flags.FlagValues) -> None:
+    rest = values(["scorelab", *arguments[1:]])[1:]
+    if rest:
+        raise ValueError(f"unexpected argument {rest[0]!r}; options are written --name=value")
+
+
+def _train(arguments: list[str]) -> None:
+    values = flags.FlagValues()  # type: ignore[no-untyped-call]
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "the experiment, a Python file", flag_values=values, sys_argv=["scorelab", *arguments[1:]]
+    )
+    flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "print the experiment and its cost, and train nothing", flag_values=values)
+    _check_keys(arguments)
+    _parse(arguments, values)
+    config = holder.value
+    if config is None:
+        raise ValueError("--config is missing; expected a config file, e.g. --config configs/digits/ncsn.py")
+    from scorelab.cli.report import dry_run
+    from scorelab.training import train
+
+    if values["dry_run"].value:
+        print(dry_run(config))
+        return
+    if not values["workdir"].value:
+        raise ValueError("--workdir is missing; expected a directory for the run, e.g. --workdir runs/digits")
+    train(config, values["workdir"].value)
+    print(f"trained to step {config.training.steps}; sample with: scorelab sample --workdir {values['workdir'].value}")
+
+
+def _check_keys(arguments: list[str]) -> None:
+    """Refuse an override of an unknown key with the nearest full name (ml_collections names only parts of it)."""
+    from scorelab.training import default_config
+
+    known = set(_names(default_config()))
+    for argument in arguments:
+        if argument.startswith("--config."):
+            name = argument[len("--config.") :].split("=")[0]
+            if name not in known:
+                raise ValueError(f"unknown config key {name!r}; {nearest_name(name, known)}")
+
+
+def _names(config: ConfigDict, prefix: str = "") -> list[str]:
+    names = []
+    for key, value in config.items():
+        names += _names(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
+    return names
+
+
+def _sample(arguments: list[str]) -> None:
+    values = flags.FlagValues()  # type: ignore[no-untyped-call]
+    flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
+    flags.DEFINE_string("out", None, "a PNG grid, an .npz file, or a directory for single PNGs", flag_values=values)
+    flags.DEFINE_integer("n", 0, "how many samples; 0 is the experiment's own number", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "seed of the noise", flag_values=values)
+    flags.DEFINE_integer("step", 0, "the checkpoint to sample from; 0 is the last", flag_values=values)
+    flags.DEFINE_bool("raw", False, "take the raw weights instead of the averaged ones", flag_values=values)
+    _parse(arguments, values)
+    if not values["workdir"].value:
+        raise ValueError("--workdir is missing; expected the directory of a run, e.g. --workdir runs/digits")
+    from scorelab.cli.sampling import sample_run, write_samples
+
+    workdir = Path(values["workdir"].value)
+    n, seed, step = (int(values[name].value or 0) for name in ("n", "seed", "step"))
+    if n < 0:
+        raise ValueError(f"--n is {n}; expected a positive number of samples")
+    run = sample_run(workdir, n=n, seed=seed, step=step, raw=bool(values["raw"].value))
+    out = Path(values["out"].value) if values["out"].value else workdir / "samples" / f"step_{run.step:08d}.png"
+    print(write_samples(run, out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

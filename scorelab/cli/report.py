@@ -1,0 +1,57 @@
+"""What ``--dry_run`` prints: the resolved experiment, its parameters, and the memory a training step takes."""
+
+from __future__ import annotations
+
+import torch
+from ml_collections import ConfigDict
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from scorelab.training import build
+
+__all__ = ["activation_bytes", "dry_run"]
+
+
+def activation_bytes(net: torch.nn.Module, data_shape: tuple[int, ...], batch_size: int) -> int:
+    """Bytes that autograd keeps for one forward pass, counted on tensors without storage."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[id(tensor)] = tensor.numel() * tensor.element_size()
+        holders.append(tensor)
+        return tensor
+
+    holders: list[torch.Tensor] = []
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        state = {
+            k: mode.from_tensor(v.detach()).requires_grad_(v.requires_grad)
+            for k, v in net.state_dict(keep_vars=True).items()
+        }
+        own = {id(v) for v in state.values()}
+        x, label = torch.empty(batch_size, *data_shape), torch.empty(batch_size)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            functional_call(net, state, (x, label))
+    return sum(size for key, size in kept.items() if key not in own)
+
+
+def dry_run(config: ConfigDict) -> str:
+    """The report as text."""
+    experiment = build(config)
+    model = experiment.model
+    count = sum(p.numel() for p in model.parameters())
+    t = config.training
+    activations = activation_bytes(model.net, model.data_shape, t.batch_size)
+    # weights, gradients, two Adam moments and the averaged weights, float32
+    fixed = 5 * 4 * count
+    low, high = model.sigma_range
+    return "\n".join(
+        [
+            str(config).rstrip(),
+            "---",
+            f"data: {config.data.source}, shape {model.data_shape}, range outside {model.data_range}",
+            f"model: {type(model.net).__name__}, {count:,} parameters, prediction {model.prediction.name}",
+            f"noise levels: sigma from {low:.4g} to {high:.4g} ({type(model.process).__name__})",
+            f"training: {t.steps:,} steps of {t.batch_size}, {t.steps * t.batch_size:,} samples",
+            f"memory: weights and optimiser {fixed / 2**20:.1f} MiB, activations about {activations / 2**20:.1f} MiB",
+        ]
+    )

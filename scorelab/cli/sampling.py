@@ -1,0 +1,101 @@
+"""Sampling from a run directory, and writing samples in the data's own range."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+from PIL import Image
+
+from scorelab.adapters import clipped
+from scorelab.models import ScoreModel
+from scorelab.samplers import sample
+from scorelab.training import build_sampling, checkpoint
+from scorelab.typing import ScoreFn, Tensor
+
+__all__ = ["RunSamples", "load_run", "sample_model", "sample_run", "write_samples"]
+
+
+@dataclass(frozen=True)
+class RunSamples:
+    """Samples (N, *D), inside range, with the model and the step they come from."""
+
+    x: Tensor
+    model: ScoreModel
+    step: int
+
+
+def load_run(workdir: Path, *, step: int = 0, raw: bool = False) -> tuple[ConfigDict, ScoreModel, int]:
+    """Config, model and step of a run's checkpoint (0: the last); ValueError if it is missing or damaged."""
+    settings, folder = workdir / "config.json", workdir / "checkpoints"
+    if not settings.is_file():
+        raise ValueError(f"{workdir} holds no config.json; expected the directory of a run: scorelab train makes one")
+    place = folder / f"step_{step:08d}" if step else checkpoint.latest(folder)
+    if place is None or not place.is_dir():
+        there = ", ".join(str(int(p.name[5:])) for p in sorted(folder.glob("step_*"))) or "none"
+        raise ValueError(f"{workdir} has no checkpoint{f' of step {step}' if step else ''}; steps there: {there}")
+    found = checkpoint.verify(place)
+    model = ScoreModel.load(place, weights="model.safetensors" if raw else "ema.safetensors")
+    return ConfigDict(json.loads(settings.read_text())), model, found
+
+
+def sample_model(
+    model: ScoreModel, config: ConfigDict, n: int, generator: torch.Generator, *, progress: bool = True
+) -> Tensor:
+    """n samples with the experiment's own sampler, noise levels and batch size."""
+    noise_levels, sampler = build_sampling(config, model)
+    score: ScoreFn = clipped(model, -1.0, 1.0) if config.sampling.clip and model.data_range is not None else model
+    size = config.sampling.batch_size
+    parts = [
+        sample(
+            score, (min(size, n - i), *model.data_shape), noise_levels, sampler, generator=generator, progress=progress
+        )
+        for i in range(0, n, size)
+    ]
+    return torch.cat(parts)
+
+
+def sample_run(workdir: Path, *, n: int = 0, seed: int = 0, step: int = 0, raw: bool = False) -> RunSamples:
+    """Samples of a run's checkpoint, averaged weights unless ``raw``."""
+    config, model, found = load_run(workdir, step=step, raw=raw)
+    count = n or config.sampling.samples
+    return RunSamples(sample_model(model, config, count, torch.Generator().manual_seed(seed)), model, found)
+
+
+def _bytes(x: Tensor) -> np.ndarray:
+    """uint8 (B, H, W) or (B, H, W, 3) of images in [-1, 1], rounded."""
+    levels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    return levels[:, 0].numpy() if levels.shape[1] == 1 else levels.permute(0, 2, 3, 1).numpy()
+
+
+def write_samples(run: RunSamples, out: Path) -> str:
+    """Write ``.npz`` (values in data_range), one PNG grid, or a directory of PNGs; says what was written."""
+    images = len(run.model.data_shape) == 3 and run.model.data_shape[0] in (1, 3)
+    out = out.with_suffix(".npz") if not images and out.suffix == ".png" else out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npz":
+        x = run.x
+        if run.model.data_range is not None:
+            low, high = run.model.data_range
+            x = (x.clamp(-1, 1) + 1) * ((high - low) / 2) + low
+        np.savez_compressed(out, samples=x.cpu().numpy())
+    elif not images:
+        raise ValueError(f"samples of shape {run.model.data_shape} are no images; write them to a .npz file")
+    elif out.suffix == ".png":
+        pictures = _bytes(run.x)
+        columns = round(len(pictures) ** 0.5)
+        empty = np.zeros((-len(pictures) % columns, *pictures.shape[1:]), np.uint8)
+        tiles = np.concatenate([pictures, empty])
+        lines = [np.concatenate(list(tiles[i : i + columns]), 1) for i in range(0, len(tiles), columns)]
+        Image.fromarray(np.concatenate(lines)).save(out)
+    elif out.suffix:
+        raise ValueError(f"--out ends in {out.suffix}; expected .png, .npz, or a directory for single PNGs")
+    else:
+        out.mkdir(exist_ok=True)
+        for i, picture in enumerate(_bytes(run.x)):
+            Image.fromarray(picture).save(out / f"{i:06d}.png")
+    return f"{len(run.x)} samples of step {run.step}: {out}"

@@ -1,0 +1,95 @@
+"""The uniform distribution on the dark squares of a checkerboard.
+
+Blurred by Gaussian noise, one interval [a, b] has the mass function
+
+    M(x) = Phi(u) - Phi(l),    u = (b - x) / sigma,  l = (a - x) / sigma,
+
+and the density is the mean over dark squares of M_x M_y / area. Far outside, Phi(u) - Phi(l) underflows, so there the
+scaled complementary error function is used: for 0 < l < u
+
+    M = 1/2 exp(-l^2/2) [erfcx(l/sqrt 2) - exp(-(u-l)(u+l)/2) erfcx(u/sqrt 2)].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from scorelab.distributions.base import Distribution
+from scorelab.typing import Tensor
+
+__all__ = ["Checkerboard"]
+
+_ROOT2 = math.sqrt(2)
+
+
+class Checkerboard(Distribution):
+    """``squares`` by ``squares`` over [-extent, extent]^2, the lower left one dark; points are (B, 2)."""
+
+    def __init__(self, squares: int = 4, extent: float = 2.0, *, dtype: torch.dtype = torch.float32) -> None:
+        if squares < 2 or squares % 2 or not 0 < extent < math.inf:
+            raise ValueError(f"squares = {squares}, extent = {extent:g}; expected an even number >= 2, extent > 0")
+        self.data_shape = (2,)
+        self.side = 2 * extent / squares
+        self.edges = torch.linspace(-extent, extent, squares + 1, dtype=dtype)[:-1]
+        dark = [(i, j) for i in range(squares) for j in range(squares) if (i + j) % 2 == 0]
+        self.columns, self.lines = torch.tensor(dark).T
+
+    @property
+    def device(self) -> torch.device:
+        return self.edges.device
+
+    @property
+    def row_cost(self) -> int:
+        return 8 * len(self.columns)
+
+    def _sample(self, n: int, generator: torch.Generator) -> Tensor:
+        place = generator.device
+        pick = torch.randint(len(self.columns), (n,), generator=generator, device=place).to(self.device)
+        corner = torch.stack([self.edges[self.columns[pick]], self.edges[self.lines[pick]]], 1)
+        inside = torch.rand(n, 2, generator=generator, dtype=self.edges.dtype, device=place).to(self.device)
+        return corner + self.side * inside
+
+    def _parts(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log M and d log M / dx for each coordinate and interval, (B, 2, n); log responsibilities of the squares."""
+        log_mass, slope = _interval(x[:, :, None], self.edges.to(x), self.side, sigma.reshape(-1, 1, 1))
+        columns, lines = self.columns.to(x.device), self.lines.to(x.device)
+        joint = log_mass[:, 0, columns] + log_mass[:, 1, lines]
+        return log_mass, torch.stack([slope[:, 0, columns], slope[:, 1, lines]], 1), joint
+
+    def _log_prob(self, x: Tensor, sigma: Tensor) -> Tensor:
+        area = math.log(len(self.columns)) + 2 * math.log(self.side)
+        if sigma.numel() == 1 and float(sigma) == 0:
+            relative = (x[:, :, None] - self.edges.to(x)) / self.side
+            inside = (relative >= 0) & (relative <= 1)
+            dark = (inside[:, 0, self.columns.to(x.device)] & inside[:, 1, self.lines.to(x.device)]).any(1)
+            return torch.where(dark, -area, -math.inf).to(x)
+        _, _, joint = self._parts(x, sigma)
+        return torch.logsumexp(joint, 1) - area
+
+    def _score(self, x: Tensor, sigma: Tensor) -> Tensor:
+        if not bool((sigma > 0).all()):
+            raise ValueError("a checkerboard has no score at sigma = 0 (its density jumps); expected sigma > 0")
+        _, slopes, joint = self._parts(x, sigma)
+        return (torch.softmax(joint, 1)[:, None] * slopes).sum(-1)
+
+
+def _interval(x: Tensor, left: Tensor, width: float, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """log[Phi(u) - Phi(l)] and its derivative in x, for the interval [left, left + width]."""
+    centre = (left - x) / sigma + 0.5 * width / sigma
+    side = torch.where(centre >= 0, 1.0, -1.0).to(x)
+    half = 0.5 * width / sigma
+    # reflected so that the interval lies to the right: |l| <= u
+    lower, upper = side * centre - half, side * centre + half
+    outside = lower > 0
+    far = torch.where(outside, lower, torch.ones_like(lower))
+    falloff = torch.exp(-half * 2 * torch.where(outside, side * centre, torch.ones_like(lower)))
+    tail = torch.special.erfcx(far / _ROOT2) - falloff * torch.special.erfcx((far + 2 * half) / _ROOT2)
+    log_far = -0.5 * far**2 + torch.log(0.5 * tail)
+    slope_far = math.sqrt(2 / math.pi) * (1 - falloff) / tail / sigma
+    near = torch.where(outside, -torch.ones_like(lower), lower)
+    mass = 0.5 * (torch.erf(upper / _ROOT2) - torch.erf(near / _ROOT2))
+    density = (torch.exp(-0.5 * near**2) - torch.exp(-0.5 * upper**2)) / math.sqrt(2 * math.pi)
+    log_mass = torch.where(outside, log_far, torch.log(mass))
+    return log_mass, side * torch.where(outside, slope_far, density / mass / sigma)

@@ -1,0 +1,117 @@
+"""Mixtures of isotropic Gaussians, and the empirical distribution of a data set as the mixture of std 0.
+
+    p(x; sigma) = sum_k w_k N(x; m_k, v_k I),    v_k = std_k^2 + sigma^2
+    score = sum_k r_k (m_k - x) / v_k,           r = softmax_k [log w_k - n/2 log v_k - ||x - m_k||^2 / (2 v_k)]
+
+Squared distances are differences squared where that is affordable. For many centres of high dimension they come from
+one matrix product and those of the nearest centres are then recomputed by differences: near a centre the product's
+rounding, divided by a small v, would be felt.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from scorelab.distributions.base import Distribution
+from scorelab.noise import randn
+from scorelab.typing import Tensor
+
+__all__ = ["Empirical", "GaussianMixture"]
+
+_DIRECT = 2**18
+_REFINED = 16
+
+
+class GaussianMixture(Distribution):
+    """sum_k weights_k N(means_k, std_k^2 I); means (K, *D), std a number or (K,), weights (K,), by default equal.
+
+    Weights are normalised. Raises ValueError for shapes that don't fit, a negative std or weight.
+    """
+
+    def __init__(self, means: Tensor, std: Tensor | float, weights: Tensor | None = None) -> None:
+        if not isinstance(means, Tensor) or not means.is_floating_point() or means.ndim < 2 or len(means) == 0:
+            got = f"{tuple(means.shape)}, {means.dtype}" if isinstance(means, Tensor) else type(means).__name__
+            raise ValueError(f"means is {got}; expected a float tensor (K, *D) with K >= 1")
+        if not bool(torch.isfinite(means).all()):
+            raise ValueError("means holds NaN or infinity; expected finite numbers")
+        count = len(means)
+        self.data_shape = tuple(means.shape[1:])
+        self.means = means.reshape(count, -1)
+        std = torch.as_tensor(std, dtype=means.dtype, device=means.device)
+        if std.shape not in ((), (count,)) or not bool((std >= 0).all()):
+            raise ValueError(f"std has shape {tuple(std.shape)}; expected a number or ({count},), nowhere negative")
+        self.std = std
+        if weights is None:
+            weights = torch.ones(count, dtype=means.dtype, device=means.device)
+        if weights.shape != (count,) or not bool((weights >= 0).all()) or not float(weights.sum()) > 0:
+            raise ValueError(f"weights has shape {tuple(weights.shape)}; expected ({count},), >= 0, with positive sum")
+        self.weights = weights.to(means) / weights.to(means).sum()
+
+    @property
+    def device(self) -> torch.device:
+        return self.means.device
+
+    @property
+    def _is_direct(self) -> bool:
+        return self.means.numel() <= _DIRECT
+
+    @property
+    def row_cost(self) -> int:
+        return self.means.numel() if self._is_direct else 4 * len(self.means)
+
+    def _sample(self, n: int, generator: torch.Generator) -> Tensor:
+        pick = torch.multinomial(self.weights.to(generator.device), n, replacement=True, generator=generator)
+        pick = pick.to(self.device)
+        std = self.std if self.std.ndim == 0 else self.std[pick][:, None]
+        noise = randn((n, self.means.shape[1]), self.means, generator)
+        return (self.means[pick] + std * noise).reshape(n, *self.data_shape)
+
+    def _squared_distances(self, x: Tensor) -> Tensor:
+        means = self.means.to(x)
+        if self._is_direct:
+            return (x[:, None] - means).square().sum(-1)
+        centre = means.mean(0)
+        y, m = x - centre, means - centre
+        d2 = torch.addmm(m.square().sum(1), y, m.T, alpha=-2) + y.square().sum(1, keepdim=True)
+        near = d2.detach().topk(min(_REFINED, len(means)), largest=False).indices
+        exact = (x[:, None] - means[near]).square().sum(-1)
+        return d2.scatter(1, near, exact)
+
+    def _parts(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Unnormalised log responsibilities (B, K), and v, () or (B, K)-broadcastable."""
+        var = self.std.to(x) ** 2 + sigma**2
+        d2 = self._squared_distances(x)
+        logits = self.weights.to(x).log() - d2 / (2 * var)
+        if self.std.ndim:
+            logits = logits - 0.5 * x.shape[1] * torch.log(var)
+        return logits, var
+
+    def _log_prob(self, x: Tensor, sigma: Tensor) -> Tensor:
+        logits, var = self._parts(x, sigma)
+        log_var = var.log().reshape(-1) if self.std.ndim == 0 else var.new_zeros(())
+        return torch.logsumexp(logits, 1) - 0.5 * x.shape[1] * (log_var + math.log(2 * math.pi))
+
+    def _score(self, x: Tensor, sigma: Tensor) -> Tensor:
+        logits, var = self._parts(x, sigma)
+        weight = torch.softmax(logits, 1)
+        if self.std.ndim:
+            weight = weight / var
+            return weight @ self.means.to(x) - weight.sum(1, keepdim=True) * x
+        return (weight @ self.means.to(x) - x) / var
+
+
+class Empirical(GaussianMixture):
+    """The distribution of a data set (N, *D): each point with probability 1/N.
+
+    Its density exists for sigma > 0 only; its optimal denoiser is what a network with unlimited capacity learns.
+    """
+
+    def __init__(self, data: Tensor) -> None:
+        super().__init__(data, 0.0)
+
+    def _parts(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        if not bool((sigma > 0).all()):
+            raise ValueError("an empirical distribution has no density at sigma = 0; expected sigma > 0")
+        return super()._parts(x, sigma)

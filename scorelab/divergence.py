@@ -1,0 +1,55 @@
+"""Traces of Jacobians of batched vector fields: tr(d f / d x), exactly or by Hutchinson's probes.
+
+Hutchinson, A stochastic estimator of the trace of the influence matrix, 1990: E[v' J v] = tr J for E[v v'] = I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from scorelab.typing import Tensor
+
+__all__ = ["exact", "hutchinson", "rademacher"]
+
+Field = Callable[[Tensor], Tensor]
+
+
+def exact(field: Field, x: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+    """f(x) and tr(df/dx), (B,), by one backward pass a dimension; x (B, *D), every sample independent of the others."""
+    with torch.enable_grad():
+        x = x if create_graph and x.requires_grad else x.detach().requires_grad_(True)
+        value = field(x)
+        flat = value.reshape(len(x), -1)
+        trace = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        last = flat.shape[1] - 1
+        for i in range(flat.shape[1]):
+            (row,) = torch.autograd.grad(
+                flat[:, i].sum(), x, create_graph=create_graph, retain_graph=create_graph or i < last
+            )
+            trace = trace + row.reshape(len(x), -1)[:, i]
+    return (value, trace) if create_graph else (value.detach(), trace.detach())
+
+
+def hutchinson(field: Field, x: Tensor, probes: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """f(x), tr(df/dx) as the mean of v'Jv over probes (P, B, *D), and the P single estimates (P, B)."""
+    with torch.enable_grad():
+        x = x if create_graph and x.requires_grad else x.detach().requires_grad_(True)
+        value = field(x)
+        estimates = []
+        for i, v in enumerate(probes):
+            (product,) = torch.autograd.grad(
+                value, x, v, create_graph=create_graph, retain_graph=create_graph or i < len(probes) - 1
+            )
+            estimates.append((product * v).reshape(len(x), -1).sum(1))
+        single = torch.stack(estimates)
+    if not create_graph:
+        value, single = value.detach(), single.detach()
+    return value, single.mean(0), single
+
+
+def rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Signs +1 and -1 with equal probability: the probe of least variance among independent ones."""
+    bits = torch.randint(0, 2, shape, generator=generator, device=generator.device)
+    return (2 * bits - 1).to(device=like.device, dtype=like.dtype)

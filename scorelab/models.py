@@ -1,0 +1,364 @@
+"""A score model: a network, the process its inputs come from, and what it predicts.
+
+    F = net(input_scale(sigma) x, label(sigma), condition)
+    score = a x + b F,    a, b = coefficients(sigma, prediction, SCORE)
+
+so no difference of nearly equal numbers is divided by a small sigma^2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from scorelab import processes
+from scorelab.checks import broadcast, check_batch, check_sigmas
+from scorelab.nn import NETWORKS
+from scorelab.predictions import EPS, PREDICTIONS, X0, Prediction, V, coefficients, edm
+from scorelab.processes import DiscreteVP, Process
+from scorelab.typing import ScoreFn, Shape, Tensor
+
+__all__ = ["Conditioned", "Constant", "LogSigma", "ScoreModel", "UnitVariance", "process_from_dict", "process_to_dict"]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """input_scale: the same number at every sigma."""
+
+    value: float
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        """``value``, in sigma's shape."""
+        return torch.full_like(sigma, self.value)
+
+
+@dataclass(frozen=True)
+class UnitVariance:
+    """input_scale: 1 / sqrt(sigma^2 + sigma_data^2), EDM's c_in."""
+
+    sigma_data: float
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        """The factor that gives the input unit variance."""
+        return torch.rsqrt(sigma**2 + self.sigma_data**2)
+
+
+@dataclass(frozen=True)
+class LogSigma:
+    """label: log(sigma / sigma_data)."""
+
+    sigma_data: float = 1.0
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        """The label, in sigma's shape."""
+        return (sigma / self.sigma_data).log()
+
+
+_CALLABLES = {c.__name__: c for c in (Constant, UnitVariance, LogSigma)}
+_LABELS = ("time", "log_sigma", "index")
+_ORDERS = ("ascending", "descending")
+
+Function = Callable[[Tensor], Tensor]
+
+
+class ScoreModel(nn.Module):
+    """score(x, sigma, condition=None), x (B, *data_shape) unscaled, sigma () or (B,); a ScoreFn.
+
+    net: called as net(scaled x, label (B,)) or net(scaled x, label, condition), returns F (B, *data_shape).
+    input_scale: "process" (alpha) or a callable of sigma. label: "time", "log_sigma", "index" (position among
+    ``levels``, by default the process's steps) or a callable of sigma; multiplied by label_scale. index_order:
+    "ascending" counts from the least noise (DDPM), "descending" from the most (NCSN). data_range: the values of the
+    data outside, None if unbounded.
+
+    A network that takes whole indices only says so by an attribute ``integer_labels = True``; it then gets int64, and
+    a level that is none of the grid's to 1e-4 is a ValueError.
+    """
+
+    levels: Tensor | None
+
+    def __init__(
+        self,
+        net: nn.Module,
+        process: Process,
+        prediction: Prediction = EPS,
+        *,
+        data_shape: Shape,
+        data_range: tuple[float, float] | None = None,
+        input_scale: str | Function = "process",
+        label: str | Function = "time",
+        label_scale: float = 1.0,
+        index_order: str = "ascending",
+        levels: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(process, Process):
+            raise TypeError(f"process is {type(process).__name__}; expected a scorelab process such as VP()")
+        if not isinstance(prediction, Prediction):
+            raise TypeError(
+                f"prediction is {prediction!r}; expected one of scorelab.predictions: EPS, V, edm(0.5), ..."
+            )
+        if input_scale != "process" and not callable(input_scale):
+            raise ValueError(f"input_scale is {input_scale!r}; expected 'process' or a callable of sigma")
+        if label not in _LABELS and not callable(label):
+            raise ValueError(f"label is {label!r}; expected one of {_LABELS} or a callable of sigma")
+        if index_order not in _ORDERS:
+            raise ValueError(f"index_order is {index_order!r}; expected one of {_ORDERS}")
+        if label == "index":
+            if levels is None and isinstance(process, DiscreteVP):
+                levels = process.step_sigmas.flip(0)
+            if levels is None:
+                raise ValueError("label='index' needs the noise levels it counts; pass levels=sigmas.geometric(...)")
+        self.net, self.process, self.prediction = net, process, prediction
+        self.data_shape = tuple(data_shape)
+        self.data_range = None if data_range is None else (float(data_range[0]), float(data_range[1]))
+        self.input_scale, self.label, self.label_scale = input_scale, label, float(label_scale)
+        self.index_order = index_order
+        # ascending, as a plain attribute: it stays float64 on the CPU when the model moves or changes precision
+        grid = None if levels is None else [s for s in check_sigmas(levels) if s > 0][::-1]
+        self.levels = None if grid is None else torch.tensor(grid, dtype=torch.float64)
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The noise levels that the model knows."""
+        return self.process.sigma_range
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The score (B, *data_shape); Raises ValueError for shapes that don't fit."""
+        return self._predict(x, sigma, condition, _SCORE)
+
+    def denoise(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        """x0_hat, an estimate of E[x0 | x]."""
+        return self._predict(x, sigma, condition, X0)
+
+    def eps(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The estimate of the noise, -sigma score."""
+        return self._predict(x, sigma, condition, EPS)
+
+    def v(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The estimate of v = alpha eps - std x0, alpha = 1/sqrt(1 + sigma^2)."""
+        return self._predict(x, sigma, condition, V)
+
+    def conditioned(self, condition: Tensor) -> Conditioned:
+        """A ScoreFn with the condition bound: (B,) or (B, ...) rows, or one for all (1, ...)."""
+        return Conditioned(self, condition)
+
+    def rows(self, index: Tensor) -> ScoreFn:
+        """The same function: without a condition no row depends on its place."""
+        return self
+
+    def _predict(self, x: Tensor, sigma: Tensor, condition: Tensor | None, target: Prediction) -> Tensor:
+        check_batch(x, shape=self.data_shape)
+        level = broadcast(sigma, x)
+        sigma = level.reshape(-1)
+        if isinstance(self.input_scale, str):
+            scale = self.process.alpha(self.process.time(sigma))
+        else:
+            scale = self.input_scale(sigma)
+        label = self._label(sigma).expand(len(x))
+        scaled = scale.reshape(level.shape) * x
+        output: Tensor = self.net(scaled, label) if condition is None else self.net(scaled, label, condition)
+        if output.shape != x.shape:
+            raise ValueError(
+                f"the network returned shape {tuple(output.shape)} for input {tuple(x.shape)}; expected the same shape"
+            )
+        a, b = coefficients(level, self.prediction, target)
+        return a * x + b * output.to(x.dtype)
+
+    def _label(self, sigma: Tensor) -> Tensor:
+        if callable(self.label):
+            return self.label_scale * self.label(sigma)
+        if self.label == "time":
+            return self.label_scale * self.process.time(sigma)
+        if self.label == "log_sigma":
+            return self.label_scale * sigma.log()
+        return self.label_scale * self._index(sigma)
+
+    def _index(self, sigma: Tensor) -> Tensor:
+        assert self.levels is not None
+        table = self.levels.log().to(device=sigma.device, dtype=sigma.dtype)
+        log = sigma.log().contiguous()
+        last = len(table) - 1
+        if last == 0:
+            index = torch.zeros_like(sigma)
+        else:
+            left = (torch.searchsorted(table, log.detach(), right=True) - 1).clamp(0, last - 1)
+            index = (left + (log - table[left]) / (table[left + 1] - table[left])).clamp(0, last)
+        if self.index_order == "descending":
+            index = last - index
+        if not getattr(self.net, "integer_labels", False):
+            return index
+        nearest = index.round()
+        near = table[(last - nearest if self.index_order == "descending" else nearest).long()]
+        if bool(((near - log).abs() > 1e-4).any()):
+            raise ValueError(
+                f"sigma = {float(sigma[(near - log).abs().argmax()]):g} is none of this model's {last + 1} levels and "
+                "its network takes whole indices only: sample at its own levels"
+            )
+        return nearest.long()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings but the weights, as JSON can hold them; ValueError for a callable or prediction of one's own."""
+        known = type(self.net).__name__ if type(self.net) in NETWORKS.values() else None
+        return {
+            "format": 1,
+            "net": None if known is None else {"name": known, **self.net.config},  # type: ignore[dict-item]
+            "process": process_to_dict(self.process),
+            "prediction": _prediction_name(self.prediction),
+            "data_shape": list(self.data_shape),
+            "data_range": self.data_range,
+            "input_scale": _function_to_json(self.input_scale, "input_scale"),
+            "label": _function_to_json(self.label, "label"),
+            "label_scale": self.label_scale,
+            "index_order": self.index_order,
+            "levels": None if self.levels is None else self.levels.flip(0).tolist(),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write ``model.json`` and ``model.safetensors`` into the directory ``path``."""
+        folder = Path(path)
+        settings = json.dumps(self.to_dict(), indent=1)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.json").write_text(settings + "\n")
+        save_file(
+            {k: v.detach().contiguous().cpu() for k, v in self.net.state_dict().items()}, folder / "model.safetensors"
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, net: nn.Module | None = None, *, weights: str = "model.safetensors") -> ScoreModel:
+        """The model saved in ``path``, in evaluation mode; a network of one's own is passed as ``net``.
+
+        ``weights``: "ema.safetensors" takes the averaged weights of a training checkpoint. Raises ValueError for
+        missing files or for weights that do not fit, with the differences summarised.
+        """
+        folder = Path(path)
+        for name in ("model.json", weights):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"{folder} holds no {name}; expected a directory written by ScoreModel.save or training"
+                )
+        model = cls.from_dict(json.loads((folder / "model.json").read_text()), net)
+        _load_weights(model.net, load_file(folder / weights), folder / weights)
+        return model.eval()
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any], net: nn.Module | None = None) -> ScoreModel:
+        """The model with these settings and fresh weights."""
+        if settings.get("format") != 1:
+            raise ValueError(f"model settings have format {settings.get('format')!r}; this version reads 1")
+        if net is None:
+            if settings["net"] is None:
+                raise ValueError("this model has a network of the user's own; pass it: ScoreModel.load(path, net=...)")
+            arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["net"].items() if k != "name"}
+            with torch.random.fork_rng(devices=[]):
+                net = NETWORKS[settings["net"]["name"]](**arguments)
+        return cls(
+            net,
+            process_from_dict(settings["process"]),
+            _prediction_from_name(settings["prediction"]),
+            data_shape=tuple(settings["data_shape"]),
+            data_range=None if settings["data_range"] is None else tuple(settings["data_range"]),
+            input_scale=_function_from_json(settings["input_scale"]),
+            label=_function_from_json(settings["label"]),
+            label_scale=settings["label_scale"],
+            index_order=settings["index_order"],
+            levels=None if settings["levels"] is None else torch.tensor(settings["levels"], dtype=torch.float64),
+        )
+
+
+_SCORE = PREDICTIONS["score"]
+
+
+class Conditioned:
+    """A model's score with a condition bound to it."""
+
+    def __init__(self, model: ScoreModel, condition: Tensor) -> None:
+        if not isinstance(condition, Tensor) or condition.ndim < 1:
+            raise ValueError("the condition must be a tensor with one row a sample, (B, ...), or one for all, (1, ...)")
+        self.model, self.condition = model, condition
+        self.sigma_range = model.sigma_range
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        if len(self.condition) not in (1, len(x)):
+            raise ValueError(f"the condition has {len(self.condition)} rows for a batch of {len(x)}; expected one each")
+        return self.model(x, sigma, self.condition.expand(len(x), *self.condition.shape[1:]))  # type: ignore[no-any-return]
+
+    def rows(self, index: Tensor) -> Conditioned:
+        """The score for these rows of the batch."""
+        return self if len(self.condition) == 1 else Conditioned(self.model, self.condition[index])
+
+
+def process_to_dict(process: Process) -> dict[str, Any]:
+    """A process as JSON can hold it."""
+    name = type(process).__name__
+    if isinstance(process, DiscreteVP):
+        return {"name": name, "betas": process.betas.tolist()}
+    if name in processes.__all__ and dataclasses.is_dataclass(process):
+        return {"name": name, **dataclasses.asdict(process)}
+    raise ValueError(f"{name} is not one of scorelab's processes and cannot be saved")
+
+
+def process_from_dict(settings: dict[str, Any]) -> Process:
+    """The process of ``process_to_dict``."""
+    arguments = {k: v for k, v in settings.items() if k != "name"}
+    return getattr(processes, settings["name"])(**arguments)  # type: ignore[no-any-return]
+
+
+def _prediction_name(prediction: Prediction) -> str:
+    if prediction.name in PREDICTIONS or prediction.name.startswith("edm("):
+        return prediction.name
+    raise ValueError("a prediction of one's own cannot be saved; use one of scorelab.predictions")
+
+
+def _prediction_from_name(name: str) -> Prediction:
+    if name.startswith("edm("):
+        sigma_data = float(name[4:-1])
+        if math.isfinite(sigma_data):
+            return edm(sigma_data)
+    if name not in PREDICTIONS:
+        raise ValueError(f"unknown prediction {name!r}; known: {', '.join(PREDICTIONS)}, edm(sigma_data)")
+    return PREDICTIONS[name]
+
+
+def _function_to_json(value: str | Function, what: str) -> Any:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (Constant, UnitVariance, LogSigma)):
+        return {"name": type(value).__name__, **dataclasses.asdict(value)}
+    raise ValueError(f"{what} is a function of one's own and cannot be saved; use {', '.join(_CALLABLES)}")
+
+
+def _function_from_json(value: Any) -> str | Function:
+    if isinstance(value, str):
+        return value
+    return _CALLABLES[value["name"]](**{k: v for k, v in value.items() if k != "name"})
+
+
+def _load_weights(net: nn.Module, state: dict[str, Tensor], where: Path) -> None:
+    own = net.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    differing = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    if missing or extra or differing:
+        raise ValueError(
+            f"{where} does not fit this network: {len(missing)} keys missing {missing[:3]}, {len(extra)} not known "
+            f"{extra[:3]}, {len(differing)} of another shape {differing[:3]}"
+        )
+    net.load_state_dict(state)

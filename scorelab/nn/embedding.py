@@ -1,0 +1,34 @@
+"""Embeddings of a noise label: sines and cosines of it at fixed frequencies."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from scorelab.typing import Tensor
+
+__all__ = ["FourierEmbedding", "PositionalEmbedding"]
+
+
+class FourierEmbedding(nn.Module):
+    """cos and sin of a label (log sigma) at ``width``/2 frequencies from ``low`` to ``high``: (B,) -> (B, width)."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, low: float = 0.25, high: float = 4.0) -> None:
+        super().__init__()
+        steps = torch.linspace(math.log(low), math.log(high), width // 2)
+        self.register_buffer("frequencies", steps.exp(), persistent=False)
+
+    def forward(self, label: Tensor) -> Tensor:
+        angle = label[:, None] * self.frequencies.to(label.dtype)
+        return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+class PositionalEmbedding(FourierEmbedding):
+    """DDPM's embedding of a step index: frequencies from 1 down to 1/10000; Ho et al., 2020, arXiv:2006.11239."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1.0, 1e-4)

@@ -1,0 +1,88 @@
+"""A residual MLP for points, with Fourier features of x and of log sigma.
+
+p(x; sigma) is p_data blurred: its Fourier component at frequency w is damped by exp(-w^2 sigma^2 / 2). The features
+cos(w x), sin(w x) are damped alike, so fine features help at small noise and vanish where they could only be noise
+(integrated positional encoding: Barron et al., Mip-NeRF, 2021, arXiv:2103.13415).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from scorelab.nn.embedding import FourierEmbedding
+from scorelab.typing import Tensor
+
+__all__ = ["MLP"]
+
+
+class MLP(nn.Module):
+    """net(x, label) -> (B, D) for x (B, D) in units where the data has standard deviation about 1.
+
+    ``label`` (B,) must be log sigma in the same units: build the ScoreModel with ``input_scale=Constant(1 / sd)`` and
+    ``label=LogSigma(sd)``. width, depth: hidden layers; features: number of random frequencies, log-uniform from
+    ``low`` to ``high``, drawn from ``seed`` and saved with the weights.
+    """
+
+    directions: Tensor
+
+    def __init__(
+        self,
+        data_shape: tuple[int, ...],
+        *,
+        width: int = 128,
+        depth: int = 3,
+        features: int = 64,
+        low: float = 0.5,
+        high: float = 30.0,
+        embedding: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if len(data_shape) != 1 or data_shape[0] < 1:
+            raise ValueError(f"data_shape is {tuple(data_shape)}; expected (D,): images need UNet")
+        if width < 1 or depth < 1 or features < 0 or embedding < 2 or not 0 < low <= high:
+            raise ValueError(
+                f"width = {width}, depth = {depth}, features = {features}, embedding = {embedding}, low = {low:g}, "
+                f"high = {high:g}; expected positive sizes and 0 < low <= high"
+            )
+        self.config = {
+            "data_shape": tuple(data_shape),
+            "width": width,
+            "depth": depth,
+            "features": features,
+            "low": low,
+            "high": high,
+            "embedding": embedding,
+            "seed": seed,
+        }
+        dims = data_shape[0]
+        generator = torch.Generator().manual_seed(seed)
+        size = torch.exp(math.log(low) + torch.rand(features, generator=generator) * math.log(high / low))
+        direction = functional.normalize(torch.randn(dims, features, generator=generator), dim=0)
+        self.register_buffer("directions", direction * size)
+        self.embed = FourierEmbedding(embedding)
+        self.first = nn.Linear(dims + 2 * features + embedding, width)
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
+        self.gate = nn.Linear(embedding, width)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.ones_(self.gate.bias)
+        self.last = nn.Linear(width, dims)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        label = label.to(x.dtype)
+        var = torch.exp(2 * label)[:, None]
+        embedding = self.embed(label)
+        phase = x @ self.directions
+        damping = torch.exp(-0.5 * var * self.directions.square().sum(0))
+        h = torch.cat([x * torch.rsqrt(1 + var), damping * phase.cos(), damping * phase.sin(), embedding], 1)
+        h = functional.silu(self.first(h))
+        for layer in self.layers:
+            h = h + functional.silu(layer(h))
+        out: Tensor = self.last(h * self.gate(embedding))
+        return out

@@ -1,0 +1,71 @@
+"""A process: how data becomes noise.
+
+    x_t = alpha(t) x0 + std(t) eps,     sigma(t) = std(t) / alpha(t),     t in [0, 1], 0 is data
+    dx  = f(t) x dt + g(t) dw           f = d log alpha / dt,   g^2 = d std^2 / dt - 2 f std^2
+
+Times and scales are elementwise functions of tensors of any shape; they are exact in float64.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from scorelab.checks import broadcast
+from scorelab.typing import Tensor
+
+__all__ = ["Process"]
+
+
+class Process(ABC):
+    """Base of all processes; ``t_min`` and ``t_max`` bound the times at which sigma is positive and finite."""
+
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Scale of the data at time t."""
+
+    @abstractmethod
+    def std(self, t: Tensor) -> Tensor:
+        """Standard deviation of the noise at time t, in scaled coordinates."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise level std / alpha in unscaled coordinates, without cancellation at small t."""
+
+    @abstractmethod
+    def time(self, sigma: Tensor) -> Tensor:
+        """Inverse of ``sigma``."""
+
+    @abstractmethod
+    def drift(self, t: Tensor) -> Tensor:
+        """f(t) of dx = f x dt + g dw."""
+
+    @abstractmethod
+    def diffusion(self, t: Tensor) -> Tensor:
+        """g(t) of dx = f x dt + g dw."""
+
+    def perturb(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = alpha(t) x0 + std(t) noise for x0 and noise (B, *D), t () or (B,), in scaled coordinates."""
+        return broadcast(self.alpha(t), x0) * x0 + broadcast(self.std(t), x0) * noise
+
+    def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and standard deviation of x_t given x_s, s < t, both scaled: N(alpha_ts x_s, std_ts^2 I)."""
+        alpha_s, alpha_t = self.alpha(s), self.alpha(t)
+        sigma_s, sigma_t = self.sigma(s), self.sigma(t)
+        return alpha_t / alpha_s, alpha_t * ((sigma_t - sigma_s) * (sigma_t + sigma_s)).sqrt()
+
+    def sigmas(self, n: int) -> Tensor:
+        """n noise levels, descending, uniform in t from t_max to t_min; float64 on the CPU."""
+        if n < 1:
+            raise ValueError(f"n is {n}; expected at least one level")
+        return self.sigma(torch.linspace(self.t_max, self.t_min, n, dtype=torch.float64))
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """sigma at t_min and at t_max."""
+        ends = self.sigma(torch.tensor([self.t_min, self.t_max], dtype=torch.float64))
+        return float(ends[0]), float(ends[1])

@@ -1,0 +1,185 @@
+"""What a sampler is, and the one loop that drives all of them.
+
+A sampler turns a score function into samples by steps from one noise level to the next lower one:
+
+    init(x, sigmas) -> state,      step(score, x, sigma, sigma_next, state, noise) -> x, state
+
+Levels are Python floats and the score sees them as 0-dim tensors, so a step costs no device synchronisation. The score
+is never evaluated at 0: a step to 0 returns the denoised sample. Nothing is kept between steps but x and the state.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from scorelab.checks import check_batch, check_finite, check_output, check_sigmas, level, rows
+from scorelab.noise import Noise
+from scorelab.predictions import denoise_from_score
+from scorelab.typing import ScoreFn, Shape, Tensor
+
+__all__ = ["Counted", "Sampler", "State", "Step", "drive", "evaluate"]
+
+State = Any
+"""Whatever a sampler keeps from step to step; None for one without memory."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a trajectory: x (B, *D) at noise level ``sigma``, after ``nfe`` evaluations of the score.
+
+    ``x0_hat`` is the denoised sample at the step's first evaluation, None if there was none.
+    """
+
+    x: Tensor
+    x0_hat: Tensor | None
+    sigma: float
+    nfe: int
+
+
+class Sampler(ABC):
+    """Base of all samplers.
+
+    ``order``: the order of convergence to the exact probability-flow ODE, None for a stochastic sampler.
+    ``every_level``: the steps run at ``sigma`` itself (Langevin), so the driver appends a final 0 and every positive
+    level is visited.
+    """
+
+    order: int | None = None
+    every_level: bool = False
+
+    def init(self, x: Tensor, sigmas: list[float]) -> State:
+        """The state before the first step."""
+        return None
+
+    @abstractmethod
+    def step(
+        self,
+        score: ScoreFn,
+        x: Tensor,
+        sigma: float,
+        sigma_next: float,
+        state: State,
+        noise: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, State]:
+        """x at sigma_next from x at sigma, and the new state; neither argument is changed in place."""
+
+
+class Counted:
+    """The user's score with its output checked, its evaluations counted and the first of a step remembered."""
+
+    def __init__(self, score: ScoreFn) -> None:
+        self.score = score
+        self.nfe = 0
+        self.first: tuple[Tensor, Tensor, Tensor] | None = None
+        if hasattr(score, "rows"):
+            self.rows = self._rows
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        output = self._call(self.score, x, sigma)
+        if self.first is None:
+            self.first = x, sigma, output
+        return output
+
+    def _call(self, score: ScoreFn, x: Tensor, sigma: Tensor) -> Tensor:
+        self.nfe += 1
+        return check_output(score(x, sigma), x, sigma)
+
+    def _rows(self, index: Tensor) -> ScoreFn:
+        restricted = rows(self.score, index)
+        assert restricted is not None
+        return lambda x, sigma: self._call(restricted, x, sigma)
+
+    def x0_hat(self) -> Tensor | None:
+        """The denoised sample of the remembered evaluation."""
+        if self.first is None:
+            return None
+        x, sigma, output = self.first
+        return denoise_from_score(output, x, sigma)
+
+
+def evaluate(score: ScoreFn, x: Tensor, sigma: float) -> Tensor:
+    """The score at one noise level given as a float."""
+    return score(x, level(sigma, x))
+
+
+def start(
+    x: Tensor | Shape,
+    sigma: float,
+    data_std: float,
+    noise: Noise,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Tensor:
+    """x itself, in the wanted dtype and place, or for a shape a draw from N(0, (sigma^2 + data_std^2) I)."""
+    if isinstance(x, Tensor):
+        check_batch(x)
+        check_finite(x, "x")
+        return x.to(device=x.device if device is None else device, dtype=x.dtype if dtype is None else dtype)
+    shape = tuple(x)
+    if len(shape) < 2 or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"x is {x!r}; expected a tensor (B, *D) or a shape such as (64, 2): whole numbers, B first")
+    if not 0 <= data_std < float("inf"):
+        raise ValueError(f"data_std is {data_std:g}; expected a finite number >= 0")
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    like = torch.empty(shape, dtype=dtype, device=device)
+    return noise(like) * math.hypot(sigma, data_std)
+
+
+def drive(
+    score: ScoreFn,
+    x: Tensor | Shape,
+    sigmas: Tensor | Iterable[float],
+    sampler: Sampler,
+    *,
+    generator: torch.Generator | None,
+    data_std: float,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    differentiable: bool,
+    debug: bool,
+    denoised: bool,
+) -> Iterator[Step]:
+    """Check the inputs once, then yield the start and every step; ``denoised`` fills x0_hat."""
+    if not callable(score):
+        raise TypeError(f"score is {type(score).__name__}; expected a callable score(x, sigma)")
+    if not isinstance(sampler, Sampler):
+        raise TypeError(f"sampler is {sampler!r}; expected a sampler object such as scorelab.samplers.Heun()")
+    grid = check_sigmas(sigmas, at_least=1 if sampler.every_level else 2)
+    if sampler.every_level and grid[-1] > 0:
+        grid.append(0.0)
+    low, high = getattr(score, "sigma_range", (0.0, float("inf")))
+    used = [s for s in grid if s > 0]
+    if used[0] > high * (1 + 1e-4) or used[-1] < low * (1 - 1e-4):
+        raise ValueError(
+            f"sigmas span [{used[-1]:g}, {used[0]:g}] but this score knows [{low:g}, {high:g}] (its sigma_range): "
+            "choose levels inside"
+        )
+    noise = Noise(generator)
+    if device is None and not isinstance(x, Tensor):
+        device = getattr(score, "device", None)
+    x = start(x, grid[0], data_std, noise, dtype, device)
+    counted = Counted(score)
+
+    def stepping() -> Iterator[Step]:
+        current = x
+        state = sampler.init(current, grid)
+        yield Step(current, None, grid[0], 0)
+        for sigma, sigma_next in pairwise(grid):
+            counted.first = None
+            with nullcontext() if differentiable else torch.no_grad():
+                if len(current):
+                    current, state = sampler.step(counted, current, sigma, sigma_next, state, noise)
+                x0_hat = counted.x0_hat() if denoised else None
+            if debug:
+                check_finite(current, f"x at sigma = {sigma_next:g}")
+            yield Step(current, x0_hat, sigma_next, counted.nfe)
+
+    return stepping()

@@ -1,0 +1,173 @@
+"""Samplers that add noise at every step: DDPM's ancestral sampling, DDIM, and reverse SDEs in native time.
+
+From sigma to r < sigma, unscaled, with d = (x - x0_hat) = -sigma^2 score:
+
+    DDIM        x0_hat + sqrt(r^2 - c^2) d / sigma + c z,     c^2 = eta^2 r^2 (1 - r^2/sigma^2)
+    ancestral   x0_hat + (r^2/sigma^2) d + s z                posterior: s^2 = r^2 (1 - r^2/sigma^2)
+                                                              forward:   s^2 = (sigma^2-r^2)(1+r^2)/(1+sigma^2)
+
+Ho et al., 2020, arXiv:2006.11239; Song, Meng and Ermon, Denoising Diffusion Implicit Models, 2021, arXiv:2010.02502;
+Song et al., 2021, arXiv:2011.13456.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from scorelab.processes import VE, Process
+from scorelab.samplers.base import Sampler, State, evaluate
+from scorelab.typing import ScoreFn, Tensor
+
+__all__ = ["DDIM", "Ancestral", "ReverseDiffusion", "ReverseSDE"]
+
+
+@dataclass(frozen=True)
+class Ancestral(Sampler):
+    """DDPM's sampler; ``variance`` "posterior" (beta tilde) or "forward" (beta: VP; the step's own variance for VE).
+
+    For the forward variance of a variance-exploding process pass ``process=VE(...)``: sigma^2 - r^2.
+    """
+
+    variance: str = "posterior"
+    process: Process | None = None
+
+    def __post_init__(self) -> None:
+        if self.variance not in ("posterior", "forward"):
+            raise ValueError(f"variance is {self.variance!r}; expected 'posterior' or 'forward'")
+
+    def step(
+        self,
+        score: ScoreFn,
+        x: Tensor,
+        sigma: float,
+        sigma_next: float,
+        state: State,
+        noise: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, State]:
+        gap = (sigma - sigma_next) * (sigma + sigma_next)
+        mean = x + gap * evaluate(score, x, sigma)
+        if sigma_next == 0:
+            return mean, state
+        if self.variance == "posterior":
+            var = sigma_next**2 * gap / sigma**2
+        elif isinstance(self.process, VE):
+            var = gap
+        else:
+            var = gap * (1 + sigma_next**2) / (1 + sigma**2)
+        return mean + math.sqrt(var) * noise(x), state
+
+
+@dataclass(frozen=True)
+class DDIM(Sampler):
+    """eta = 0 is Euler for the ODE, eta = 1 is ancestral sampling with the posterior variance."""
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta is {self.eta:g}; expected a number from 0 (deterministic) to 1 (ancestral)")
+
+    @property
+    def order(self) -> int | None:  # type: ignore[override]
+        """1 without noise, else None."""
+        return 1 if self.eta == 0 else None
+
+    def step(
+        self,
+        score: ScoreFn,
+        x: Tensor,
+        sigma: float,
+        sigma_next: float,
+        state: State,
+        noise: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, State]:
+        ratio = sigma_next / sigma
+        c = self.eta * sigma_next * math.sqrt((1 - ratio) * (1 + ratio))
+        direction = math.sqrt((sigma_next - c) * (sigma_next + c))
+        # x0_hat + direction (x - x0_hat) / sigma = x + (sigma - direction) sigma score
+        mean = x + (sigma - direction) * sigma * evaluate(score, x, sigma)
+        return (mean + c * noise(x) if c > 0 else mean), state
+
+
+def _scales(process: Process, *sigmas: float) -> tuple[Tensor, Tensor]:
+    """Times and alphas of noise levels, float64 on the CPU."""
+    t = process.time(torch.tensor(sigmas, dtype=torch.float64))
+    return t, process.alpha(t)
+
+
+@dataclass(frozen=True)
+class ReverseSDE(Sampler):
+    """Euler-Maruyama in the process's own time and scaled coordinates, x_t = alpha x:
+
+        dx_t = [f x_t - (1 + eta^2)/2 g^2 score_t] dt + eta g dw,  time running down
+
+    eta = 1 is the reverse SDE, 0 the probability-flow ODE; any eta >= 0 keeps the marginals. A step to 0 denoises.
+    """
+
+    process: Process
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta < math.inf:
+            raise ValueError(f"eta is {self.eta:g}; expected a finite number >= 0")
+
+    @property
+    def order(self) -> int | None:  # type: ignore[override]
+        """1 without noise, else None."""
+        return 1 if self.eta == 0 else None
+
+    def step(
+        self,
+        score: ScoreFn,
+        x: Tensor,
+        sigma: float,
+        sigma_next: float,
+        state: State,
+        noise: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, State]:
+        s = evaluate(score, x, sigma)
+        if sigma_next == 0:
+            return x + sigma**2 * s, state
+        t, alphas = _scales(self.process, sigma, sigma_next)
+        f, g = float(self.process.drift(t[0])), float(self.process.diffusion(t[0]))
+        alpha, alpha_next, dt = float(alphas[0]), float(alphas[1]), float(t[1] - t[0])
+        # score_t = score / alpha
+        keep = (1 + f * dt) * alpha / alpha_next
+        push = -0.5 * (1 + self.eta**2) * g**2 * dt / (alpha * alpha_next)
+        x = keep * x + push * s
+        if self.eta > 0:
+            x = x + self.eta * g * math.sqrt(-dt) / alpha_next * noise(x)
+        return x, state
+
+
+@dataclass(frozen=True)
+class ReverseDiffusion(Sampler):
+    """The reverse of the discretised forward step x_t = a x_s + b z, as score_sde's "reverse diffusion":
+
+    x_s = x_t - (a - 1) x_t + b^2 score_t + b z            (half the score term and no z for ``ode``)
+    """
+
+    process: Process
+    ode: bool = False
+
+    def step(
+        self,
+        score: ScoreFn,
+        x: Tensor,
+        sigma: float,
+        sigma_next: float,
+        state: State,
+        noise: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, State]:
+        s = evaluate(score, x, sigma)
+        if sigma_next == 0:
+            return x + sigma**2 * s, state
+        t, alphas = _scales(self.process, sigma, sigma_next)
+        a_ts, b_ts = self.process.transition(t[1], t[0])
+        a, b, alpha, alpha_next = float(a_ts), float(b_ts), float(alphas[0]), float(alphas[1])
+        x = (2 - a) * alpha / alpha_next * x + (0.5 if self.ode else 1.0) * b**2 / (alpha * alpha_next) * s
+        return (x if self.ode else x + b / alpha_next * noise(x)), state

@@ -1,0 +1,200 @@
+"""Noise-level sequences, and the distributions of noise levels that training visits.
+
+A sequence is a float64 CPU tensor, strictly descending. ``karras`` and ``log_linear`` end with 0 ("end on the denoised
+sample"), as published; ``geometric`` is NCSN's and ends at sigma_min.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from scorelab.checks import check_sigmas
+from scorelab.processes import DiscreteVP, Process
+from scorelab.typing import Tensor
+
+__all__ = [
+    "FromProcess",
+    "FromSigmas",
+    "LogNormal",
+    "LogUniform",
+    "SigmaDistribution",
+    "from_betas",
+    "from_process",
+    "geometric",
+    "karras",
+    "log_linear",
+    "respace",
+]
+
+
+def _check(n: int, sigma_min: float, sigma_max: float) -> None:
+    if n < 1:
+        raise ValueError(f"n is {n}; expected at least one noise level")
+    if not 0 < sigma_min <= sigma_max < math.inf or (n > 1 and sigma_min == sigma_max):
+        raise ValueError(
+            f"sigma_min = {sigma_min:g}, sigma_max = {sigma_max:g}; expected 0 < sigma_min < sigma_max, both finite"
+        )
+
+
+def geometric(n: int, *, sigma_min: float, sigma_max: float) -> Tensor:
+    """n levels with a constant ratio, sigma_max first, sigma_min last (n = 1: sigma_max alone).
+
+    Song and Ermon, Generative Modeling by Estimating Gradients of the Data Distribution, 2019, arXiv:1907.05600.
+    """
+    _check(n, sigma_min, sigma_max)
+    levels = torch.linspace(math.log(sigma_max), math.log(sigma_min), n, dtype=torch.float64).exp()
+    levels[-1] = sigma_min
+    levels[0] = sigma_max
+    return levels
+
+
+def karras(n: int, *, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """n levels uniform in sigma^(1/rho) and a final 0: (n + 1,).
+
+    Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, 2022, arXiv:2206.00364, eq. 5.
+    """
+    _check(n, sigma_min, sigma_max)
+    if not rho > 0:
+        raise ValueError(f"rho is {rho:g}; expected a positive number (7 as published)")
+    ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    levels = torch.linspace(*ends, n, dtype=torch.float64) ** rho
+    return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+
+
+def log_linear(n: int, *, sigma_min: float, sigma_max: float) -> Tensor:
+    """n geometric levels and a final 0: (n + 1,)."""
+    levels = geometric(n, sigma_min=sigma_min, sigma_max=sigma_max)
+    return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+
+
+def from_process(process: Process, n: int) -> Tensor:
+    """n levels uniform in the process's time and a final 0: (n + 1,)."""
+    return torch.cat([process.sigmas(n), torch.zeros(1, dtype=torch.float64)])
+
+
+def from_betas(betas: Tensor, steps: int | str | None = None) -> Tensor:
+    """The levels of DDPM's steps, or of some of them, and a final 0: float64 (S + 1,).
+
+    ``steps`` is as in ``respace``; None takes all.
+    """
+    levels = DiscreteVP(betas).step_sigmas
+    if steps is not None:
+        levels = levels[torch.tensor(respace(len(levels), steps))]
+    return torch.cat([levels.flip(0), torch.zeros(1, dtype=torch.float64)])
+
+
+def respace(total: int, steps: int | str) -> list[int]:
+    """Which of ``total`` steps (0-based, ascending) a shorter sampler visits.
+
+    ``steps``: a number of steps spread evenly from first to last; "10,10,10" for as many in each of equal parts;
+    "ddim50" for a constant integer stride that gives exactly 50. Nichol and Dhariwal, 2021, arXiv:2102.09672.
+    """
+    text = str(steps)
+    if text.startswith("ddim"):
+        wanted = _positive(text[4:], steps)
+        for stride in range(1, total + 1):
+            taken = list(range(0, total, stride))
+            if len(taken) == wanted:
+                return taken
+        raise ValueError(f"no integer stride takes {wanted} of {total} steps; use a plain number, e.g. {wanted}")
+    counts = [_positive(part, steps) for part in text.split(",")]
+    start, chosen = 0, []
+    for i, count in enumerate(counts):
+        size = total // len(counts) + (i < total % len(counts))
+        if count > size:
+            raise ValueError(f"{count} steps asked of a part of {size} (of {total} in all); ask for at most {size}")
+        gap = (size - 1) / (count - 1) if count > 1 else 1.0
+        chosen += [start + round(k * gap) for k in range(count)]
+        start += size
+    return chosen
+
+
+def _positive(text: str, steps: int | str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"steps is {steps!r}; expected a positive number, 'ddim50', or numbers joined by commas")
+    return int(text)
+
+
+class SigmaDistribution(ABC):
+    """Which noise levels training visits, as a quantile function of u, uniform on (0, 1)."""
+
+    @abstractmethod
+    def __call__(self, u: Tensor) -> Tensor:
+        """Noise levels of u's shape, dtype and device."""
+
+    @abstractmethod
+    def rate(self, sigma: Tensor) -> Tensor:
+        """d log sigma / du: what divides out this distribution in favour of a log-uniform one."""
+
+
+@dataclass(frozen=True)
+class LogUniform(SigmaDistribution):
+    """log sigma uniform between the ends: the continuous limit of a geometric sequence."""
+
+    sigma_min: float
+    sigma_max: float
+
+    def __post_init__(self) -> None:
+        _check(2, self.sigma_min, self.sigma_max)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return torch.exp(math.log(self.sigma_min) + u * math.log(self.sigma_max / self.sigma_min))
+
+    def rate(self, sigma: Tensor) -> Tensor:
+        return torch.full_like(sigma, math.log(self.sigma_max / self.sigma_min))
+
+
+@dataclass(frozen=True)
+class LogNormal(SigmaDistribution):
+    """log sigma normal with mean and std; Karras et al., 2022, arXiv:2206.00364: P_mean = -1.2, P_std = 1.2."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise ValueError(f"LogNormal got mean {self.mean:g}, std {self.std:g}; expected finite and std > 0")
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return torch.exp(self.mean + self.std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+
+    def rate(self, sigma: Tensor) -> Tensor:
+        z = (sigma.log() - self.mean) / self.std
+        return self.std * math.sqrt(2 * math.pi) * torch.exp(0.5 * z**2)
+
+
+@dataclass(frozen=True)
+class FromProcess(SigmaDistribution):
+    """Time uniform between t_min and t_max."""
+
+    process: Process
+
+    def __call__(self, u: Tensor) -> Tensor:
+        p = self.process
+        return p.sigma(p.t_min + u * (p.t_max - p.t_min))
+
+    def rate(self, sigma: Tensor) -> Tensor:
+        # g^2 / alpha^2 = d sigma^2 / dt
+        p = self.process
+        t = p.time(sigma)
+        return 0.5 * (p.t_max - p.t_min) * (p.diffusion(t) / p.std(t)) ** 2
+
+
+class FromSigmas(SigmaDistribution):
+    """Each level of a fixed sequence equally often (NCSN, DDPM); a final 0 is left out."""
+
+    def __init__(self, sigmas: Tensor | list[float]) -> None:
+        grid = check_sigmas(sigmas)
+        self.sigmas = torch.tensor([s for s in grid if s > 0], dtype=torch.float64)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        n = len(self.sigmas)
+        index = (u * n).long().clamp(0, n - 1)
+        return self.sigmas.to(device=u.device, dtype=u.dtype)[index]
+
+    def rate(self, sigma: Tensor) -> Tensor:
+        raise ValueError("a fixed sequence has no density; for the likelihood weighting use LogUniform or FromProcess")

@@ -1,0 +1,223 @@
+"""What an experiment is: a config file returns ``default_config()`` with its own values, and ``build`` makes the parts.
+
+Every key an experiment may set stands in ``default_config``; ml_collections refuses any other, naming the nearest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+
+from scorelab import sigmas as levels
+from scorelab.checks import nearest_name
+from scorelab.data import Source, load
+from scorelab.losses import Denoising, weighting
+from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
+from scorelab.nn import MLP, UNet
+from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
+from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP, cosine_betas, linear_betas
+from scorelab.samplers import DDIM, Ancestral, AnnealedLangevin, Euler, Heun, ProbabilityFlow, ReverseSDE, Sampler
+from scorelab.typing import Tensor
+
+__all__ = ["Experiment", "build", "build_sampling", "default_config", "sigma_data_of"]
+
+
+def default_config() -> ConfigDict:
+    """Every setting with its default value."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "data": {"source": "digits"},  # "digits", or a 2-D target such as "ring"
+            "model": {
+                "net": "unet",  # unet | mlp
+                "prediction": "eps",  # x0 | eps | score | v | flow | edm
+                "label": "log_sigma",  # log_sigma | time | index (of a sequence's or of DDPM's levels)
+                "input_scale": "process",  # process | unit_variance
+                "width": 64,
+                "multipliers": (1, 2),
+                "blocks": 2,
+                "attention": (),
+                "head": 64,
+                "dropout": 0.0,
+                "depth": 3,
+                "features": 64,
+            },
+            "process": {
+                "name": "ve",  # ve | vp | subvp | cosine | flow | ddpm | ddpm_cosine
+                "sigma_min": 0.01,
+                "sigma_max": 50.0,
+                "beta_min": 0.1,
+                "beta_max": 20.0,
+                "steps": 1000,
+            },
+            "optim": {
+                "lr": 2e-4,
+                "beta1": 0.9,
+                "beta2": 0.999,
+                "eps": 1e-8,
+                "warmup": 100,
+                "schedule": "constant",  # constant | cosine (to 0 at training.steps)
+                "clip": 1.0,
+                "ema": 0.999,
+            },
+            "training": {
+                "steps": 1000,
+                "batch_size": 128,
+                "sigmas": "process",  # process (uniform in time) | log_uniform | sequence (geometric, sampling.levels)
+                "weighting": "sigma2",  # sigma2 | snr | x0 | edm | min_snr | likelihood
+                "stable_target": 0,  # size of the reference batch, 0: the plain denoising target
+                "checkpoint_every": 500,
+                "log_every": 50,
+            },
+            "sampling": {
+                "sampler": "heun",  # annealed_langevin | ancestral | ddim | euler | heun | reverse_sde | ode
+                "levels": 18,
+                "grid": "karras",  # karras | geometric | log_linear | process (uniform in time) | steps (DDPM's own)
+                "sigma_min": 0.0,  # 0: the model's own
+                "sigma_max": 0.0,
+                "steps": 100,  # Langevin steps a level
+                "step_size": 4e-5,
+                "eta": 0.0,
+                "variance": "posterior",
+                "clip": False,  # clamp the denoised sample to the data range
+                "samples": 64,
+                "batch_size": 256,
+            },
+        }
+    )
+
+
+_PROCESSES = ("ve", "vp", "subvp", "cosine", "flow", "ddpm", "ddpm_cosine")
+_PREDICTIONS = {"x0": X0, "eps": EPS, "score": SCORE, "v": V, "flow": FLOW}
+_GRIDS = ("karras", "geometric", "log_linear", "process", "steps")
+_SAMPLERS = ("annealed_langevin", "ancestral", "ddim", "euler", "heun", "reverse_sde", "ode")
+
+
+@dataclass
+class Experiment:
+    """The parts of an experiment: data, a model with fresh weights, and the training objective."""
+
+    data: Source
+    model: ScoreModel
+    objective: Denoising
+
+
+def _choose(value: str, names: tuple[str, ...], key: str) -> str:
+    if value not in names:
+        raise ValueError(f"{key} is {value!r}; {nearest_name(value, names)}")
+    return value
+
+
+def sigma_data_of(x0: Tensor) -> float:
+    """Root mean square of the data about 0: the scale that preconditioning uses."""
+    return float(x0.double().square().mean().sqrt())
+
+
+def build_process(config: ConfigDict) -> Process:
+    """The process of ``config.process``."""
+    c = config.process
+    name = _choose(c.name, _PROCESSES, "process.name")
+    if name == "ve":
+        return VE(c.sigma_min, c.sigma_max)
+    if name in ("vp", "subvp"):
+        return (VP if name == "vp" else SubVP)(c.beta_min, c.beta_max)
+    if name in ("cosine", "flow"):
+        return Cosine() if name == "cosine" else Flow()
+    return DiscreteVP(linear_betas(c.steps) if name == "ddpm" else cosine_betas(c.steps))
+
+
+def build(config: ConfigDict) -> Experiment:
+    """All parts; weights are drawn from ``config.seed`` without touching global random state.
+
+    Raises ValueError for a value that is not known or does not fit, naming the key.
+    """
+    m, t = config.model, config.training
+    for key in ("steps", "batch_size", "checkpoint_every", "log_every"):
+        if t[key] < 1:
+            raise ValueError(f"training.{key} is {t[key]}; expected at least 1")
+    data = load(config.data.source)
+    sigma_data = sigma_data_of(data.reference())
+    process = build_process(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if _choose(m.net, ("unet", "mlp"), "model.net") == "unet":
+            positional = m.label == "index"
+            net: torch.nn.Module = UNet(
+                data.data_shape,
+                width=m.width,
+                multipliers=tuple(m.multipliers),
+                blocks=m.blocks,
+                attention=tuple(m.attention),
+                head=m.head,
+                dropout=m.dropout,
+                embedding="positional" if positional else "fourier",
+            )
+        else:
+            net = MLP(data.data_shape, width=m.width, depth=m.depth, features=m.features)
+    prediction = (
+        edm(sigma_data)
+        if m.prediction == "edm"
+        else _PREDICTIONS[_choose(m.prediction, (*_PREDICTIONS, "edm"), "model.prediction")]
+    )
+    sequence = levels.geometric(
+        config.sampling.levels, sigma_min=process.sigma_range[0], sigma_max=process.sigma_range[1]
+    )
+    label: Any = _choose(m.label, ("log_sigma", "time", "index"), "model.label")
+    scale: Any = _choose(m.input_scale, ("process", "unit_variance"), "model.input_scale")
+    if isinstance(net, MLP):
+        scale, label = Constant(1 / sigma_data), LogSigma(sigma_data)
+    elif scale == "unit_variance":
+        scale = UnitVariance(sigma_data)
+    model = ScoreModel(
+        net,
+        process,
+        prediction,
+        data_shape=data.data_shape,
+        data_range=data.data_range,
+        input_scale=scale,
+        label=label,
+        levels=None if isinstance(process, DiscreteVP) or label != "index" else sequence,
+    )
+    kind = _choose(t.sigmas, ("process", "log_uniform", "sequence"), "training.sigmas")
+    if kind == "sequence":
+        distribution: levels.SigmaDistribution = levels.FromSigmas(sequence)
+    elif kind == "log_uniform":
+        distribution = levels.LogUniform(*process.sigma_range)
+    elif isinstance(process, DiscreteVP):
+        distribution = levels.FromSigmas(process.step_sigmas.flip(0))
+    else:
+        distribution = levels.FromProcess(process)
+    weight = weighting(t.weighting, sigma_data=sigma_data, sigmas=distribution)
+    return Experiment(data, model, Denoising(distribution, weight, t.stable_target))
+
+
+def build_sampling(config: ConfigDict, model: ScoreModel) -> tuple[Tensor, Sampler]:
+    """The noise levels and the sampler of ``config.sampling``."""
+    c, process = config.sampling, model.process
+    low, high = model.sigma_range
+    ends = {"sigma_min": c.sigma_min or low, "sigma_max": c.sigma_max or high}
+    name = _choose(c.sampler, _SAMPLERS, "sampling.sampler")
+    grid = _choose(c.grid, _GRIDS, "sampling.grid")
+    if grid == "steps":
+        if not isinstance(process, DiscreteVP):
+            raise ValueError(
+                "sampling.grid='steps' takes DDPM's own steps; expected process.name 'ddpm' or 'ddpm_cosine'"
+            )
+        noise_levels = levels.from_betas(process.betas, c.levels)
+    elif grid == "process":
+        noise_levels = levels.from_process(process, c.levels)
+    else:
+        noise_levels = getattr(levels, grid)(c.levels, **ends)
+    samplers: dict[str, Sampler] = {
+        "annealed_langevin": AnnealedLangevin(c.steps, c.step_size),
+        "ancestral": Ancestral(c.variance, process),
+        "ddim": DDIM(c.eta),
+        "euler": Euler(),
+        "heun": Heun(),
+        "reverse_sde": ReverseSDE(process),
+        "ode": ProbabilityFlow(),
+    }
+    return noise_levels, samplers[name]

@@ -24,7 +24,7 @@ from scorelab import processes
 from scorelab.checks import broadcast, check_batch, check_sigmas
 from scorelab.nn import NETWORKS
 from scorelab.predictions import EPS, PREDICTIONS, X0, Prediction, V, coefficients, edm
-from scorelab.processes import DiscreteVP, Process
+from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP
 from scorelab.typing import ScoreFn, Shape, Tensor
 
 __all__ = ["Conditioned", "Constant", "LogSigma", "ScoreModel", "UnitVariance", "process_from_dict", "process_to_dict"]
@@ -311,7 +311,7 @@ def process_to_dict(process: Process) -> dict[str, Any]:
     name = type(process).__name__
     if isinstance(process, DiscreteVP):
         return {"name": name, "betas": process.betas.tolist()}
-    if name in processes.__all__ and dataclasses.is_dataclass(process):
+    if isinstance(process, (VE, VP, SubVP, Cosine, Flow)):
         return {"name": name, **dataclasses.asdict(process)}
     raise ValueError(f"{name} is not one of scorelab's processes and cannot be saved")
 

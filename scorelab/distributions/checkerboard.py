@@ -64,7 +64,7 @@ class Checkerboard(Distribution):
             relative = (x[:, :, None] - self.edges.to(x)) / self.side
             inside = (relative >= 0) & (relative <= 1)
             dark = (inside[:, 0, self.columns.to(x.device)] & inside[:, 1, self.lines.to(x.device)]).any(1)
-            return torch.where(dark, -area, -math.inf).to(x)
+            return torch.full_like(x[:, 0], -math.inf).masked_fill(dark, -area)
         _, _, joint = self._parts(x, sigma)
         return torch.logsumexp(joint, 1) - area
 

@@ -35,9 +35,9 @@ class MLP(nn.Module):
         *,
         width: int = 128,
         depth: int = 3,
-        features: int = 64,
+        features: int = 32,
         low: float = 0.5,
-        high: float = 30.0,
+        high: float = 15.0,
         embedding: int = 16,
         seed: int = 0,
     ) -> None:
@@ -79,7 +79,8 @@ class MLP(nn.Module):
         var = torch.exp(2 * label)[:, None]
         embedding = self.embed(label)
         phase = x @ self.directions
-        damping = torch.exp(-0.5 * var * self.directions.square().sum(0))
+        # not below e^-20: denormal numbers would slow the matrix products many times
+        damping = torch.exp((-0.5 * var * self.directions.square().sum(0)).clamp_min(-20.0))
         h = torch.cat([x * torch.rsqrt(1 + var), damping * phase.cos(), damping * phase.sin(), embedding], 1)
         h = functional.silu(self.first(h))
         for layer in self.layers:

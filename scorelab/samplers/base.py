@@ -81,6 +81,8 @@ class Counted:
         self.first: tuple[Tensor, Tensor, Tensor] | None = None
         if hasattr(score, "rows"):
             self.rows = self._rows
+        if hasattr(score, "score_and_variance"):
+            self.score_and_variance = self._score_and_variance
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         output = self._call(self.score, x, sigma)
@@ -91,6 +93,12 @@ class Counted:
     def _call(self, score: ScoreFn, x: Tensor, sigma: Tensor) -> Tensor:
         self.nfe += 1
         return check_output(score(x, sigma), x, sigma)
+
+    def _score_and_variance(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        self.nfe += 1
+        output, v = self.score.score_and_variance(x, sigma)  # type: ignore[attr-defined]
+        self.first = x, sigma, check_output(output, x, sigma)
+        return output, check_output(v, x, sigma)
 
     def _rows(self, index: Tensor) -> ScoreFn:
         restricted = rows(self.score, index)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from scorelab.checks import level
 from scorelab.processes import VE, Process
 from scorelab.samplers.base import Sampler, State, evaluate
 from scorelab.typing import ScoreFn, Tensor
@@ -27,17 +28,20 @@ __all__ = ["DDIM", "Ancestral", "ReverseDiffusion", "ReverseSDE"]
 
 @dataclass(frozen=True)
 class Ancestral(Sampler):
-    """DDPM's sampler; ``variance`` "posterior" (beta tilde) or "forward" (beta: VP; the step's own variance for VE).
+    """DDPM's sampler; ``variance`` "posterior" (beta tilde), "forward" (beta) or "learned".
 
-    For the forward variance of a variance-exploding process pass ``process=VE(...)``: sigma^2 - r^2.
+    For the forward variance of a variance-exploding process pass ``process=VE(...)``: sigma^2 - r^2. Learned variance
+    asks the score for ``score_and_variance(x, sigma) -> (score, v)``, v (B, *D) in [0, 1], and takes
+    log s^2 = v log(forward) + (1 - v) log(posterior); a score without it is a TypeError. Nichol and Dhariwal, 2021,
+    arXiv:2102.09672.
     """
 
     variance: str = "posterior"
     process: Process | None = None
 
     def __post_init__(self) -> None:
-        if self.variance not in ("posterior", "forward"):
-            raise ValueError(f"variance is {self.variance!r}; expected 'posterior' or 'forward'")
+        if self.variance not in ("posterior", "forward", "learned"):
+            raise ValueError(f"variance is {self.variance!r}; expected 'posterior', 'forward' or 'learned'")
 
     def step(
         self,
@@ -49,16 +53,21 @@ class Ancestral(Sampler):
         noise: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, State]:
         gap = (sigma - sigma_next) * (sigma + sigma_next)
-        mean = x + gap * evaluate(score, x, sigma)
+        if self.variance == "learned":
+            both = getattr(score, "score_and_variance", None)
+            if both is None:
+                raise TypeError("learned variance needs a score with score_and_variance(x, sigma) -> (score, v)")
+            s, v = both(x, level(sigma, x))
+        else:
+            s, v = evaluate(score, x, sigma), None
+        mean = x + gap * s
         if sigma_next == 0:
             return mean, state
-        if self.variance == "posterior":
-            var = sigma_next**2 * gap / sigma**2
-        elif isinstance(self.process, VE):
-            var = gap
-        else:
-            var = gap * (1 + sigma_next**2) / (1 + sigma**2)
-        return mean + math.sqrt(var) * noise(x), state
+        posterior = sigma_next**2 * gap / sigma**2
+        forward = gap if isinstance(self.process, VE) else gap * (1 + sigma_next**2) / (1 + sigma**2)
+        if v is not None:
+            return mean + math.sqrt(posterior) * torch.exp(0.5 * v * math.log(forward / posterior)) * noise(x), state
+        return mean + math.sqrt(posterior if self.variance == "posterior" else forward) * noise(x), state
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def default_config() -> ConfigDict:
                 "head": 64,
                 "dropout": 0.0,
                 "depth": 3,
-                "features": 64,
+                "features": 32,
             },
             "process": {
                 "name": "ve",  # ve | vp | subvp | cosine | flow | ddpm | ddpm_cosine

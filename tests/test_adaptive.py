@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from problems import F64, generator, mixture, randn, ring
+from scipy.integrate import solve_ivp
+
+from scorelab import sample, trajectory
+from scorelab.samplers import ProbabilityFlow
+from scorelab.samplers.adaptive import Controller, integrate
+
+
+def scipy_flow(d, x: torch.Tensor, high: float, low: float) -> torch.Tensor:
+    """The probability-flow ODE in sigma by SciPy's DOP853 at 1e-12."""
+    out = []
+    for row in x:
+        run = solve_ivp(
+            lambda s, y: (-s * d.score(torch.tensor(y)[None], float(s))[0]).numpy(),
+            (high, low),
+            row.numpy(),
+            method="DOP853",
+            rtol=1e-12,
+            atol=1e-12,
+        )
+        out.append(torch.tensor(run.y[:, -1]))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("problem", [ring, mixture])
+def test_meets_its_tolerance_against_scipy(problem, tolerance):
+    d = problem()
+    x = 10 * randn(6, 2)
+    exact = scipy_flow(d, x, 10.0, 0.05)
+    found = sample(d.score, x, [10.0, 0.05], ProbabilityFlow(tolerance, tolerance))
+    # local errors of `tolerance`, in a flow that contracts: 100 times that is generous for the global error
+    assert float((found - exact).abs().max()) < 100 * tolerance
+
+
+def test_reported_points_do_not_change_the_end_beyond_tolerance():
+    x = 10 * randn(6, 2)
+    once = sample(ring().score, x, [10.0, 0.05, 0.0], ProbabilityFlow(1e-7, 1e-7))
+    often = sample(ring().score, x, [10.0, 3.0, 1.0, 0.3, 0.05, 0.0], ProbabilityFlow(1e-7, 1e-7))
+    torch.testing.assert_close(once, often, rtol=1e-4, atol=1e-4)
+
+
+def accepted(d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    state = None
+    sampler = ProbabilityFlow(1e-6, 1e-6)
+    y, state = sampler.step(d, x, 10.0, 0.05, state, torch.zeros_like)
+    return y, state.accepted
+
+
+def test_one_stiff_sample_leaves_the_others_steps_unchanged():
+    d = ring()
+
+    def score(x, sigma):
+        s = sigma.reshape(-1, 1) if sigma.ndim else sigma
+        stiff = (x[:, :1] > 500).to(x)
+        # the marked sample oscillates fast in log sigma
+        return d.score(x, sigma) * (1 - stiff) + stiff * torch.sin(40 * s.log()) / s
+
+    x = 10 * randn(100, 2)
+    with_stiff = x.clone()
+    with_stiff[37] = 1000.0
+    plain, steps = accepted(score, x)
+    mixed, mixed_steps = accepted(score, with_stiff)
+    others = torch.arange(100) != 37
+    assert torch.equal(steps[others], mixed_steps[others])
+    assert torch.equal(plain[others], mixed[others])
+    assert mixed_steps[37] > 3 * steps.max()
+
+
+def test_scores_that_can_be_split_get_only_the_rows_that_move():
+    d, sizes = ring(), []
+
+    class Splitting:
+        def __init__(self, index=None):
+            self.index = index
+
+        def __call__(self, x, sigma):
+            sizes.append(len(x))
+            assert self.index is None or len(self.index) == len(x)
+            return d.score(x, sigma)
+
+        def rows(self, index):
+            return Splitting(index)
+
+    x = 10 * randn(50, 2)
+    steps = list(trajectory(Splitting(), x, [10.0, 0.05, 0.0], ProbabilityFlow()))
+    assert steps[-1].nfe == len(sizes)
+    assert min(sizes) < 50
+    whole = sample(lambda y, s: d.score(y, s), x, [10.0, 0.05, 0.0], ProbabilityFlow())
+    torch.testing.assert_close(steps[-1].x, whole)
+
+
+def test_a_score_that_does_not_broadcast_is_named():
+    with pytest.raises(ValueError, match="scorelab.broadcast"):
+        sample(lambda x, s: -x / (1 + s**2), 10 * randn(5, 2), [10.0, 0.1, 0.0], ProbabilityFlow())
+    # a square batch broadcasts silently along the wrong axis
+    with pytest.raises(ValueError, match="scorelab.broadcast"):
+        sample(
+            lambda x, s: -x / (1 + s.reshape(-1)[:1] ** 2 + 0.1 * s.ndim),
+            10 * randn(2, 2),
+            [10.0, 0.1],
+            ProbabilityFlow(),
+        )
+
+
+def test_images_and_empty_batches():
+    def score(x, s):
+        return -x / (1 + s.reshape(-1, 1, 1, 1) ** 2)
+
+    x = sample(score, (3, 2, 4, 4), [5.0, 0.1, 0.0], ProbabilityFlow(), generator=generator(), dtype=F64)
+    assert x.shape == (3, 2, 4, 4)
+    assert sample(score, (0, 2, 4, 4), [5.0, 0.1, 0.0], ProbabilityFlow()).shape == (0, 2, 4, 4)
+
+
+def test_limits_and_broken_scores_are_reported():
+    with pytest.raises(RuntimeError, match=r"max_steps = 3 .*sigma ="):
+        sample(ring().score, 10 * randn(4, 2), [10.0, 0.01], ProbabilityFlow(max_steps=3))
+
+    def score(x, sigma):
+        s = ring().score(x, sigma)
+        return torch.where((torch.arange(len(x)) == 2)[:, None] & (sigma.reshape(-1)[0] < 5), math.nan, s)
+
+    with pytest.raises(ValueError, match="sample 2"):
+        sample(score, 10 * randn(4, 2), [10.0, 0.01], ProbabilityFlow())
+    with pytest.raises(ValueError, match="tolerances"):
+        ProbabilityFlow(0.0, 0.0)
+
+
+def test_integrate_runs_in_both_directions():
+    """dy/du = -y, exact exp(-u)."""
+    y = torch.ones(3, 1, dtype=F64)
+    there = integrate(lambda v, u, i: -v, y, 0.0, 2.0, Controller(1e-10, 1e-10)).y
+    back = integrate(lambda v, u, i: -v, there, 2.0, 0.0, Controller(1e-10, 1e-10)).y
+    torch.testing.assert_close(there, y * math.exp(-2), rtol=1e-8, atol=0)
+    torch.testing.assert_close(back, y, rtol=1e-8, atol=0)

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import F64, PROCESSES, generator, mixture, randn
+from torch import nn
+
+from scorelab import VE, VP, DiscreteVP, ScoreModel, sample, sigmas
+from scorelab.models import Constant, LogSigma, UnitVariance
+from scorelab.nn import MLP, UNet
+from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
+from scorelab.processes import linear_betas
+
+PREDICTIONS = {"x0": X0, "eps": EPS, "score": SCORE, "v": V, "flow": FLOW, "edm": edm(0.7)}
+
+
+class Oracle(nn.Module):
+    """A 'network' that returns the exact prediction for the mixture, from the scaled input and the time it is told."""
+
+    def __init__(self, process, prediction):
+        super().__init__()
+        self.process, self.prediction = process, prediction
+
+    def forward(self, x_t, t):
+        p, d = self.process, mixture()
+        x, sigma = x_t / p.alpha(t)[:, None], p.sigma(t)[:, None]
+        return (d.denoise(x, sigma[:, 0]) - self.prediction.skip(sigma) * x) / self.prediction.out(sigma)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("process", PROCESSES)
+def test_a_model_is_the_score_in_any_process_and_prediction(process, prediction):
+    p, d = PROCESSES[process], mixture()
+    model = ScoreModel(Oracle(p, PREDICTIONS[prediction]), p, PREDICTIONS[prediction], data_shape=(2,))
+    x = 2 * randn(5, 2)
+    for sigma in (torch.tensor(0.6, dtype=F64), torch.tensor([0.1, 0.5, 1.0, 2.0, 9.0], dtype=F64)):
+        level = sigma.reshape(-1, 1)
+        torch.testing.assert_close(model(x, sigma), d.score(x, sigma), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(model.denoise(x, sigma), d.denoise(x, sigma), rtol=1e-6, atol=1e-6)
+        eps = -level * d.score(x, sigma)
+        torch.testing.assert_close(model.eps(x, sigma), eps, rtol=1e-6, atol=1e-6)
+        v = (eps - level * d.denoise(x, sigma)) / (1 + level**2).sqrt()
+        torch.testing.assert_close(model.v(x, sigma), v, rtol=1e-6, atol=1e-6)
+
+
+def test_score_keeps_its_digits_at_small_sigma():
+    """eps = 0.3 exactly: at sigma = 1e-3 in float32 the score must be -300, though x0_hat - x would keep four digits."""
+
+    class Fixed(nn.Module):
+        def forward(self, x, t):
+            return torch.full_like(x, 0.3)
+
+    model = ScoreModel(Fixed(), VE(1e-3, 10.0), EPS, data_shape=(2,))
+    found = model(torch.full((1, 2), 50.0), torch.tensor(1e-3))
+    torch.testing.assert_close(found, torch.full((1, 2), -300.0), rtol=1e-6, atol=0)
+
+
+class Spy(nn.Module):
+    def __init__(self, integer=False):
+        super().__init__()
+        self.integer_labels = integer
+        self.seen = None
+
+    def forward(self, x, label):
+        self.seen = label
+        return torch.zeros_like(x)
+
+
+def told(sigma: float, **settings) -> torch.Tensor:
+    net = Spy(settings.pop("integer", False))
+    ScoreModel(net, settings.pop("process"), EPS, data_shape=(2,), **settings)(torch.zeros(3, 2), torch.tensor(sigma))
+    return net.seen
+
+
+def test_labels():
+    ddpm = DiscreteVP(linear_betas())
+    assert told(2.0, process=VE(), label="log_sigma").tolist() == pytest.approx([torch.tensor(2.0).log()] * 3)
+    assert told(2.0, process=VP(), label_scale=999.0)[0] == pytest.approx(
+        999 * float(VP().time(torch.tensor(2.0))), rel=1e-5
+    )
+    for i in (0, 1, 500, 999):
+        assert told(float(ddpm.step_sigmas[i]), process=ddpm, label="index")[0] == pytest.approx(i, abs=2e-3)
+    halfway = float((ddpm.step_sigmas[10] * ddpm.step_sigmas[11]).sqrt())
+    assert told(halfway, process=ddpm, label="index")[0] == pytest.approx(10.5, abs=1e-2)
+    grid = sigmas.geometric(10, sigma_min=0.01, sigma_max=1.0)
+    ncsn = {"process": VE(0.01, 1.0), "label": "index", "levels": grid, "index_order": "descending"}
+    assert told(1.0, **ncsn)[0] == 0
+    assert told(0.01, **ncsn)[0] == 9
+    assert told(float(grid[3]), integer=True, **ncsn).tolist() == [3, 3, 3]
+    with pytest.raises(ValueError, match="none of this model's 10 levels"):
+        told(float(grid[3]) * 1.01, integer=True, **ncsn)
+
+
+def test_input_scale():
+    class Seen(nn.Module):
+        def forward(self, x, label):
+            return x
+
+    x, sigma = torch.ones(1, 2), torch.tensor(2.0)
+    # eps_hat = the scaled input, so score = -scale x / sigma
+    for scale, expected in ((Constant(0.25), 0.25), (UnitVariance(0.5), 4.25**-0.5), ("process", 5**-0.5)):
+        model = ScoreModel(Seen(), VP(), EPS, data_shape=(2,), input_scale=scale)
+        assert float(model(x, sigma)[0, 0]) == pytest.approx(-expected / 2, rel=1e-5)
+
+
+def random_weights(net: nn.Module) -> nn.Module:
+    noise = generator(3)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=noise))
+    return net
+
+
+def test_save_and_load(tmp_path):
+    model = ScoreModel(
+        random_weights(UNet((2, 5, 3), width=8, multipliers=(1, 2), blocks=1, attention=(1,), head=8)),
+        DiscreteVP(linear_betas(50)),
+        V,
+        data_shape=(2, 5, 3),
+        data_range=(0, 255),
+        label="index",
+    ).eval()
+    model.save(tmp_path / "m")
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["model.json", "model.safetensors"]
+    before = torch.random.get_rng_state()
+    again = ScoreModel.load(tmp_path / "m")
+    assert torch.equal(before, torch.random.get_rng_state())
+    x, sigma = torch.randn(2, 2, 5, 3, generator=generator()), torch.tensor(0.7)
+    assert torch.equal(model(x, sigma), again(x, sigma))
+    assert again.data_range == (0.0, 255.0)
+    assert again.process == model.process
+
+
+def test_own_networks_are_passed_to_load(tmp_path):
+    own = ScoreModel(
+        nn.Sequential(Spy()), VP(), edm(0.3), data_shape=(2,), input_scale=UnitVariance(0.3), label=LogSigma()
+    )
+    own.save(tmp_path)
+    with pytest.raises(ValueError, match="net=..."):
+        ScoreModel.load(tmp_path)
+    again = ScoreModel.load(tmp_path, net=nn.Sequential(Spy()))
+    assert again.prediction == edm(0.3) or again.prediction.name == "edm(0.3)"
+    with pytest.raises(ValueError, match=r"2 keys missing"):
+        ScoreModel.load(tmp_path, net=nn.Linear(2, 2))
+    odd = ScoreModel(Spy(), VP(), EPS, data_shape=(2,), label=lambda s: s)
+    with pytest.raises(ValueError, match="label is a function"):
+        odd.save(tmp_path / "odd")
+    assert not (tmp_path / "odd").exists()
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 5), (4, 7, 5), (3, 8, 8), (2, 9), (1, 3, 5, 4), (1, 1, 1)])
+def test_unet_takes_any_shape_and_is_batch_invariant(shape):
+    net = random_weights(UNet(shape, width=8, multipliers=(1, 2, 2), blocks=1, attention=(2,), head=8)).eval()
+    x, label = torch.randn(3, *shape, generator=generator()), torch.tensor([0.1, 0.5, 2.0])
+    out = net(x, label)
+    assert out.shape == x.shape
+    torch.testing.assert_close(net(x[1:2], label[1:2]), out[1:2], rtol=1e-4, atol=1e-4)
+
+
+def test_class_conditions_and_their_rows():
+    net = random_weights(UNet((1, 4, 4), width=8, multipliers=(1,), blocks=1, num_classes=3))
+    model = ScoreModel(net, VP(), data_shape=(1, 4, 4), label="log_sigma").eval()
+    x, labels, sigma = torch.randn(4, 1, 4, 4, generator=generator()), torch.tensor([0, 1, 2, 0]), torch.tensor(1.0)
+    score = model.conditioned(labels)
+    index = torch.tensor([2, 0])
+    torch.testing.assert_close(score.rows(index)(x[index], sigma), score(x, sigma)[index], rtol=1e-4, atol=1e-5)
+    one = model.conditioned(torch.tensor([1]))
+    torch.testing.assert_close(one(x, sigma)[1], score(x, sigma)[1])
+    assert sample(score, x, [1.0, 0.0]).shape == x.shape
+    with pytest.raises(ValueError, match="4 rows for a batch of 2"):
+        score(x[:2], sigma)
+    with pytest.raises(ValueError, match="num_classes"):
+        ScoreModel(UNet((1, 4, 4), width=8), VP(), data_shape=(1, 4, 4)).conditioned(labels)(x, sigma)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: UNet((2,)), "MLP"),
+        (lambda: UNet((1, 4, 4), width=7), "even width"),
+        (lambda: UNet((1, 4, 4), attention=(5,)), "resolutions"),
+        (lambda: UNet((1, 4, 4), embedding="sine"), "fourier"),
+        (lambda: MLP((2, 2)), "UNet"),
+        (lambda: ScoreModel(Spy(), VP(), data_shape=(2,), label="sigma"), "label"),
+        (lambda: ScoreModel(Spy(), VE(), data_shape=(2,), label="index"), "levels="),
+        (lambda: ScoreModel(Spy(), VP(), data_shape=(2,), input_scale="none"), "input_scale"),
+        (lambda: ScoreModel(Spy(), VP(), data_shape=(2,))(torch.zeros(3, 4), torch.tensor(1.0)), r"expected \(B, 2\)"),
+        (lambda: ScoreModel(Spy(), VP(), data_shape=(2,))(torch.zeros(3, 2), torch.ones(2)), "sigma has shape"),
+        (lambda: sample(ScoreModel(Spy(), VP(), data_shape=(2,)), (3, 2), [500.0, 1.0]), "sigma_range"),
+        (lambda: ScoreModel.load("nowhere"), "no model.json"),
+    ],
+)
+def test_bad_input_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

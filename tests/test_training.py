@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from problems import generator
+
+from scorelab import ScoreModel, losses, sample, sigmas
+from scorelab.data import Arrays, Drawn, digits, load
+from scorelab.distributions import target
+from scorelab.losses import Denoising
+from scorelab.models import UnitVariance
+from scorelab.nn import UNet
+from scorelab.predictions import edm
+from scorelab.processes import VE
+from scorelab.training import (
+    EMA,
+    Experiment,
+    NonFiniteError,
+    Trainer,
+    build,
+    build_sampling,
+    checkpoint,
+    default_config,
+    train,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def small(steps: int = 6, **changes):
+    c = default_config()
+    c.model.width, c.model.blocks, c.model.multipliers, c.model.dropout = 8, 1, (1, 2), 0.1
+    c.process.sigma_max = 10.0
+    c.training.steps, c.training.batch_size = steps, 700  # 1797 digits: epochs end inside batches
+    c.training.checkpoint_every, c.training.log_every = 2, 1
+    for key, value in changes.items():
+        group, name = key.split("__")
+        c[group][name] = value
+    return c
+
+
+def same_files(a: Path, b: Path) -> None:
+    for name in ("model.safetensors", "ema.safetensors", "model.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    one, two = (torch.load(p / "training.pt", weights_only=True) for p in (a, b))
+    assert one["step"] == two["step"]
+    assert one["ema_count"] == two["ema_count"]
+    for key, state in one["optimiser"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(two["optimiser"]["state"][key][name]))
+
+
+def rows(workdir: Path) -> list[dict]:
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in found]
+
+
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):
+    """Stopped in the middle of an epoch, with dropout, EMA, warm-up and a cosine schedule on."""
+    c = small(optim__schedule="cosine", optim__warmup=3)
+    train(c, tmp_path / "whole", progress=False)
+    train(c, tmp_path / "parts", progress=False)
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "parts" / "checkpoints" / f"step_{step:08d}")
+    train(c, tmp_path / "parts", progress=False)
+    for step in (2, 4, 6):
+        same_files(*(tmp_path / w / "checkpoints" / f"step_{step:08d}" for w in ("whole", "parts")))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert [r["step"] for r in rows(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_process_resumes_bit_for_bit(tmp_path):
+    command = [sys.executable, "-m", "scorelab.cli", "train", "--config", str(ROOT / "configs/digits/ncsn.py")]
+    small_run = [
+        "--config.model.width=8",
+        "--config.model.blocks=1",
+        "--config.training.steps=12",
+        "--config.training.log_every=1",
+    ]
+    small_run += [
+        "--config.training.checkpoint_every=3",
+        "--config.training.batch_size=64",
+        "--config.model.dropout=0.1",
+    ]
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([*command, *small_run, "--workdir", str(killed)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (killed / "checkpoints" / "step_00000003").is_dir():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for workdir in (killed, tmp_path / "whole"):
+        subprocess.run([*command, *small_run, "--workdir", str(workdir)], cwd=ROOT, check=True, capture_output=True)
+    same_files(*(w / "checkpoints" / "step_00000012" for w in (killed, tmp_path / "whole")))
+    assert rows(killed) == rows(tmp_path / "whole")
+
+
+def test_training_leaves_global_random_state_alone(tmp_path):
+    before = torch.random.get_rng_state()
+    train(small(2), tmp_path, progress=False)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_ema_warms_up_and_never_touches_the_weights():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    ema, expected, share = EMA([weight], 0.9), 0.0, 1.0
+    module = torch.nn.ParameterList([weight])
+    for n in range(300):
+        weight.data.fill_(n + 1.0)
+        ema.update()
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected, share = decay * expected + (1 - decay) * (n + 1), share * decay
+        assert float(ema.average[0]) == pytest.approx(expected, rel=1e-5)
+        assert float(weight) == n + 1
+    assert ema.decay == 0.9
+    assert ema.initial_share == pytest.approx(share)
+    assert float(ema.weights(module)["0"]) == pytest.approx(expected, rel=1e-5)
+    assert float(weight) == 300
+
+
+def test_learning_rate_and_clipping():
+    c = small(10, optim__warmup=4, optim__lr=1.0, optim__schedule="cosine", optim__clip=1e-3)
+    trainer = Trainer(build(c), c)
+    found = []
+    for step in range(10):
+        trainer.step = step
+        found.append(trainer._lr())
+    assert found == pytest.approx([min(1, (i + 1) / 4) * 0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(10)])
+
+
+class Broken(Arrays):
+    """Digits of which one turns NaN at the third step."""
+
+    def batch(self, seed, step, size):
+        x0 = super().batch(seed, step, size)
+        if step == 2:
+            x0[5] = math.nan
+        return x0
+
+
+def test_non_finite_losses_stop_before_any_weight_changes():
+    c = small()
+    parts = build(c)
+    data = digits()
+    trainer = Trainer(Experiment(Broken((data.x0 + 1) / 2, None, (0.0, 1.0)), parts.model, parts.objective), c)
+    trainer.advance()
+    trainer.advance()
+    kept = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    with pytest.raises(NonFiniteError, match=r"step 2: the loss is not finite at sigma = "):
+        trainer.advance()
+    assert all(torch.equal(v, kept[k]) for k, v in trainer.model.state_dict().items())
+
+
+def test_no_checkpoint_holds_a_non_finite_weight(tmp_path):
+    c = small()
+    trainer = Trainer(build(c), c)
+    next(trainer.model.parameters()).data[0] = math.inf
+    with pytest.raises(ValueError, match="not finite at step 0"):
+        trainer.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest", "no manifest"])
+def test_damaged_checkpoints_are_refused_and_kept(tmp_path, damage):
+    train(small(2), tmp_path, progress=False)
+    place = tmp_path / "checkpoints" / "step_00000002"
+    file = place / "model.safetensors"
+    content = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(content[:-10])
+    elif damage == "flipped":
+        file.write_bytes(content[:-10] + bytes(10))
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "manifest":
+        (place / "manifest.json").write_text("{")
+    else:
+        (place / "manifest.json").unlink()
+    before = sorted(p.name for p in place.iterdir())
+    with pytest.raises(ValueError, match="step_00000002.*remove this directory"):
+        train(small(4), tmp_path, progress=False)
+    assert sorted(p.name for p in place.iterdir()) == before
+    shutil.rmtree(place)
+    train(small(2), tmp_path, progress=False)
+    assert checkpoint.verify(place) == 2
+
+
+def test_what_was_being_written_is_never_taken_for_a_checkpoint(tmp_path):
+    train(small(2), tmp_path, progress=False)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step_00000002", folder / ".writing_step_00000004")
+    assert checkpoint.latest(folder) == folder / "step_00000002"
+    train(small(4), tmp_path, progress=False)
+    assert checkpoint.verify(folder / "step_00000004") == 4
+
+
+def test_another_experiments_directory_is_refused_and_left_alone(tmp_path):
+    train(small(2), tmp_path, progress=False)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"optim.lr: 0.0002 there, 0.1 now"):
+        train(small(2, optim__lr=0.1), tmp_path, progress=False)
+    assert (tmp_path / "config.json").read_bytes() == before
+    train(small(3), tmp_path, progress=False)  # going on for longer is no other experiment
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="not empty"):
+        train(small(2), foreign, progress=False)
+    assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_odd_images_train_and_sample(channels):
+    images = torch.rand(50, channels, 7, 5, generator=generator())
+    data = Arrays(images, data_range=(0.0, 1.0))
+    net = UNet((channels, 7, 5), width=8, multipliers=(1, 2), blocks=1, attention=(1,), head=8)
+    model = ScoreModel(
+        net, VE(0.1, 10.0), edm(0.5), data_shape=(channels, 7, 5), input_scale=UnitVariance(0.5), label="log_sigma"
+    )
+    c = small()
+    c.training.batch_size = 16
+    trainer = Trainer(Experiment(data, model, Denoising(sigmas.LogUniform(0.1, 10.0))), c)
+    assert trainer.advance() is not None
+    x = sample(
+        trainer.averaged(), (3, channels, 7, 5), sigmas.karras(4, sigma_min=0.1, sigma_max=10), generator=generator()
+    )
+    assert x.shape == (3, channels, 7, 5)
+
+
+def test_training_learns():
+    """200 steps on the two modes: the loss falls far below the zero predictor's 1, towards what the true score leaves."""
+    c = default_config()
+    c.data.source, c.model.net, c.model.prediction = "two_modes", "mlp", "edm"
+    c.process.sigma_min, c.process.sigma_max = 0.1, 100.0
+    c.training.sigmas, c.training.batch_size, c.training.steps = "log_uniform", 256, 200
+    c.optim.lr = 5e-3
+    trainer = Trainer(build(c), c)
+    for _ in range(200):
+        trainer.advance(measure=False)
+    data = target("two_modes")
+    x0 = data.sample(20_000, generator())
+    objective = Denoising(sigmas.LogUniform(0.1, 100.0))
+    with torch.no_grad():
+        learnt = float(objective(trainer.averaged(), x0, generator(1)).loss.mean())
+        best = float(objective(data.score, x0, generator(1)).loss.mean())
+    assert best < learnt < best + 0.03
+    assert losses.WEIGHTINGS[0] == c.training.weighting
+
+
+def test_data():
+    d = digits()
+    assert d.data_shape == (1, 8, 8)
+    assert float(d.x0.min()) == -1
+    assert float(d.x0.max()) == 1
+    assert d.data_range == (0.0, 16.0)
+    # an epoch is a permutation: every digit once, in another order the next time
+    first = torch.cat([d.batch(0, i, 599) for i in range(3)])
+    second = torch.cat([d.batch(0, i, 599) for i in range(3, 6)])
+    assert torch.equal(first.flatten(1).sum(1).sort().values, d.x0.flatten(1).sum(1).sort().values)
+    assert not torch.equal(first, second)
+    assert torch.equal(d.batch(0, 2, 700), d.batch(0, 2, 700))
+    points = load("moons")
+    assert isinstance(points, Drawn)
+    assert torch.equal(points.batch(1, 5, 10), points.batch(1, 5, 10))
+    assert not torch.equal(points.batch(1, 5, 10), points.batch(1, 6, 10))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Arrays(torch.zeros(0, 2)), "empty"),
+        (lambda: Arrays(torch.ones(5, 2)), "constant"),
+        (lambda: Arrays(torch.tensor([[0.0], [math.nan]])), "not finite at 1 of 2"),
+        (lambda: Arrays(torch.tensor([[0.0], [255.0]]), data_range=(-1, 1)), r"spans \[0, 255\] but .* \[-1, 1\]"),
+        (lambda: Arrays(torch.rand(5, 2), torch.zeros(4)), "4 labels for 5"),
+        (lambda: load("digit"), "did you mean 'digits'"),
+        (lambda: build(small(process__name="vee")), "did you mean 've'"),
+        (lambda: build(small(training__steps=0)), "training.steps"),
+        (lambda: build(small(training__weighting="sigma")), "did you mean 'sigma2'"),
+        (lambda: Trainer(build(small()), small(optim__schedule="step")), "schedule"),
+        (lambda: EMA([], 1.0), "decay"),
+        (lambda: build_sampling(small(sampling__grid="steps"), build(small()).model), "DDPM"),
+        (lambda: build_sampling(small(sampling__sampler="eular"), build(small()).model), "did you mean 'euler'"),
+    ],
+)
+def test_bad_input_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

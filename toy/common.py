@@ -1,0 +1,129 @@
+"""What every figure shares: where results go, and models that are trained once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+from tqdm.auto import tqdm
+
+from scorelab.checks import nearest_name
+from scorelab.distributions import STD, TARGETS, Distribution, target
+from scorelab.models import ScoreModel
+from scorelab.training import Trainer, build, default_config
+from scorelab.training.config import sigma_data_of
+
+__all__ = ["Gallery", "Trained", "config_for", "parse"]
+
+STEPS = {"full": 3500, "quick": 1700}
+"""Training steps a target: at most 30 s and 15 s on 2 CPU cores."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A target, its learnt score, and what the training took."""
+
+    name: str
+    distribution: Distribution
+    model: ScoreModel
+    data_std: float
+    seconds: float
+    steps: int
+
+    @property
+    def sigma_min(self) -> float:
+        """The smallest noise level of the model: a tenth of the target's standard deviation."""
+        return self.model.sigma_range[0]
+
+    @property
+    def sigma_max(self) -> float:
+        """The largest noise level: 20 times the data's root mean square."""
+        return self.model.sigma_range[1]
+
+
+def sigma_min_for(name: str) -> float:
+    """A tenth of the target's standard deviation; the checkerboard's squares have standard deviation 0.29."""
+    return STD[name] / 10 if name in STD else 0.02
+
+
+def config_for(name: str, steps: int) -> ConfigDict:
+    """The experiment that learns a target: the same for all but for the noise levels."""
+    c = default_config()
+    c.data.source = name
+    c.model.net, c.model.prediction, c.model.width, c.model.features = "mlp", "edm", 128, 32
+    c.process.sigma_min = sigma_min_for(name)
+    scale = sigma_data_of(target(name).sample(10_000, torch.Generator().manual_seed(0)))
+    c.process.sigma_max = round(20 * scale, 3)
+    c.training.sigmas, c.training.steps = "log_uniform", steps
+    c.training.batch_size, c.training.stable_target = 512, 1024
+    c.optim.lr, c.optim.beta2, c.optim.schedule = 1e-2, 0.99, "cosine"
+    return c
+
+
+class Gallery:
+    """A directory of figures, numbers and trained models."""
+
+    def __init__(self, out: Path, mode: str = "full") -> None:
+        self.out, self.steps = out, STEPS[mode]
+        out.mkdir(parents=True, exist_ok=True)
+        self._trained: dict[str, Trained] = {}
+
+    def trained(self, name: str) -> Trained:
+        """The target's model: from memory, from the gallery's directory, or trained now."""
+        if name not in self._trained:
+            self._trained[name] = self._load_or_train(name)
+        return self._trained[name]
+
+    def _load_or_train(self, name: str) -> Trained:
+        config = config_for(name, self.steps)
+        distribution, place = target(name), self.out / "models" / f"{name}_{self.steps}"
+        record = place / "training.json"
+        settings = json.loads(config.to_json())
+        data_std = config.process.sigma_max / 20
+        if record.is_file():
+            kept = json.loads(record.read_text())
+            if kept["config"] == settings:
+                model = ScoreModel.load(place)
+                return Trained(name, distribution, model, data_std, kept["seconds"], self.steps)
+        trainer = Trainer(build(config), config)
+        began = time.perf_counter()
+        for _ in tqdm(range(self.steps), desc=f"training {name}", unit="step"):
+            trainer.advance(measure=False)
+        seconds = time.perf_counter() - began
+        model = trainer.averaged()
+        model.save(place)
+        record.write_text(json.dumps({"config": settings, "seconds": seconds}, indent=1) + "\n")
+        return Trained(name, distribution, model, data_std, seconds, self.steps)
+
+    def save(self, figure: Figure, name: str) -> None:
+        """Write ``name``.png."""
+        figure.savefig(self.out / f"{name}.png")
+
+    def record(self, name: str, numbers: object) -> None:
+        """Put the numbers of a figure into metrics.json, beside those of the others."""
+        path = self.out / "metrics.json"
+        everything = json.loads(path.read_text()) if path.is_file() else {}
+        everything[name] = numbers
+        aside = path.with_suffix(".writing")
+        aside.write_text(json.dumps(everything, indent=1) + "\n")
+        aside.replace(path)
+
+
+def parse(description: str | None, default: tuple[str, ...]) -> tuple[Gallery, tuple[str, ...]]:
+    """The command line of a figure: --target (may be repeated), --out, --quick."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--target", action="append", help=f"one of {', '.join(TARGETS)}; may be repeated")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="directory of the gallery")
+    parser.add_argument("--quick", action="store_true", help="train half as long")
+    arguments = parser.parse_args()
+    names = tuple(arguments.target or default)
+    for name in names:
+        if name not in TARGETS:
+            parser.error(f"unknown target {name!r}; {nearest_name(name, TARGETS)}")
+    return Gallery(arguments.out, "quick" if arguments.quick else "full"), names

@@ -1,0 +1,116 @@
+"""One model, every sampler: samples, NFE, seconds and energy distance to the data."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from tqdm.auto import tqdm
+
+from scorelab import VE, VP, sample, sigmas
+from scorelab.distributions import Distribution
+from scorelab.evaluation import energy_distance
+from scorelab.plotting import extent_of, figure, points
+from scorelab.samplers import (
+    DDIM,
+    Ancestral,
+    AnnealedCorrector,
+    AnnealedLangevin,
+    Euler,
+    Heun,
+    Langevin,
+    LangevinCorrector,
+    PredictorCorrector,
+    ProbabilityFlow,
+    ReverseDiffusion,
+    ReverseSDE,
+    Sampler,
+    Step,
+)
+from toy.common import Gallery, Trained, parse
+
+DEFAULT = ("ring",)
+COUNT, SEED, REPEATS = 2000, 0, 200
+
+
+def settings(trained: Trained) -> dict[str, tuple[torch.Tensor, Sampler]]:
+    """Every sampler with noise levels that are enough for it."""
+    low, high = trained.sigma_min, trained.sigma_max
+    ve = VE(low, high)
+
+    def karras(n: int) -> torch.Tensor:
+        return sigmas.karras(n, sigma_min=low, sigma_max=high)
+
+    def geometric(n: int) -> torch.Tensor:
+        return sigmas.geometric(n, sigma_min=low, sigma_max=high)
+
+    return {
+        "Euler": (karras(100), Euler()),
+        "Heun": (karras(30), Heun()),
+        "probability flow (adaptive)": (torch.tensor([high, low, 0.0]), ProbabilityFlow(1e-4, 1e-4)),
+        "DDIM, eta = 0.5": (karras(150), DDIM(0.5)),
+        "ancestral": (karras(300), Ancestral()),
+        "ancestral, forward variance": (geometric(500), Ancestral("forward", ve)),
+        "reverse SDE (VE time)": (geometric(500), ReverseSDE(ve)),
+        "reverse SDE (VP time)": (geometric(500), ReverseSDE(VP())),
+        "PC: reverse diffusion + Langevin": (
+            geometric(300),
+            PredictorCorrector(ReverseDiffusion(ve), LangevinCorrector(0.05)),
+        ),
+        "PC: Euler + annealed": (geometric(200), PredictorCorrector(Euler(), AnnealedCorrector(0.1))),
+        "annealed Langevin": (geometric(60), AnnealedLangevin(20, 0.2 * low**2)),
+        "plain Langevin": (torch.tensor([low]), Langevin(500, 0.2 * low**2)),
+    }
+
+
+def data_against_data(d: Distribution) -> float:
+    """99th percentile of the energy distance between two sets of COUNT exact samples, over REPEATS pairs."""
+    found = []
+    for i in range(REPEATS):
+        generator = torch.Generator().manual_seed(1000 + i)
+        found.append(energy_distance(d.sample(COUNT, generator), d.sample(COUNT, generator)))
+    return float(torch.tensor(found).quantile(0.99))
+
+
+def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
+    """samplers_TARGET.png and the table in metrics.json."""
+    tables = {}
+    for name in names:
+        trained = gallery.trained(name)
+        d, extent = trained.distribution, extent_of(trained.distribution)
+        bar = data_against_data(d)
+        data = d.sample(COUNT, torch.Generator().manual_seed(SEED))
+        rows = {}
+        chosen = settings(trained)
+        made, axes = figure(4, -(-(len(chosen) + 1) // 4), size=2.8)
+        points(axes.flat[0], data, extent, f"data\n99 % of data against data: {bar:.2g}", color="#222222")
+        bars = tqdm(chosen.items(), desc=f"samplers on {name}", unit="sampler")
+        for panel, (label, (levels, sampler)) in zip(list(axes.flat)[1:], bars, strict=False):
+            last: list[Step] = []
+            began = time.perf_counter()
+            x = sample(
+                trained.model,
+                (COUNT, 2),
+                levels,
+                sampler,
+                generator=torch.Generator().manual_seed(SEED + 1),
+                data_std=trained.data_std,
+                callback=lambda step, last=last: last.__setitem__(slice(None), [step]),
+            )
+            seconds, distance = time.perf_counter() - began, energy_distance(data, x)
+            rows[label] = {
+                "nfe": last[0].nfe,
+                "seconds": seconds,
+                "energy_distance": distance,
+                "passes": distance <= bar,
+            }
+            points(panel, x, extent, f"{label}\n{last[0].nfe} NFE, {seconds:.1f} s, energy {distance:.2g}")
+        for panel in list(axes.flat)[len(chosen) + 1 :]:
+            panel.axis("off")
+        gallery.save(made, f"samplers_{name}")
+        tables[name] = {"samples": COUNT, "seed": SEED, "data_99th_percentile": bar, "samplers": rows}
+    gallery.record("samplers", tables)
+
+
+if __name__ == "__main__":
+    draw(*parse(__doc__, DEFAULT))

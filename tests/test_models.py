@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from problems import F64, PROCESSES, generator, mixture, randn
@@ -44,7 +46,7 @@ def test_a_model_is_the_score_in_any_process_and_prediction(process, prediction)
 
 
 def test_score_keeps_its_digits_at_small_sigma():
-    """eps = 0.3 exactly: at sigma = 1e-3 in float32 the score must be -300, though x0_hat - x would keep four digits."""
+    """eps = 0.3 exactly: at sigma = 1e-3 in float32 the score must be -300, where x0_hat - x keeps few digits."""
 
     class Fixed(nn.Module):
         def forward(self, x, t):
@@ -74,7 +76,7 @@ def told(sigma: float, **settings) -> torch.Tensor:
 
 def test_labels():
     ddpm = DiscreteVP(linear_betas())
-    assert told(2.0, process=VE(), label="log_sigma").tolist() == pytest.approx([torch.tensor(2.0).log()] * 3)
+    assert told(2.0, process=VE(), label="log_sigma").tolist() == pytest.approx([math.log(2)] * 3)
     assert told(2.0, process=VP(), label_scale=999.0)[0] == pytest.approx(
         999 * float(VP().time(torch.tensor(2.0))), rel=1e-5
     )
@@ -136,7 +138,7 @@ def test_own_networks_are_passed_to_load(tmp_path):
         nn.Sequential(Spy()), VP(), edm(0.3), data_shape=(2,), input_scale=UnitVariance(0.3), label=LogSigma()
     )
     own.save(tmp_path)
-    with pytest.raises(ValueError, match="net=..."):
+    with pytest.raises(ValueError, match=r"net=\.\.\."):
         ScoreModel.load(tmp_path)
     again = ScoreModel.load(tmp_path, net=nn.Sequential(Spy()))
     assert again.prediction == edm(0.3) or again.prediction.name == "edm(0.3)"

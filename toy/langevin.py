@@ -1,7 +1,7 @@
 """The two-mode mixture by exact sampling, plain Langevin dynamics and annealed Langevin dynamics.
 
-The modes weigh 4/5 and 1/5 and lie 14 standard deviations apart: plain Langevin keeps the weights of its start, which is
-uniform; annealing carries mass between the modes while the noise still bridges them.
+The modes weigh 4/5 and 1/5 and lie 14 standard deviations apart: plain Langevin keeps the weights of its start, which
+is uniform; annealing carries mass between the modes while the noise still bridges them.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from pathlib import Path
 
 __all__ = ["write_page"]
 
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#222;background:#fff}
-img{max-width:100%;height:auto;display:block;margin:.5rem 0}h2{margin-top:2.5rem;border-top:1px solid #ddd;padding-top:1rem}
+_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#222}
+img{max-width:100%;height:auto;display:block;margin:.5rem 0}
+h2{margin-top:2.5rem;border-top:1px solid #ddd;padding-top:1rem}
 pre{background:#f5f5f5;padding:.7rem;overflow-x:auto;font-size:.8rem}.t{overflow-x:auto}
 table{border-collapse:collapse;font-size:.85rem}td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #eee}
 td:first-child,th:first-child{text-align:left}"""

@@ -1,4 +1,4 @@
-"""Paths of the reverse SDE and of the probability-flow ODE, and two animations: annealed Langevin and the reverse SDE."""
+"""Paths of the reverse SDE and the probability-flow ODE; annealed Langevin and the reverse SDE as animations."""
 
 from __future__ import annotations
 

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scorelab.cli.main import main
+
+ROOT = Path(__file__).parent.parent
+CONFIG = str(ROOT / "configs/digits/ncsn.py")
+SMALL = [
+    "--config.model.width=8",
+    "--config.training.steps=3",
+    "--config.training.batch_size=16",
+    "--config.sampling.levels=3",
+    "--config.sampling.steps=2",
+    "--config.optim.lr=1e-3",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    assert main(["train", "--config", CONFIG, *SMALL, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+def test_train_writes_a_run(run):
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["optim"]["lr"] == 1e-3
+    assert settings["model"]["multipliers"] == [1, 2]
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [3]
+    assert (run / "checkpoints" / "step_00000003" / "manifest.json").is_file()
+
+
+def test_sample_writes_a_grid_single_images_and_arrays_in_the_data_range(run, tmp_path, capsys):
+    assert main(["sample", "--workdir", str(run), "--n=5"]) == 0
+    assert "samples/step_00000003.png" in capsys.readouterr().out
+    with Image.open(run / "samples" / "step_00000003.png") as grid:
+        assert grid.size == (16, 24)
+    assert main(["sample", f"--workdir={run}", "--n=3", f"--out={tmp_path / 'x.npz'}"]) == 0
+    values = np.load(tmp_path / "x.npz")["samples"]
+    assert values.shape == (3, 1, 8, 8)
+    assert values.min() >= 0
+    assert 1 < values.max() <= 16
+    assert main(["sample", f"--workdir={run}", "--n=3", f"--out={tmp_path / 'single'}"]) == 0
+    with Image.open(tmp_path / "single" / "000002.png") as image:
+        expected = np.round(values[2, 0] / 16 * 255)
+        assert np.abs(np.asarray(image) - expected).max() <= 1
+
+
+def test_points_are_trained_and_written_as_arrays(tmp_path):
+    config = tmp_path / "points.py"
+    config.write_text(
+        "from scorelab.training import default_config\n"
+        "def get_config():\n"
+        "    c = default_config()\n"
+        "    c.data.source, c.model.net = 'ring', 'mlp'\n"
+        "    c.process.sigma_max, c.training.steps, c.sampling.levels = 20.0, 3, 4\n"
+        "    return c\n"
+    )
+    assert main(["train", "--config", str(config), "--workdir", str(tmp_path / "run")]) == 0
+    assert main(["sample", "--workdir", str(tmp_path / "run"), "--n=7"]) == 0
+    assert np.load(tmp_path / "run" / "samples" / "step_00000003.npz")["samples"].shape == (7, 2)
+
+
+def test_dry_run_prints_the_experiment_and_writes_nothing(tmp_path, capsys):
+    assert main(["train", "--config", CONFIG, "--dry_run", "--workdir", str(tmp_path / "x")]) == 0
+    printed = capsys.readouterr().out
+    for word in ("lr: 0.002", "parameters", "MiB", "sigma from"):
+        assert word in printed
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--config", CONFIG, "--workdir=w", "--config.optim.lrr=1"], "did you mean 'optim.lr'"),
+        (["train", "--config", CONFIG, "--workdir=w", "--config.optim.lr=fast"], "optim.lr"),
+        (["train", "--config", CONFIG, "--workdir=w", "--config.model.multipliers=x"], "multipliers"),
+        (["train", "--config", CONFIG, "--workdir=w", "--config.process.name=vee"], "did you mean 've'"),
+        (["train", "--config", CONFIG, "--workdir=w", "--config.process.sigma_min=90."], "sigma_min"),
+        (["train", "--config", "nowhere.py", "--workdir=w"], "nowhere.py"),
+        (["train", "--workdir=w"], "--config is missing"),
+        (["train", "--config", CONFIG], "--workdir is missing"),
+        (["train", "--config", CONFIG, "--workdir=w", "--stepz=3"], "stepz"),
+        (["train", "--config", CONFIG, "--workdir=w", "loose"], "loose"),
+        (["sample", "--workdir=w"], "no config.json"),
+        (["sample"], "--workdir is missing"),
+        (["trian"], "did you mean 'train'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_files_with_unknown_keys_are_refused(tmp_path, capsys):
+    config = tmp_path / "wrong.py"
+    config.write_text(
+        "from scorelab.training import default_config\n"
+        "def get_config():\n"
+        "    c = default_config()\n"
+        "    c.optim.learning_rate = 1\n"
+        "    return c\n"
+    )
+    assert main(["train", "--config", str(config), "--workdir", str(tmp_path / "w")]) == 2
+    assert "learning_rate" in capsys.readouterr().err
+
+
+def test_missing_checkpoints_and_steps_are_named(run, capsys):
+    assert main(["sample", f"--workdir={run}", "--step=2"]) == 2
+    assert "no checkpoint of step 2; steps there: 3" in capsys.readouterr().err
+    assert main(["sample", f"--workdir={run}", "--n=2", "--out=x.jpg"]) == 2
+    assert ".jpg" in capsys.readouterr().err
+    assert main(["sample", f"--workdir={run}", "--n=-2"]) == 2
+
+
+def test_as_a_process_there_is_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "scorelab.cli", "train", "--config", CONFIG, "--workdir", str(tmp_path)]
+    (tmp_path / "mine.txt").write_text("precious")
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr.count("\n") == 1
+    assert "not empty" in found.stderr
+    assert (tmp_path / "mine.txt").read_text() == "precious"

@@ -1,0 +1,129 @@
+"""Device placement without a GPU: fake tensors on "cuda" raise when devices mix and at any hidden synchronisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from scorelab import VE, VP, DiscreteVP, SubVP, clipped, from_denoiser, from_eps, from_time_score, sigmas
+from scorelab.losses import denoising_loss, implicit_loss, sliced_loss
+from scorelab.losses.denoising import posterior_mean
+from scorelab.models import Constant, LogSigma, ScoreModel
+from scorelab.nn import MLP, UNet
+from scorelab.predictions import edm
+from scorelab.processes import linear_betas
+from scorelab.samplers import (
+    DDIM,
+    Ancestral,
+    AnnealedCorrector,
+    AnnealedLangevin,
+    Euler,
+    Heun,
+    Langevin,
+    LangevinCorrector,
+    PredictorCorrector,
+    ReverseDiffusion,
+    ReverseSDE,
+)
+
+SAMPLERS = [
+    Euler(),
+    Heun(),
+    DDIM(0.5),
+    Ancestral(),
+    Ancestral("forward"),
+    ReverseSDE(VP()),
+    ReverseSDE(SubVP(), 0.0),
+    ReverseDiffusion(VE()),
+    Langevin(2, 0.1),
+    AnnealedLangevin(2, 0.1),
+    PredictorCorrector(Euler(), LangevinCorrector()),
+    PredictorCorrector(ReverseDiffusion(VE()), AnnealedCorrector(process=DiscreteVP(linear_betas()))),
+]
+NETWORKS = {
+    "mlp": (MLP((2,), width=8), (2,), {"input_scale": Constant(2.0), "label": LogSigma(0.5)}),
+    "unet": (UNet((1, 5, 4), width=8, attention=(1,), head=8), (1, 5, 4), {"label": "index"}),
+}
+
+
+def linear(x, sigma):
+    return -x / (1 + sigma**2)
+
+
+def run(sampler, score, x):
+    state, levels = sampler.init(x, [2.0, 1.0, 0.5, 0.0]), [2.0, 1.0, 0.5, 0.0]
+    for a, b in zip(levels, levels[1:], strict=False):
+        x, state = sampler.step(score, x, a, b, state, torch.randn_like)
+    return x
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_samplers_stay_on_the_device_without_synchronising(sampler):
+    with FakeTensorMode():
+        x = run(sampler, linear, torch.randn(3, 2, device="cuda"))
+        assert x.device.type == "cuda"
+        assert x.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_and_models(name):
+    net, shape, settings = NETWORKS[name]
+    model = ScoreModel(net, DiscreteVP(linear_betas()), edm(0.5), data_shape=shape, **settings)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = {k: torch.empty(v.shape, dtype=v.dtype, device="cuda") for k, v in model.state_dict().items()}
+        state |= {k: torch.empty(v.shape, device="cuda") for k, v in model.named_buffers()}
+        x = torch.randn(3, *shape, device="cuda")
+        for sigma in (torch.full((), 0.5, device="cuda"), torch.full((3,), 0.5, device="cuda")):
+            out = functional_call(model, state, (x, sigma))
+            assert out.device.type == "cuda"
+            assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        from_eps(linear),
+        from_eps(linear, DiscreteVP(linear_betas())),
+        from_denoiser(linear),
+        from_time_score(linear, VP()),
+        clipped(linear, -1.0, 1.0),
+    ],
+)
+def test_adapters(score):
+    with FakeTensorMode():
+        out = score(torch.randn(3, 2, device="cuda"), torch.full((), 0.5, device="cuda"))
+        assert out.device.type == "cuda"
+        assert out.dtype == torch.float32
+
+
+def test_losses_and_noise_distributions():
+    with FakeTensorMode():
+        x, probes = torch.randn(3, 2, device="cuda"), torch.randn(2, 3, 2, device="cuda")
+        sigma = torch.full((3,), 0.5, device="cuda")
+
+        def score(y, s):
+            return -y / (1 + s.reshape(-1, 1) ** 2)
+
+        for loss in (
+            denoising_loss(score, x, sigma, torch.randn_like(x)),
+            implicit_loss(score, x, sigma),
+            implicit_loss(score, x, sigma, probes=probes),
+            sliced_loss(score, x, sigma, probes),
+        ):
+            assert loss.device.type == "cuda"
+        assert posterior_mean(x, sigma, torch.randn(9, 2, device="cuda")).device.type == "cuda"
+        u = torch.rand(3, device="cuda")
+        for distribution in (sigmas.LogUniform(0.1, 1.0), sigmas.LogNormal(), sigmas.FromProcess(VP())):
+            assert distribution(u).dtype == torch.float32
+
+
+def test_mixing_devices_is_an_error_here():
+    """The mode does catch what these tests look for."""
+    with FakeTensorMode():
+        x = torch.randn(3, 2, device="cuda")
+        with pytest.raises(RuntimeError, match="device"):
+            run(Euler(), lambda y, s: y + torch.ones(3, 2), x)
+        with pytest.raises(Exception, match="aten._local_scalar_dense"):
+            run(Euler(), lambda y, s: y * float(y.sum()), x)

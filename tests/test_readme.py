@@ -1,0 +1,48 @@
+"""The samples of the README's first screen run as they stand there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+
+
+def test_there_are_three_samples_of_at_most_ten_lines():
+    samples = [*PYTHON, *(code for language, code in BLOCKS if language == "bash" and "scorelab train" in code)]
+    assert len(samples) == 3
+    assert all(len(code.strip().splitlines()) <= 10 for code in samples)
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_samples_run(code, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_command_line_sample_runs(tmp_path):
+    (code,) = [code for language, code in BLOCKS if language == "bash" and "scorelab train" in code]
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    # the same commands on a run of five steps
+    code = code.replace("scorelab train", "scorelab train --config.training.steps=5 --config.model.width=8")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.run(
+        ["bash", "-ec", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PATH": path},
+    )
+    assert run.returncode == 0, run.stderr
+    assert list(tmp_path.glob("runs/*/samples/*.png"))

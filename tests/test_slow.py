@@ -1,0 +1,90 @@
+"""What the project promises of trained networks; minutes each, run by ``make test-slow``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from digits_quality import judge
+
+from scorelab.cli.sampling import sample_model
+from scorelab.distributions import TARGETS
+from scorelab.evaluation import kl_to_model
+from scorelab.training import Trainer, build
+from toy import langevin, samplers
+from toy.common import Gallery
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory) -> Gallery:
+    return Gallery(tmp_path_factory.mktemp("gallery"))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_kl_table(gallery, name):
+    """KL(data || model) on 4,000 fresh points with exact traces, sigma_min a tenth of the target's deviation."""
+    t = gallery.trained(name)
+    kl = kl_to_model(
+        t.distribution,
+        t.model,
+        t.sigma_min,
+        t.sigma_max,
+        count=4000,
+        data_std=t.data_std,
+        rtol=1e-4,
+        atol=1e-4,
+        generator=torch.Generator().manual_seed(1),
+    )
+    print(f"\n{name}: KL {kl.value:.4f} +- {kl.stderr:.4f} nats after {t.steps} steps, {t.seconds:.1f} s", flush=True)
+    assert kl.value <= (0.05 if name == "checkerboard" else 0.01)
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_langevin_mode_weights(gallery, learnt):
+    t = gallery.trained("two_modes")
+    score = t.model if learnt else t.distribution.score
+    found = {name: langevin.weight(langevin.chains(score, name)[0])[0] for name in langevin.SETTINGS}
+    print(f"\nlearnt={learnt}: {found}", flush=True)
+    plain, ncsn, more = found.values()
+    assert plain < 0.6
+    assert 0.74 < ncsn < 0.785
+    assert abs(more - 0.8) < 0.01
+
+
+def test_energy_distances(gallery):
+    samplers.draw(gallery, ("ring",))
+    table = json.loads((gallery.out / "metrics.json").read_text())["samplers"]["ring"]
+    print("\n" + json.dumps(table, indent=1), flush=True)
+    failing = [k for k, row in table["samplers"].items() if not row["passes"] and k != "plain Langevin"]
+    assert failing == []
+
+
+@pytest.mark.parametrize("name", ["ncsn", "ddpm"])
+def test_digits_read_as_digits(name):
+    """1,000 samples: confidence of a classifier trained apart, every class present, none copied from the training set."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / "digits" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    trainer = Trainer(build(config), config)
+    for _ in range(config.training.steps):
+        trainer.advance(measure=False)
+    x = sample_model(trainer.averaged(), config, 1000, torch.Generator().manual_seed(0), progress=False)
+    found = judge(x)
+    print(f"\n{name}: {found}", flush=True)
+    assert found["confidence"] >= 0.9
+    assert found["least_share"] >= 0.03
+    assert found["sample_percentile_1"] >= found["train_percentile_1"]

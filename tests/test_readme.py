@@ -34,7 +34,9 @@ def test_the_command_line_sample_runs(tmp_path):
     (code,) = [code for language, code in BLOCKS if language == "bash" and "scorelab train" in code]
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     # the same commands on a run of five steps
-    code = code.replace("scorelab train", "scorelab train --config.training.steps=5 --config.model.width=8")
+    code = code.replace(
+        "--workdir runs/digits\n", "--workdir runs/digits --config.training.steps=5 --config.model.width=8\n", 1
+    )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     run = subprocess.run(
         ["bash", "-ec", code],

@@ -482,7 +482,7 @@ def test_no_samples_and_callbacks():
         (lambda: sample(ring().score, (4, 2), [1.0, 0.0], Heun), TypeError, "sampler object"),
         (lambda: sample(ring().score, (4, 2), [1.0, 0.0], generator=5), TypeError, "torch.Generator"),
         (lambda: sample(ring().score, (4, 2), [1.0, 0.0], data_std=-1.0), ValueError, "data_std"),
-        (lambda: sample(ring().score, (4, 2), [1.0, 0.5], Ancestral("learned"), dtype=F64), TypeError, "score_and_variance"),
+        (lambda: sample(ring().score, (4, 2), [1.0, 0.5], Ancestral("learned")), TypeError, "score_and_variance"),
         (lambda: DDIM(2.0), ValueError, "eta"),
         (lambda: Ancestral("large"), ValueError, "variance"),
         (lambda: Langevin(0), ValueError, "steps"),

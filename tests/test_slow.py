@@ -72,7 +72,7 @@ def test_energy_distances(gallery):
 
 @pytest.mark.parametrize("name", ["ncsn", "ddpm"])
 def test_digits_read_as_digits(name):
-    """1,000 samples: confidence of a classifier trained apart, every class present, none copied from the training set."""
+    """1,000 samples: confidence of a classifier trained apart, every class present, none copied."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / "digits" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

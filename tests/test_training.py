@@ -237,7 +237,7 @@ def test_odd_images_train_and_sample(channels):
 
 
 def test_training_learns():
-    """200 steps on the two modes: the loss falls far below the zero predictor's 1, towards what the true score leaves."""
+    """200 steps on the two modes: the loss falls from the zero predictor's 1 towards what the true score leaves."""
     c = default_config()
     c.data.source, c.model.net, c.model.prediction = "two_modes", "mlp", "edm"
     c.process.sigma_min, c.process.sigma_max = 0.1, 100.0

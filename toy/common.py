@@ -21,7 +21,7 @@ from scorelab.training.config import sigma_data_of
 
 __all__ = ["Gallery", "Trained", "config_for", "parse"]
 
-STEPS = {"full": 3500, "quick": 1700}
+STEPS = {"full": 3500, "quick": 1500}
 """Training steps a target: at most 30 s and 15 s on 2 CPU cores."""
 
 
@@ -70,7 +70,7 @@ class Gallery:
     """A directory of figures, numbers and trained models."""
 
     def __init__(self, out: Path, mode: str = "full") -> None:
-        self.out, self.steps = out, STEPS[mode]
+        self.out, self.mode, self.steps = out, mode, STEPS[mode]
         out.mkdir(parents=True, exist_ok=True)
         self._trained: dict[str, Trained] = {}
 

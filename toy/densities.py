@@ -11,14 +11,14 @@ from scorelab.evaluation import kl_to_model
 from scorelab.plotting import density, extent_of, figure, grid_points, points
 from toy.common import Gallery, Trained, parse
 
-GRID = 96
+GRID = 64
 POINTS = 4000
-TOLERANCE = 1e-4
+TOLERANCE, PICTURE_TOLERANCE = 1e-4, 1e-3
 
 
 def learnt_density(trained: Trained, extent: tuple[float, float, float, float], n: int = GRID) -> torch.Tensor:
     """log p of the model at ``grid_points(extent, n)``, (n * n,)."""
-    options = {"data_std": trained.data_std, "rtol": TOLERANCE, "atol": TOLERANCE}
+    options = {"data_std": trained.data_std, "rtol": PICTURE_TOLERANCE, "atol": PICTURE_TOLERANCE}
     parts = grid_points(extent, n).split(4096)
     found = [log_likelihood(trained.model, x, trained.sigma_min, trained.sigma_max, **options).log_prob for x in parts]
     return torch.cat(found)

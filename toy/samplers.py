@@ -30,7 +30,7 @@ from scorelab.samplers import (
 from toy.common import Gallery, Trained, parse
 
 DEFAULT = ("ring",)
-COUNT, SEED, REPEATS = 2000, 0, 200
+COUNT, SEED, REPEATS = 2000, 0, 100
 
 
 def settings(trained: Trained) -> dict[str, tuple[torch.Tensor, Sampler]]:
@@ -49,17 +49,17 @@ def settings(trained: Trained) -> dict[str, tuple[torch.Tensor, Sampler]]:
         "Heun": (karras(30), Heun()),
         "probability flow (adaptive)": (torch.tensor([high, low, 0.0]), ProbabilityFlow(1e-4, 1e-4)),
         "DDIM, eta = 0.5": (karras(150), DDIM(0.5)),
-        "ancestral": (karras(300), Ancestral()),
-        "ancestral, forward variance": (geometric(500), Ancestral("forward", ve)),
-        "reverse SDE (VE time)": (geometric(500), ReverseSDE(ve)),
-        "reverse SDE (VP time)": (geometric(500), ReverseSDE(VP())),
+        "ancestral": (karras(150), Ancestral()),
+        "ancestral, forward variance": (geometric(250), Ancestral("forward", ve)),
+        "reverse SDE (VE time)": (geometric(250), ReverseSDE(ve)),
+        "reverse SDE (VP time)": (geometric(250), ReverseSDE(VP())),
         "PC: reverse diffusion + Langevin": (
-            geometric(300),
-            PredictorCorrector(ReverseDiffusion(ve), LangevinCorrector(0.05)),
+            geometric(150),
+            PredictorCorrector(ReverseDiffusion(ve), LangevinCorrector(0.02)),
         ),
-        "PC: Euler + annealed": (geometric(200), PredictorCorrector(Euler(), AnnealedCorrector(0.1))),
-        "annealed Langevin": (geometric(60), AnnealedLangevin(20, 0.2 * low**2)),
-        "plain Langevin": (torch.tensor([low]), Langevin(500, 0.2 * low**2)),
+        "PC: Euler + annealed": (geometric(100), PredictorCorrector(Euler(), AnnealedCorrector(0.1))),
+        "annealed Langevin": (geometric(60), AnnealedLangevin(8, 0.2 * low**2)),
+        "plain Langevin": (torch.tensor([low]), Langevin(200, 0.2 * low**2)),
     }
 
 

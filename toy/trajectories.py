@@ -16,7 +16,7 @@ from scorelab.samplers import AnnealedLangevin, Heun, ReverseSDE, Step
 from toy.common import Gallery, Trained, parse
 
 DEFAULT = ("swiss_roll",)
-FRAMES = 36
+FRAMES = 14
 
 
 def animate(gallery: Gallery, steps: Iterable[Step], trained: Trained, title: str, name: str, total: int) -> None:
@@ -49,7 +49,7 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
     for name in names:
         trained = gallery.trained(name)
         low, high = trained.sigma_min, trained.sigma_max
-        levels = sigmas.geometric(180, sigma_min=low, sigma_max=high)
+        levels = sigmas.geometric(126, sigma_min=low, sigma_max=high)
         start = high * torch.randn(24, 2, generator=torch.Generator().manual_seed(3))
         extent = extent_of(trained.distribution, 0.6)
         made, axes = figure(2, size=4.2)
@@ -69,7 +69,7 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
         gallery.save(made, f"trajectories_{name}")
         annealed = trajectory(
             trained.model,
-            (2500, 2),
+            (1500, 2),
             sigmas.geometric(FRAMES, sigma_min=low, sigma_max=high),
             AnnealedLangevin(10, 0.2 * low**2),
             generator=torch.Generator().manual_seed(5),
@@ -77,7 +77,7 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
         animate(gallery, annealed, trained, "annealed Langevin", f"annealed_{name}", FRAMES)
         reverse = trajectory(
             trained.model,
-            (2500, 2),
+            (1500, 2),
             levels,
             ReverseSDE(VE(low, high)),
             generator=torch.Generator().manual_seed(6),

@@ -5,9 +5,11 @@ Bad input ends with one line on standard error and exit code 2.
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -89,19 +91,31 @@ def _check_keys(arguments: list[str]) -> None:
     """Refuse an override of an unknown key with the nearest full name (ml_collections names only parts of it)."""
     from scorelab.training import default_config
 
-    known = set(_names(default_config()))
+    known = _values(default_config())
     for argument in arguments:
         if argument.startswith("--config."):
             name = argument[len("--config.") :].split("=")[0]
             if name not in known:
                 raise ValueError(f"unknown config key {name!r}; {nearest_name(name, known)}")
+            if isinstance(known[name], tuple) and "=" in argument:
+                _check_tuple(name, argument.split("=", 1)[1])
 
 
-def _names(config: ConfigDict, prefix: str = "") -> list[str]:
-    names = []
+def _check_tuple(name: str, text: str) -> None:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if not isinstance(value, (tuple, int, float)):
+        raise ValueError(f"--config.{name} is {text!r}; expected a tuple such as '(1, 2)'")
+
+
+def _values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """All settings by their full names."""
+    values: dict[str, Any] = {}
     for key, value in config.items():
-        names += _names(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
-    return names
+        values |= _values(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
+    return values
 
 
 def _sample(arguments: list[str]) -> None:

@@ -71,12 +71,12 @@ class GaussianMixture(Distribution):
     def _squared_distances(self, x: Tensor) -> Tensor:
         means = self.means.to(x)
         if self._is_direct:
-            return (x[:, None] - means).square().sum(-1)
+            return (x.unsqueeze(1) - means).square().sum(-1)
         centre = means.mean(0)
         y, m = x - centre, means - centre
         d2 = torch.addmm(m.square().sum(1), y, m.T, alpha=-2) + y.square().sum(1, keepdim=True)
         near = d2.detach().topk(min(_REFINED, len(means)), largest=False).indices
-        exact = (x[:, None] - means[near]).square().sum(-1)
+        exact = (x.unsqueeze(1) - means[near]).square().sum(-1)
         return d2.scatter(1, near, exact)
 
     def _parts(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,12 +91,12 @@ def log_likelihood(
 
         def velocity(point: Tensor) -> Tensor:
             assert part is not None
-            return -part(point, sigma).flatten(1) * var[:, None]
+            return -part(point, sigma).flatten(1) * var.unsqueeze(1)
 
         point = y[:, :dims].reshape(-1, *shape)
         if probe is None:
             slope, trace = traces.exact(velocity, point)
-            columns = trace[:, None]
+            columns = trace.unsqueeze(1)
         else:
             slope, _, single = traces.hutchinson(lambda p: velocity(p).reshape(p.shape), point, probe[:, index])
             slope, columns = slope.flatten(1), single.T

@@ -23,7 +23,7 @@ class FourierEmbedding(nn.Module):
         self.register_buffer("frequencies", steps.exp(), persistent=False)
 
     def forward(self, label: Tensor) -> Tensor:
-        angle = label[:, None] * self.frequencies.to(label.dtype)
+        angle = label.unsqueeze(1) * self.frequencies.to(label.dtype)
         return torch.cat([angle.cos(), angle.sin()], 1)
 
 

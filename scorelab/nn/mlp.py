@@ -76,7 +76,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         label = label.to(x.dtype)
-        var = torch.exp(2 * label)[:, None]
+        var = torch.exp(2 * label).unsqueeze(1)
         embedding = self.embed(label)
         phase = x @ self.directions
         # not below e^-20: denormal numbers would slow the matrix products many times

@@ -52,6 +52,8 @@ class DiscreteVP(Process):
         self.step_sigmas = torch.expm1(-log_abar).sqrt()
         self._log_sigmas = self.step_sigmas.log()
         self.t_min, self.t_max = 1 / self.steps, 1.0
+        self._least = float(self.step_sigmas[0])
+        self._hash = hash(tuple(betas.tolist()))
 
     def __repr__(self) -> str:
         return f"DiscreteVP({self.steps} betas from {float(self.betas[0]):g} to {float(self.betas[-1]):g})"
@@ -60,7 +62,7 @@ class DiscreteVP(Process):
         return isinstance(other, DiscreteVP) and torch.equal(self.betas, other.betas)
 
     def __hash__(self) -> int:
-        return hash(tuple(self.betas.tolist()))
+        return self._hash
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log sigma at the left end of t's segment, its slope in t, and t's distance from that end."""
@@ -69,8 +71,8 @@ class DiscreteVP(Process):
             return table.expand(t.shape), torch.zeros_like(t), torch.zeros_like(t)
         position = t * self.steps - 1
         left = position.detach().floor().long().clamp(0, self.steps - 2)
-        low = table[left]
-        return low, (table[left + 1] - low) * self.steps, (position - left) / self.steps
+        low = table.take(left)
+        return low, (table.take(left + 1) - low) * self.steps, (position - left) / self.steps
 
     def sigma(self, t: Tensor) -> Tensor:
         low, slope, offset = self._segment(t)
@@ -87,21 +89,21 @@ class DiscreteVP(Process):
 
     def time(self, sigma: Tensor) -> Tensor:
         table = self._log_sigmas.to(device=sigma.device, dtype=sigma.dtype)
-        below = sigma < float(self.step_sigmas[0])
-        linear = sigma / float(self.step_sigmas[0]) / self.steps
+        below = sigma < self._least
+        linear = sigma / self._least / self.steps
         if self.steps == 1:
             return torch.where(below, linear, 1.0)
-        log = sigma.clamp_min(float(self.step_sigmas[0])).log()
+        log = sigma.clamp_min(self._least).log()
         left = (torch.searchsorted(table, log.detach().contiguous(), right=True) - 1).clamp(0, self.steps - 2)
-        low = table[left]
-        inside = (left + 1 + (log - low) / (table[left + 1] - low)) / self.steps
+        low = table.take(left)
+        inside = (left + 1 + (log - low) / (table.take(left + 1) - low)) / self.steps
         return torch.where(below, linear, inside)
 
     def drift(self, t: Tensor) -> Tensor:
         # f = d log alpha / dt = -sigma sigma' / (1 + sigma^2)
         sigma = self.sigma(t)
         _, slope, _ = self._segment(t)
-        derivative = torch.where(t < self.t_min, float(self.step_sigmas[0]) * self.steps, sigma * slope)
+        derivative = torch.where(t < self.t_min, self._least * self.steps, sigma * slope)
         return -sigma * derivative / (1 + sigma**2)
 
     def diffusion(self, t: Tensor) -> Tensor:

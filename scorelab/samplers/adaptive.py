@@ -123,8 +123,8 @@ def integrate(
         # the last step is cut short by the end: it must not shrink the next interval's first step
         grown = torch.where(accept & last, torch.maximum(h * factor, result.width[index]), h * factor)
         result.width[index] = torch.where(active, grown, result.width[index])
-        result.y[index] = torch.where(accept[:, None], proposal, result.y[index])
-        slope[index] = torch.where(accept[:, None], end_slope, slope[index])
+        result.y[index] = torch.where(accept.unsqueeze(1), proposal, result.y[index])
+        slope[index] = torch.where(accept.unsqueeze(1), end_slope, slope[index])
         ended = torch.where(last, torch.full_like(left, span), done[index] + h)
         done[index] = torch.where(accept, ended, done[index])
         result.accepted[index] += accept.long()
@@ -151,7 +151,7 @@ def _refuse_broken(size: Tensor, active: Tensor, index: Tensor) -> None:
 def _stages(
     field: Field, y: Tensor, slope: Tensor, u: Tensor, h: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    slopes, step = [slope], h[:, None]
+    slopes, step = [slope], h.unsqueeze(1)
     point = y
     for weights, place in zip(_A, _C, strict=True):
         point = y + step * sum((w * k for w, k in zip(weights, slopes, strict=True) if w), torch.zeros_like(y))
@@ -219,7 +219,7 @@ class ProbabilityFlow(Sampler):
             part = rows(score, index) if split and len(index) < len(x) else score
             assert part is not None
             sigmas = u.exp()
-            return -(sigmas[:, None] ** 2) * part(y.reshape(-1, *x.shape[1:]), sigmas).flatten(1)
+            return -(sigmas.unsqueeze(1) ** 2) * part(y.reshape(-1, *x.shape[1:]), sigmas).flatten(1)
 
         control = Controller(self.rtol, self.atol, self.max_steps)
         result = integrate(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -31,6 +32,13 @@ def corrector_step_size(snr: float, noise_norm: Tensor, score_norm: Tensor) -> T
     return 2 * (snr * ratio) ** 2
 
 
+@lru_cache(maxsize=8192)
+def _one_minus_beta(process: DiscreteVP, sigma: float) -> float:
+    t = float(process.time(torch.tensor(sigma, dtype=torch.float64)))
+    step = min(max(math.ceil(t * process.steps - 1e-6), 1), process.steps)
+    return 1 - float(process.betas[step - 1])
+
+
 @dataclass(frozen=True)
 class Corrector:
     """``steps`` Langevin steps of signal-to-noise ratio ``snr``; ``process`` multiplies the size by 1 - beta_t."""
@@ -45,12 +53,7 @@ class Corrector:
 
     def damping(self, sigma: float) -> float:
         """1 - beta of the step that sigma belongs to, 1 without a process."""
-        if self.process is None:
-            return 1.0
-        t = float(self.process.time(torch.tensor(sigma, dtype=torch.float64)))
-        return 1 - float(
-            self.process.betas[min(max(math.ceil(t * self.process.steps - 1e-6), 1), self.process.steps) - 1]
-        )
+        return 1.0 if self.process is None else _one_minus_beta(self.process, sigma)
 
     def size(self, score: Tensor, noise: Tensor, sigma: float) -> Tensor:
         """b for each sample, (B,)."""

@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -102,10 +104,25 @@ class DDIM(Sampler):
         return (mean + c * noise(x) if c > 0 else mean), state
 
 
-def _scales(process: Process, *sigmas: float) -> tuple[Tensor, Tensor]:
-    """Times and alphas of noise levels, float64 on the CPU."""
-    t = process.time(torch.tensor(sigmas, dtype=torch.float64))
-    return t, process.alpha(t)
+class _Scales(NamedTuple):
+    """What a step from sigma to sigma_next needs of a process, as Python floats."""
+
+    alpha: float
+    alpha_next: float
+    dt: float
+    drift: float
+    diffusion: float
+    transition_scale: float
+    transition_std: float
+
+
+@lru_cache(maxsize=8192)
+def _scales(process: Process, sigma: float, sigma_next: float) -> _Scales:
+    t = process.time(torch.tensor([sigma, sigma_next], dtype=torch.float64))
+    alpha, (scale, std) = process.alpha(t), process.transition(t[1], t[0])
+    dt = float(t[1] - t[0])
+    drift, diffusion = float(process.drift(t[0])), float(process.diffusion(t[0]))
+    return _Scales(float(alpha[0]), float(alpha[1]), dt, drift, diffusion, float(scale), float(std))
 
 
 @dataclass(frozen=True)
@@ -141,9 +158,7 @@ class ReverseSDE(Sampler):
         s = evaluate(score, x, sigma)
         if sigma_next == 0:
             return x + sigma**2 * s, state
-        t, alphas = _scales(self.process, sigma, sigma_next)
-        f, g = float(self.process.drift(t[0])), float(self.process.diffusion(t[0]))
-        alpha, alpha_next, dt = float(alphas[0]), float(alphas[1]), float(t[1] - t[0])
+        alpha, alpha_next, dt, f, g, *_ = _scales(self.process, sigma, sigma_next)
         # score_t = score / alpha
         keep = (1 + f * dt) * alpha / alpha_next
         push = -0.5 * (1 + self.eta**2) * g**2 * dt / (alpha * alpha_next)
@@ -175,8 +190,6 @@ class ReverseDiffusion(Sampler):
         s = evaluate(score, x, sigma)
         if sigma_next == 0:
             return x + sigma**2 * s, state
-        t, alphas = _scales(self.process, sigma, sigma_next)
-        a_ts, b_ts = self.process.transition(t[1], t[0])
-        a, b, alpha, alpha_next = float(a_ts), float(b_ts), float(alphas[0]), float(alphas[1])
+        alpha, alpha_next, *_, a, b = _scales(self.process, sigma, sigma_next)
         x = (2 - a) * alpha / alpha_next * x + (0.5 if self.ode else 1.0) * b**2 / (alpha * alpha_next) * s
         return (x if self.ode else x + b / alpha_next * noise(x)), state

@@ -26,8 +26,8 @@ __all__ = ["Experiment", "build", "build_sampling", "default_config", "sigma_dat
 
 
 def default_config() -> ConfigDict:
-    """Every setting with its default value."""
-    return ConfigDict(
+    """Every setting with its default value; locked, so that an unknown key is refused with the nearest name."""
+    config = ConfigDict(
         {
             "seed": 0,
             "data": {"source": "digits"},  # "digits", or a 2-D target such as "ring"
@@ -88,6 +88,7 @@ def default_config() -> ConfigDict:
             },
         }
     )
+    return config.lock()
 
 
 _PROCESSES = ("ve", "vp", "subvp", "cosine", "flow", "ddpm", "ddpm_cosine")

@@ -328,10 +328,7 @@ CORRECTORS = {"none": None, "langevin": LangevinCorrector(0.1), "annealed": Anne
 @pytest.mark.parametrize("corrector", CORRECTORS)
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_every_predictor_with_every_corrector(predictor, corrector, first):
-    """Samples of an exact Gaussian in 128 dimensions: variances and correlations.
-
-    A step size that follows the norm of each sample's own score leans its stationary law by a factor of (D + 2) / D.
-    """
+    """Samples of an exact Gaussian in 128 dimensions: variances and correlations."""
     d = Gaussian(torch.zeros(128, dtype=F64), torch.linspace(0.5, 2.0, 128, dtype=F64))
     sampler = PredictorCorrector(PREDICTORS[predictor], CORRECTORS[corrector], first)
     levels = sigmas.geometric(240, sigma_min=0.02, sigma_max=50)

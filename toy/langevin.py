@@ -25,7 +25,7 @@ EXTENT = (-10.0, 10.0, -10.0, 10.0)
 SIGMA_MAX, SIGMA_MIN = 20.0, 0.1
 
 SETTINGS: dict[str, tuple[torch.Tensor, Sampler]] = {
-    "plain Langevin": (torch.tensor([SIGMA_MIN]), Langevin(500, 0.1)),
+    "plain Langevin": (torch.tensor([SIGMA_MIN]), Langevin(300, 0.1)),
     "annealed, L = 10, T = 100": (
         sigmas.geometric(10, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX),
         AnnealedLangevin(100, 0.1 * SIGMA_MIN**2),

@@ -33,8 +33,8 @@ DEFAULT = ("ring",)
 COUNT, SEED, REPEATS = 2000, 0, 100
 
 
-def settings(trained: Trained) -> dict[str, tuple[torch.Tensor, Sampler]]:
-    """Every sampler with noise levels that are enough for it."""
+def settings(trained: Trained, quick: bool) -> dict[str, tuple[torch.Tensor, Sampler]]:
+    """Every sampler with noise levels that are enough for it (the quick gallery anneals over fewer)."""
     low, high = trained.sigma_min, trained.sigma_max
     ve = VE(low, high)
 
@@ -55,10 +55,10 @@ def settings(trained: Trained) -> dict[str, tuple[torch.Tensor, Sampler]]:
         "reverse SDE (VP time)": (geometric(250), ReverseSDE(VP())),
         "PC: reverse diffusion + Langevin": (
             geometric(150),
-            PredictorCorrector(ReverseDiffusion(ve), LangevinCorrector(0.02)),
+            PredictorCorrector(ReverseDiffusion(ve), LangevinCorrector(0.03)),
         ),
         "PC: Euler + annealed": (geometric(100), PredictorCorrector(Euler(), AnnealedCorrector(0.1))),
-        "annealed Langevin": (geometric(60), AnnealedLangevin(8, 0.2 * low**2)),
+        "annealed Langevin": (geometric(60 if quick else 100), AnnealedLangevin(8 if quick else 20, 0.4 * low**2)),
         "plain Langevin": (torch.tensor([low]), Langevin(200, 0.2 * low**2)),
     }
 
@@ -81,7 +81,7 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
         bar = data_against_data(d)
         data = d.sample(COUNT, torch.Generator().manual_seed(SEED))
         rows = {}
-        chosen = settings(trained)
+        chosen = settings(trained, gallery.mode == "quick")
         made, axes = figure(4, -(-(len(chosen) + 1) // 4), size=2.8)
         points(axes.flat[0], data, extent, f"data\n99 % of data against data: {bar:.2g}", color="#222222")
         bars = tqdm(chosen.items(), desc=f"samplers on {name}", unit="sampler")

@@ -16,7 +16,7 @@ from scorelab.samplers import AnnealedLangevin, Heun, ReverseSDE, Step
 from toy.common import Gallery, Trained, parse
 
 DEFAULT = ("swiss_roll",)
-FRAMES = 14
+FRAMES = 10
 
 
 def animate(gallery: Gallery, steps: Iterable[Step], trained: Trained, title: str, name: str, total: int) -> None:

@@ -2,9 +2,10 @@
 
     x <- x + b score + sqrt(2 b) z,    b = 2 (snr ||z|| / ||score||)^2   (times 1 - beta_t for DDPM's process)
 
-Norms are per sample; where the score is 0 there is no step, and b never exceeds sigma^2: log p(.; sigma) curves by at
-most 1/sigma^2, and near a mode of few dimensions, where ||score|| comes close to 0, the rule alone would throw the
-sample away (its variance is infinite in 2-D). The rule is the same in scaled and unscaled coordinates.
+Norms are per sample; where the score is 0 there is no step. The score of pure noise has norm sqrt(D)/sigma, for which
+the rule gives b = 2 (snr sigma)^2; b never exceeds four times that, because near a mode of few dimensions, where
+||score|| comes close to 0, the rule alone would throw the sample away (its variance is infinite in 2-D). The rule is
+the same in scaled and unscaled coordinates.
 Song et al., 2021, arXiv:2011.13456, algorithms 4 and 5; "annealed" is the release's ALD corrector, b = 2 (snr sigma)^2.
 """
 
@@ -74,7 +75,7 @@ class LangevinCorrector(Corrector):
 
     def size(self, score: Tensor, noise: Tensor, sigma: float) -> Tensor:
         size = corrector_step_size(self.snr, noise.flatten(1).norm(dim=1), score.flatten(1).norm(dim=1))
-        return size.clamp_max(sigma**2)
+        return size.clamp_max(8 * (self.snr * sigma) ** 2)
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,11 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
             generator = torch.Generator().manual_seed(4)
             steps = list(trajectory(trained.model, start, levels, sampler, generator=generator))
             nfe[title] = steps[-1].nfe
-            points(panel, cloud, extent, f"{title}: 24 paths from the same noise", color="#bbbbbb")
-            path = torch.stack([s.x for s in steps])
+            points(
+                panel, cloud, extent, f"{title}: 24 paths, from sigma = {trained.data_std / 2:.2g} on", color="#bbbbbb"
+            )
+            # before that the paths cross the picture in a few strokes and hide all else
+            path = torch.stack([s.x for s in steps if s.sigma <= trained.data_std / 2])
             panel.plot(path[..., 0].numpy(), path[..., 1].numpy(), lw=0.7)
             panel.plot(path[-1, :, 0].numpy(), path[-1, :, 1].numpy(), "k.", ms=4)
         gallery.save(made, f"trajectories_{name}")

@@ -34,7 +34,7 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
                 found = convert(own[source], x, sigma, FORMS[source], FORMS[goal])
                 table[f"{source} -> {goal}"] = found[0].tolist()
                 worst = max(worst, float((found - own[goal]).norm() / own[goal].norm()))
-        extent = extent_of(trained.distribution, 1.2)
+        extent = extent_of(trained.distribution)
         made, axes = figure(2, size=4.2)
         panel = axes[0, 0]
         points(
@@ -46,13 +46,18 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
         )
         at, arrows = x[0], {"sigma² score": (sigma**2 * own["score"])[0], "sigma eps": (sigma * own["eps"])[0]}
         for (label, arrow), color in zip(arrows.items(), ("#274c77", "#9c3848"), strict=True):
-            panel.annotate("", at + arrow, at, arrowprops={"arrowstyle": "->", "color": color, "lw": 1.8})
+            panel.annotate(
+                "",
+                at + arrow,
+                at,
+                arrowprops={"arrowstyle": "->", "color": color, "lw": 1.8, "shrinkA": 0, "shrinkB": 0},
+            )
             panel.plot([], [], color=color, label=label)
         panel.plot(*at, "ko", ms=5, label="x")
         panel.plot(*own["x0"][0], "*", ms=11, color="#e09f3e", label="x0_hat")
         panel.legend(fontsize=7)
         text = [f"x = ({float(at[0]):.4f}, {float(at[1]):.4f})", f"sigma = {float(sigma):.4f}", ""]
-        text += [f"{k:<14}({v[0]:+.4f}, {v[1]:+.4f})" for k, v in table.items()]
+        text += [f"{k:<16}({v[0]:+.4f}, {v[1]:+.4f})" for k, v in table.items()]
         text += ["", f"largest relative disagreement: {worst:.1e}"]
         axes[0, 1].axis("off")
         axes[0, 1].text(0, 0.98, "\n".join(text), family="monospace", fontsize=8, va="top")

@@ -32,6 +32,11 @@ class _Adapted:
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         return self.formula(self.fn, x, sigma)
 
+    def __getattr__(self, name: str) -> object:
+        if name in ("sigma_range", "device"):
+            return getattr(self.fn, name)
+        raise AttributeError(name)
+
     def _rows(self, index: Tensor) -> ScoreFn:
         restricted = rows(self.fn, index)
         assert restricted is not None

@@ -23,6 +23,8 @@ def exact(field: Field, x: Tensor, *, create_graph: bool = False) -> tuple[Tenso
         value = field(x)
         flat = value.reshape(len(x), -1)
         trace = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        if not value.requires_grad:  # a constant field
+            return value, trace
         last = flat.shape[1] - 1
         for i in range(flat.shape[1]):
             (row,) = torch.autograd.grad(
@@ -38,6 +40,9 @@ def hutchinson(field: Field, x: Tensor, probes: Tensor, *, create_graph: bool = 
         x = x if create_graph and x.requires_grad else x.detach().requires_grad_(True)
         value = field(x)
         estimates = []
+        if not value.requires_grad:  # a constant field
+            still = torch.zeros(len(probes), len(x), dtype=x.dtype, device=x.device)
+            return value, still.mean(0), still
         for i, v in enumerate(probes):
             (product,) = torch.autograd.grad(
                 value, x, v, create_graph=create_graph, retain_graph=create_graph or i < len(probes) - 1

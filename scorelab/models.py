@@ -162,7 +162,7 @@ class ScoreModel(nn.Module):
 
     def _predict(self, x: Tensor, sigma: Tensor, condition: Tensor | None, target: Prediction) -> Tensor:
         check_batch(x, shape=self.data_shape)
-        level = broadcast(sigma, x)
+        level = broadcast(sigma, x).to(x)
         sigma = level.reshape(-1)
         if isinstance(self.input_scale, str):
             scale = self.process.alpha(self.process.time(sigma))
@@ -185,7 +185,8 @@ class ScoreModel(nn.Module):
             return self.label_scale * self.process.time(sigma)
         if self.label == "log_sigma":
             return self.label_scale * sigma.log()
-        return self.label_scale * self._index(sigma)
+        index = self._index(sigma)
+        return self.label_scale * index if index.is_floating_point() else index
 
     def _index(self, sigma: Tensor) -> Tensor:
         assert self.levels is not None

@@ -80,6 +80,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
     """EDM's preconditioning: F has unit variance at every sigma when the data has standard deviation sigma_data."""
     if not sigma_data > 0:
         raise ValueError(f"sigma_data is {sigma_data:g}; expected the data's standard deviation, positive")
+    sigma_data = float(sigma_data)
     var = sigma_data**2
     return Prediction(
         lambda s: var / (s**2 + var),

@@ -106,6 +106,27 @@ def test_a_score_that_does_not_broadcast_is_named():
         sample(lambda x, s: -x / (1 + 50 * s.ndim), randn(2, 2), [10.0, 0.1], ProbabilityFlow())
 
 
+def test_a_square_batch_that_broadcasts_along_the_wrong_axis_is_named():
+    """(2, 2) points: sigma**2 of shape (2,) multiplies columns without any error of torch's."""
+    with pytest.raises(ValueError, match="scorelab.broadcast"):
+        sample(lambda x, s: -x / (0.01 + s**2), randn(2, 2), [10.0, 0.1], ProbabilityFlow())
+
+
+def test_gradients_do_not_run_through_step_sizes():
+    x = 3 * randn(4, 2)
+    x[0] = 0.0
+    x.requires_grad_()
+    out = sample(mixture().score, x, [5.0, 1.0, 0.1, 0.0], ProbabilityFlow(1e-6, 1e-6), differentiable=True)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    shift = torch.zeros_like(x)
+    shift[:, 0] = 1e-4
+    ends = [
+        sample(mixture().score, x.detach() + k * shift, [5.0, 1.0, 0.1, 0.0], ProbabilityFlow(1e-8, 1e-8))
+        for k in (1, -1)
+    ]
+    torch.testing.assert_close(gradient[:, 0], (ends[0] - ends[1]).sum(1) / 2e-4, rtol=1e-3, atol=1e-3)
+
+
 def test_images_and_empty_batches():
     def score(x, s):
         return -x / (1 + s.reshape(-1, 1, 1, 1) ** 2)

@@ -73,6 +73,8 @@ def test_checkerboard_against_quadrature():
         assert float(found) == pytest.approx(math.log(total / 8), abs=1e-9)
     inside = d.log_prob(torch.tensor([[-1.5, -1.5], [-0.5, -1.5], [9.0, 0.0]], dtype=F64))
     assert inside.tolist() == [-math.log(8), -math.inf, -math.inf]
+    mixed = d.log_prob(torch.tensor([[-1.5, -1.5], [0.3, -0.2]], dtype=F64), torch.tensor([0.0, 0.4], dtype=F64))
+    assert mixed.tolist() == [-math.log(8), float(d.log_prob(torch.tensor([[0.3, -0.2]], dtype=F64), 0.4))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -168,6 +170,8 @@ def test_bad_input_is_refused():
         d.log_prob(randn(2))
     with pytest.raises(ValueError, match="sigma is -1"):
         d.score(randn(4, 2), -1.0)
+    with pytest.raises(ValueError, match=r"sigma spans \[-1, -1\]"):
+        d.score(randn(4, 2), torch.tensor(-1.0))
     with pytest.raises(ValueError, match="no density at sigma = 0"):
         Empirical(randn(5, 2)).log_prob(randn(4, 2))
     with pytest.raises(ValueError, match="no score at sigma = 0"):

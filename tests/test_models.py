@@ -93,6 +93,22 @@ def test_labels():
         told(float(grid[3]) * 1.01, integer=True, **ncsn)
 
 
+def test_integer_labels_reach_an_embedding_and_double_levels_are_taken():
+    class Embedded(nn.Module):
+        integer_labels = True
+
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(10, 2)
+
+        def forward(self, x, label):
+            return x + self.table(label)
+
+    grid = sigmas.geometric(10, sigma_min=0.01, sigma_max=1.0)
+    model = ScoreModel(Embedded(), VE(0.01, 1.0), EPS, data_shape=(2,), label="index", levels=grid)
+    assert model(torch.zeros(3, 2), grid[:3]).dtype == torch.float32
+
+
 def test_input_scale():
     class Seen(nn.Module):
         def forward(self, x, label):

@@ -340,6 +340,20 @@ def test_every_predictor_with_every_corrector(predictor, corrector, first):
     assert float(off.abs().max()) < 6 / math.sqrt(1000)
 
 
+def test_native_time_steps_of_a_discrete_process_use_their_own_segment():
+    """On each segment log sigma is linear in t, so -f dt of step i is sigma^2/(1+sigma^2) log(sigma_i/sigma_{i-1})."""
+    from scorelab.processes import cosine_betas
+
+    p = DiscreteVP(cosine_betas(1000))
+    for i in (999, 998, 500):
+        high, low = float(p.step_sigmas[i]), float(p.step_sigmas[i - 1])
+        alpha, alpha_next = (1 + high**2) ** -0.5, (1 + low**2) ** -0.5
+        step = ReverseSDE(p, 0.0).step
+        out, _ = step(lambda x, s: torch.zeros_like(x), torch.ones(1, 1, dtype=F64), high, low, None, torch.zeros_like)
+        growth = float(out) * alpha_next / alpha - 1
+        assert growth == pytest.approx(high**2 / (1 + high**2) * math.log(high / low), rel=1e-4)
+
+
 def test_correctors_make_no_step_where_the_score_vanishes():
     x = randn(5, 3)
     still = LangevinCorrector(0.2).correct(lambda y, s: torch.zeros_like(y), x, 1.0, torch.ones_like)

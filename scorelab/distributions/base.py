@@ -22,7 +22,8 @@ class Distribution(ABC):
     """Exact samples, log-densities, scores and denoised samples at every noise level.
 
     ``score`` is a ScoreFn. x is (B, *data_shape); sigma is () or (B,), unscaled, >= 0. Results have x's dtype and
-    device. Errors: ValueError for a shape that does not fit or a negative or non-finite sigma.
+    device. Errors: ValueError for a shape that does not fit or a negative or non-finite sigma (a tensor is looked at on
+    the CPU only, elsewhere that would be a synchronisation).
     """
 
     data_shape: Shape
@@ -74,6 +75,11 @@ class Distribution(ABC):
         level = broadcast(sigma, flat).to(x)
         if not isinstance(sigma, Tensor) and not 0 <= sigma < float("inf"):
             raise ValueError(f"sigma is {sigma:g}; expected a finite noise level >= 0")
+        # on other devices the look would be a synchronisation
+        if level.device.type == "cpu" and not bool(((level >= 0) & torch.isfinite(level)).all()):
+            raise ValueError(
+                f"sigma spans [{float(level.min()):g}, {float(level.max()):g}]; expected finite levels >= 0"
+            )
         return flat, level
 
 

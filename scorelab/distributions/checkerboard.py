@@ -60,13 +60,15 @@ class Checkerboard(Distribution):
 
     def _log_prob(self, x: Tensor, sigma: Tensor) -> Tensor:
         area = math.log(len(self.columns)) + 2 * math.log(self.side)
-        if sigma.numel() == 1 and float(sigma) == 0:
-            relative = (x[:, :, None] - self.edges.to(x)) / self.side
-            inside = (relative >= 0) & (relative <= 1)
-            dark = (inside[:, 0, self.columns.to(x.device)] & inside[:, 1, self.lines.to(x.device)]).any(1)
-            return torch.full_like(x[:, 0], -math.inf).masked_fill(dark, -area)
-        _, _, joint = self._parts(x, sigma)
-        return torch.logsumexp(joint, 1) - area
+        sharp = (sigma == 0).reshape(-1)
+        if not bool(sharp.any()):
+            return torch.logsumexp(self._parts(x, sigma)[2], 1) - area
+        relative = (x.unsqueeze(2) - self.edges.to(x)) / self.side
+        inside = (relative >= 0) & (relative <= 1)
+        dark = (inside[:, 0, self.columns.to(x.device)] & inside[:, 1, self.lines.to(x.device)]).any(1)
+        exact = torch.full_like(x[:, 0], -math.inf).masked_fill(dark, -area)
+        blurred = torch.logsumexp(self._parts(x, torch.where(sigma == 0, torch.ones_like(sigma), sigma))[2], 1) - area
+        return torch.where(sharp, exact, blurred)
 
     def _score(self, x: Tensor, sigma: Tensor) -> Tensor:
         if not bool((sigma > 0).all()):

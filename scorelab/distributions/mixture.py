@@ -43,6 +43,7 @@ class GaussianMixture(Distribution):
         if std.shape not in ((), (count,)) or not bool((std >= 0).all()):
             raise ValueError(f"std has shape {tuple(std.shape)}; expected a number or ({count},), nowhere negative")
         self.std = std
+        self._is_pointed = not bool((std > 0).all())
         if weights is None:
             weights = torch.ones(count, dtype=means.dtype, device=means.device)
         if weights.shape != (count,) or not bool((weights >= 0).all()) or not float(weights.sum()) > 0:
@@ -81,6 +82,8 @@ class GaussianMixture(Distribution):
 
     def _parts(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Unnormalised log responsibilities (B, K), and v, () or (B, K)-broadcastable."""
+        if self._is_pointed and not bool((sigma > 0).all()):
+            raise ValueError("a mixture of std 0 (a data set) has no density at sigma = 0; expected sigma > 0")
         var = self.std.to(x) ** 2 + sigma**2
         d2 = self._squared_distances(x)
         logits = self.weights.to(x).log() - d2 / (2 * var)
@@ -110,8 +113,3 @@ class Empirical(GaussianMixture):
 
     def __init__(self, data: Tensor) -> None:
         super().__init__(data, 0.0)
-
-    def _parts(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        if not bool((sigma > 0).all()):
-            raise ValueError("an empirical distribution has no density at sigma = 0; expected sigma > 0")
-        return super()._parts(x, sigma)

@@ -74,10 +74,11 @@ def log_likelihood(
         raise ValueError(f"divergence is {divergence!r}; expected 'exact' or 'hutchinson'")
     if probes < 1:
         raise ValueError(f"probes is {probes}; expected at least 1")
-    counted, dims = Counted(score), x[0].numel() if len(x) else 0
-    shape = x.shape[1:]
+    if len(x) == 0:
+        return LogLikelihood(x.new_zeros(0), None, x, 0)
+    counted, dims, shape = Counted(score), x[0].numel(), x.shape[1:]
     with torch.no_grad():
-        check_broadcasting(counted, x, sigma_min)
+        check_broadcasting(counted, x, sigma_min, math.sqrt(sigma_min * sigma_max))
     probe = None
     if divergence == "hutchinson":
         source = fresh_generator() if generator is None else generator

@@ -68,10 +68,10 @@ class _LinearBeta(Process):
 
     def __post_init__(self) -> None:
         _check_times(self.t_min, self.t_max)
-        if not 0 < self.beta_min < self.beta_max < math.inf:
+        if not 0 < self.beta_min <= self.beta_max < math.inf:
             raise ValueError(
                 f"{type(self).__name__} got beta_min = {self.beta_min:g}, beta_max = {self.beta_max:g}; "
-                "expected 0 < beta_min < beta_max"
+                "expected 0 < beta_min <= beta_max"
             )
 
     def _beta(self, t: Tensor) -> Tensor:

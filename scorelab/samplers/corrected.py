@@ -97,6 +97,11 @@ class PredictorCorrector(Sampler):
     corrector: Corrector | None = LangevinCorrector()
     corrector_first: bool = False
 
+    @property
+    def every_level(self) -> bool:  # type: ignore[override]
+        """That of the predictor."""
+        return self.predictor.every_level
+
     def init(self, x: Tensor, sigmas: list[float]) -> State:
         return self.predictor.init(x, sigmas)
 

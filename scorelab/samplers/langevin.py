@@ -20,7 +20,7 @@ __all__ = ["AnnealedLangevin", "Langevin"]
 
 def langevin_step(x: Tensor, score: Tensor, size: float | Tensor, noise: Tensor) -> Tensor:
     """x + size/2 score + sqrt(size) noise; size a number, or one a sample with x's dimensions."""
-    root = math.sqrt(size) if isinstance(size, float) else size.sqrt()
+    root = size.sqrt() if isinstance(size, Tensor) else math.sqrt(size)
     return x + 0.5 * size * score + root * noise
 
 

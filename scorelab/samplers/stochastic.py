@@ -121,7 +121,9 @@ def _scales(process: Process, sigma: float, sigma_next: float) -> _Scales:
     t = process.time(torch.tensor([sigma, sigma_next], dtype=torch.float64))
     alpha, (scale, std) = process.alpha(t), process.transition(t[1], t[0])
     dt = float(t[1] - t[0])
-    drift, diffusion = float(process.drift(t[0])), float(process.diffusion(t[0]))
+    # just inside the step: at a kink of a discrete process its own segment counts, not the one above
+    inside = t[0] + 1e-6 * (t[1] - t[0])
+    drift, diffusion = float(process.drift(inside)), float(process.diffusion(inside))
     return _Scales(float(alpha[0]), float(alpha[1]), dt, drift, diffusion, float(scale), float(std))
 
 

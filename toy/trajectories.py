@@ -57,7 +57,7 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
         nfe = {}
         for panel, sampler, title in (
             (axes[0, 0], ReverseSDE(VE(low, high)), "reverse SDE"),
-            (axes[0, 1], Heun(), "probability-flow ODE (Heun)"),
+            (axes[0, 1], Heun(), "ODE (Heun)"),
         ):
             generator = torch.Generator().manual_seed(4)
             steps = list(trajectory(trained.model, start, levels, sampler, generator=generator))

@@ -4,6 +4,7 @@ from scorelab import distributions, losses, nn, predictions, processes, samplers
 from scorelab.adapters import broadcast, check_score, clipped, from_denoiser, from_eps, from_time_score
 from scorelab.likelihood import LogLikelihood, log_likelihood
 from scorelab.models import ScoreModel
+from scorelab.noise import PerSampleNoise
 from scorelab.predictions import Prediction, convert
 from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP
 from scorelab.samplers import Step, sample, trajectory
@@ -18,6 +19,7 @@ __all__ = [
     "DiscreteVP",
     "Flow",
     "LogLikelihood",
+    "PerSampleNoise",
     "Prediction",
     "Process",
     "ScoreFn",

@@ -6,11 +6,17 @@ noise on every device.
 
 from __future__ import annotations
 
+import copy
+import math
+
 import torch
 
 from scorelab.typing import Tensor
 
-__all__ = ["Noise", "fresh_generator", "randn"]
+__all__ = ["Noise", "PerSampleNoise", "fresh_generator", "mixed_seed", "randn"]
+
+_AHEAD = 2**14
+"""Numbers drawn at once for a sample: enough that the call costs little beside them."""
 
 
 def randn(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
@@ -26,17 +32,90 @@ def fresh_generator(device: torch.device | str = "cpu") -> torch.Generator:
     return generator
 
 
-class Noise:
-    """``noise(x)``: standard normal noise like x, drawn from one generator (by default freshly seeded)."""
+def mixed_seed(*numbers: int) -> int:
+    """A 64-bit seed from whole numbers, each combination giving an unrelated one.
 
-    def __init__(self, generator: torch.Generator | None = None) -> None:
-        if generator is not None and not isinstance(generator, torch.Generator):
+    The finaliser of SplitMix64, applied after each number: Steele, Lea and Flood, 2014, doi:10.1145/2660193.2660195.
+    """
+    mask, state = 2**64 - 1, 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state
+
+
+class PerSampleNoise:
+    """Noise in which sample i depends on (seed, i) alone, whatever the batch size, the chunks or the processes.
+
+    Every sample has a stream of its own on the CPU; ``first`` is the index of the first one. Pass it as ``generator``.
+    Numbers are drawn ahead in blocks whose size follows from the sample's shape, so each dtype and shape has its own
+    noise. An object belongs to one run: ``rows`` and ``fresh`` give unused ones.
+    """
+
+    def __init__(self, seed: int, first: int = 0) -> None:
+        if not isinstance(seed, int) or not isinstance(first, int) or first < 0:
+            raise ValueError(f"seed = {seed!r}, first = {first!r}; expected whole numbers, first >= 0")
+        self.seed, self.first = seed, first
+        self._streams: list[torch.Generator] = []
+        self._block, self._used = torch.empty(0), 0
+
+    def rows(self, start: int) -> PerSampleNoise:
+        """The noise of the samples from ``start`` on, from its beginning."""
+        return PerSampleNoise(self.seed, self.first + start)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> PerSampleNoise:
+        return self.rows(0)
+
+    def fresh(self) -> PerSampleNoise:
+        """The same noise from its beginning."""
+        return copy.deepcopy(self)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Noise of x's shape, dtype and device; row k belongs to sample first + k."""
+        shape = (len(x), *x.shape[1:])
+        ahead = max(1, _AHEAD // max(1, math.prod(shape[1:])))
+        if not self._streams:
+            self._streams = [
+                torch.Generator().manual_seed(mixed_seed(self.seed, self.first + k)) for k in range(len(x))
+            ]
+            self._block, self._used = torch.empty((shape[0], ahead, *shape[1:]), dtype=x.dtype), ahead
+        expected = (self._block.shape[0], *self._block.shape[2:])
+        if shape != expected or x.dtype != self._block.dtype:
+            raise ValueError(
+                f"this PerSampleNoise gives {tuple(expected)}, {self._block.dtype}, but {shape}, {x.dtype} was asked: "
+                "make one for each run, and use it with samplers that keep the whole batch together"
+            )
+        if self._used == ahead:
+            for row, stream in zip(self._block, self._streams, strict=True):
+                row.normal_(generator=stream)
+            self._used = 0
+        self._used += 1
+        return self._block[:, self._used - 1].to(x.device)
+
+
+class Noise:
+    """``noise(x)``: standard normal noise like x, drawn from one generator (by default freshly seeded).
+
+    With ``reuse`` the memory of one call is overwritten by the next, so nothing may be kept.
+    """
+
+    def __init__(self, generator: torch.Generator | PerSampleNoise | None = None, *, reuse: bool = False) -> None:
+        if generator is not None and not isinstance(generator, (torch.Generator, PerSampleNoise)):
             raise TypeError(
-                f"generator is {type(generator).__name__}; expected a torch.Generator: "
-                "torch.Generator().manual_seed(0) makes one"
+                f"generator is {type(generator).__name__}; expected a torch.Generator, such as "
+                "torch.Generator().manual_seed(0), or a scorelab.PerSampleNoise(seed)"
             )
         self.generator = fresh_generator() if generator is None else generator
+        self._reuse, self._memory = reuse, torch.empty(0)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Noise of x's shape, dtype and device."""
-        return randn(tuple(x.shape), x, self.generator)
+        if isinstance(self.generator, PerSampleNoise):
+            return self.generator(x)
+        if not self._reuse or self.generator.device != x.device:
+            return randn(tuple(x.shape), x, self.generator)
+        if self._memory.shape != x.shape or self._memory.dtype != x.dtype or self._memory.device != x.device:
+            self._memory = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return self._memory.normal_(generator=self.generator)

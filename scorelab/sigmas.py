@@ -22,6 +22,7 @@ __all__ = [
     "LogNormal",
     "LogUniform",
     "SigmaDistribution",
+    "Tapered",
     "from_betas",
     "from_process",
     "geometric",
@@ -146,6 +147,39 @@ class LogUniform(SigmaDistribution):
 
     def rate(self, sigma: Tensor) -> Tensor:
         return torch.full_like(sigma, math.log(self.sigma_max / self.sigma_min))
+
+
+@dataclass(frozen=True)
+class Tapered(SigmaDistribution):
+    """log sigma uniform on either side of a ``knee``, with the ``share`` of the samples above it.
+
+    Far above the data's standard deviation the score is nearly that of one Gaussian and needs few samples.
+    """
+
+    sigma_min: float
+    knee: float
+    sigma_max: float
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (0 < self.sigma_min < self.knee < self.sigma_max < math.inf and 0 < self.share < 1):
+            raise ValueError(
+                f"Tapered got {self.sigma_min:g}, {self.knee:g}, {self.sigma_max:g} and a share of {self.share:g}; "
+                "expected 0 < sigma_min < knee < sigma_max and 0 < share < 1"
+            )
+
+    def _spans(self) -> tuple[float, float]:
+        return math.log(self.knee / self.sigma_min), math.log(self.sigma_max / self.knee)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        below, above = self._spans()
+        low = u * (below / (1 - self.share))
+        high = below + (u - (1 - self.share)) * (above / self.share)
+        return torch.exp(math.log(self.sigma_min) + torch.where(low < below, low, high))
+
+    def rate(self, sigma: Tensor) -> Tensor:
+        below, above = self._spans()
+        return torch.where(sigma < self.knee, below / (1 - self.share), above / self.share).to(sigma)
 
 
 @dataclass(frozen=True)

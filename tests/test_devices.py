@@ -111,7 +111,12 @@ def test_losses_and_noise_distributions():
         assert denoising_loss(score, x, sigma, torch.randn_like(x)).device.type == "cuda"
         assert posterior_mean(x, sigma, torch.randn(9, 2, device="cuda")).device.type == "cuda"
         u = torch.rand(3, device="cuda")
-        for distribution in (sigmas.LogUniform(0.1, 1.0), sigmas.LogNormal(), sigmas.FromProcess(VP())):
+        for distribution in (
+            sigmas.LogUniform(0.1, 1.0),
+            sigmas.Tapered(0.1, 0.5, 1.0),
+            sigmas.LogNormal(),
+            sigmas.FromProcess(VP()),
+        ):
             assert distribution(u).dtype == torch.float32
     # a CPU build cannot run backward passes of "cuda" tensors: meta tensors stand in for them
     x, sigma, probes = (torch.empty(s, device="meta") for s in ((3, 2), (3,), (2, 3, 2)))

@@ -48,7 +48,13 @@ def test_from_betas_and_from_process():
 
 @pytest.mark.parametrize(
     "distribution",
-    [sigmas.LogUniform(0.1, 10.0), sigmas.LogNormal(), sigmas.FromProcess(VP()), sigmas.FromProcess(VP(0.5, 5.0))],
+    [
+        sigmas.LogUniform(0.1, 10.0),
+        sigmas.Tapered(0.1, 2.0, 10.0),
+        sigmas.LogNormal(),
+        sigmas.FromProcess(VP()),
+        sigmas.FromProcess(VP(0.5, 5.0)),
+    ],
 )
 def test_rate_is_the_derivative_of_the_quantile_function(distribution):
     u = torch.linspace(0.05, 0.95, 50, dtype=F64, requires_grad=True)

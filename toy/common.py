@@ -60,7 +60,7 @@ def config_for(name: str, steps: int) -> ConfigDict:
     c.process.sigma_min = sigma_min_for(name)
     scale = sigma_data_of(target(name).sample(10_000, torch.Generator().manual_seed(0)))
     c.process.sigma_max = round(20 * scale, 3)
-    c.training.sigmas, c.training.steps = "log_uniform", steps
+    c.training.sigmas, c.training.steps = "tapered", steps
     c.training.batch_size, c.training.stable_target = 512, 1024
     c.optim.lr, c.optim.beta2, c.optim.schedule = 1e-2, 0.99, "cosine"
     return c

@@ -20,7 +20,7 @@ from scorelab.typing import Tensor
 
 __all__ = ["Empirical", "GaussianMixture"]
 
-_DIRECT = 2**18
+_DIRECT = 2**13
 _REFINED = 16
 
 

@@ -2,29 +2,53 @@
 
 from scorelab.samplers.adaptive import ProbabilityFlow
 from scorelab.samplers.base import Sampler, State, Step
+from scorelab.samplers.calibrated import Calibrated, calibrate
 from scorelab.samplers.corrected import AnnealedCorrector, Corrector, LangevinCorrector, PredictorCorrector
 from scorelab.samplers.driver import sample, trajectory
-from scorelab.samplers.langevin import AnnealedLangevin, Langevin
-from scorelab.samplers.ode import Euler, Heun
+from scorelab.samplers.langevin import (
+    AnnealedLangevin,
+    ConsistentLangevin,
+    Langevin,
+    MetropolisLangevin,
+    UnderdampedLangevin,
+)
+from scorelab.samplers.multistep import AdamsBashforth, DPMSolverMultistep, UniPC
+from scorelab.samplers.ode import RK4, Euler, Heun, Midpoint
+from scorelab.samplers.sde import Churn, SDEDPMSolver, StochasticHeun
+from scorelab.samplers.singlestep import DPMSolverSinglestep
 from scorelab.samplers.stochastic import DDIM, Ancestral, ReverseDiffusion, ReverseSDE
 
 __all__ = [
     "DDIM",
+    "RK4",
+    "AdamsBashforth",
     "Ancestral",
     "AnnealedCorrector",
     "AnnealedLangevin",
+    "Calibrated",
+    "Churn",
+    "ConsistentLangevin",
     "Corrector",
+    "DPMSolverMultistep",
+    "DPMSolverSinglestep",
     "Euler",
     "Heun",
     "Langevin",
     "LangevinCorrector",
+    "MetropolisLangevin",
+    "Midpoint",
     "PredictorCorrector",
     "ProbabilityFlow",
     "ReverseDiffusion",
     "ReverseSDE",
+    "SDEDPMSolver",
     "Sampler",
     "State",
     "Step",
+    "StochasticHeun",
+    "UnderdampedLangevin",
+    "UniPC",
+    "calibrate",
     "sample",
     "trajectory",
 ]

@@ -1,10 +1,11 @@
-"""Dormand-Prince 5(4) with a step size of its own for every sample.
+"""Embedded Runge-Kutta pairs with a step size of its own for every sample: Dormand-Prince 5(4), Bogacki-Shampine 3(2).
 
 The ODE dx/dsigma = -sigma score is integrated in u = log sigma, dx/du = -sigma^2 score. Each sample keeps its own u and
 step and accepts or rejects by its own error, so a stiff sample does not slow or change the others. The score sees sigma
 as (B,).
 
-Dormand and Prince, A family of embedded Runge-Kutta formulae, 1980; step control: Hairer, Norsett and Wanner, Solving
+Dormand and Prince, A family of embedded Runge-Kutta formulae, 1980; Bogacki and Shampine, A 3(2) pair of Runge-Kutta
+formulas, 1989; step control: Hairer, Norsett and Wanner, Solving
 Ordinary Differential Equations I, 1993, II.4.
 """
 
@@ -16,23 +17,49 @@ from dataclasses import dataclass
 
 import torch
 
-from scorelab.checks import level, rows
+from scorelab.checks import level, nearest_name, rows
 from scorelab.predictions import denoise_from_score
 from scorelab.samplers.base import Sampler, State
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["Controller", "Integration", "ProbabilityFlow", "check_broadcasting", "integrate"]
 
-_A = (
-    (1 / 5,),
-    (3 / 40, 9 / 40),
-    (44 / 45, -56 / 15, 32 / 9),
-    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-)
-_C = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
-_ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+@dataclass(frozen=True)
+class Pair:
+    """An embedded pair whose last stage is the next step's first: stage weights, places, error weights, and 1/(q + 1)
+    for an error estimate of order q."""
+
+    stages: tuple[tuple[float, ...], ...]
+    places: tuple[float, ...]
+    error: tuple[float, ...]
+    exponent: float
+    order: int
+
+
+PAIRS = {
+    "dopri5": Pair(
+        (
+            (1 / 5,),
+            (3 / 40, 9 / 40),
+            (44 / 45, -56 / 15, 32 / 9),
+            (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+            (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+            (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+        ),
+        (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
+        (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
+        1 / 5,
+        5,
+    ),
+    "bosh3": Pair(
+        ((1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
+        (1 / 2, 3 / 4, 1.0),
+        (-5 / 72, 1 / 12, 1 / 9, -1 / 8),
+        1 / 3,
+        3,
+    ),
+}
 
 Field = Callable[[Tensor, Tensor, Tensor], Tensor]
 """dy/du = field(y (b, N), u (b,), index (b,)): ``index`` names the rows of the batch that are passed."""
@@ -41,11 +68,15 @@ Norm = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Controller:
-    """Error tolerance rtol |y| + atol in root mean square; ``max_steps`` bounds the tried steps of any sample."""
+    """Error tolerance rtol |y| + atol in root mean square; ``max_steps`` bounds the tried steps of any sample.
+
+    ``method`` names the pair, "dopri5" or "bosh3".
+    """
 
     rtol: float = 1e-5
     atol: float = 1e-5
     max_steps: int = 1000
+    method: str = "dopri5"
 
     def __post_init__(self) -> None:
         if not (self.rtol >= 0 and self.atol >= 0 and self.rtol + self.atol > 0) or self.max_steps < 1:
@@ -53,6 +84,8 @@ class Controller:
                 f"rtol = {self.rtol:g}, atol = {self.atol:g}, max_steps = {self.max_steps}; expected tolerances >= 0, "
                 "not both 0, and max_steps >= 1"
             )
+        if self.method not in PAIRS:
+            raise ValueError(f"method is {self.method!r}; {nearest_name(self.method, PAIRS)}")
 
 
 @dataclass
@@ -88,7 +121,7 @@ def integrate(
     only the rows that still move; otherwise it always sees the whole batch, and finished rows stand still.
     Raises RuntimeError when a sample needs more than ``control.max_steps`` steps or its error is not finite.
     """
-    count, span = len(y), abs(end - begin)
+    pair, count, span = PAIRS[control.method], len(y), abs(end - begin)
     sign = 1.0 if end > begin else -1.0
     result = Integration(
         y.clone(),
@@ -111,7 +144,7 @@ def integrate(
         last = left - h <= sliver * span
         h = torch.where(last, left, h)
         proposal, error, end_slope = _stages(
-            field, result.y[index], slope[index], begin + sign * done[index], sign * h, index
+            pair, field, result.y[index], slope[index], begin + sign * done[index], sign * h, index
         )
         # step sizes are not differentiated through
         scale = control.atol + control.rtol * torch.maximum(result.y[index].abs(), proposal.abs()).detach()
@@ -119,7 +152,7 @@ def integrate(
         active = left > 0
         _refuse_broken(size, active, index)
         accept = active & (size <= 1)
-        factor = (0.9 * size.clamp_min(1e-10) ** -0.2).clamp(0.2, 5.0)
+        factor = (0.9 * size.clamp_min(1e-10) ** -pair.exponent).clamp(0.2, 5.0)
         factor = torch.where(accept, factor, factor.clamp_max(1.0))
         # the last step is cut short by the end: it must not shrink the next interval's first step
         grown = torch.where(accept & last, torch.maximum(h * factor, result.width[index]), h * factor)
@@ -150,14 +183,14 @@ def _refuse_broken(size: Tensor, active: Tensor, index: Tensor) -> None:
 
 
 def _stages(
-    field: Field, y: Tensor, slope: Tensor, u: Tensor, h: Tensor, index: Tensor
+    pair: Pair, field: Field, y: Tensor, slope: Tensor, u: Tensor, h: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     slopes, step = [slope], h.unsqueeze(1)
     point = y
-    for weights, place in zip(_A, _C, strict=True):
+    for weights, place in zip(pair.stages, pair.places, strict=True):
         point = y + step * sum((w * k for w, k in zip(weights, slopes, strict=True) if w), torch.zeros_like(y))
         slopes.append(field(point, u + place * h, index))
-    error = step * sum((w * k for w, k in zip(_ERROR, slopes, strict=True) if w), torch.zeros_like(y))
+    error = step * sum((w * k for w, k in zip(pair.error, slopes, strict=True) if w), torch.zeros_like(y))
     return point, error, slopes[-1]
 
 
@@ -189,7 +222,7 @@ _BROADCAST = (
 
 @dataclass(frozen=True)
 class ProbabilityFlow(Sampler):
-    """The probability-flow ODE to a tolerance: Dormand-Prince 5(4), error control per sample.
+    """The probability-flow ODE to a tolerance: error control per sample, by ``method`` "dopri5" or "bosh3".
 
     The grid gives only the points that are reported: [sigma_max, sigma_min, 0] will do. ``nfe`` counts evaluations of
     the whole batch: it follows the sample that needs the most. A step to 0 denoises.
@@ -198,11 +231,15 @@ class ProbabilityFlow(Sampler):
     rtol: float = 1e-5
     atol: float = 1e-5
     max_steps: int = 1000
-
-    order = 5
+    method: str = "dopri5"
 
     def __post_init__(self) -> None:
-        Controller(self.rtol, self.atol, self.max_steps)
+        Controller(self.rtol, self.atol, self.max_steps, self.method)
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """That of the pair's solution: 5 or 3."""
+        return PAIRS[self.method].order
 
     def step(
         self,
@@ -230,7 +267,7 @@ class ProbabilityFlow(Sampler):
             sigmas = u.exp()
             return -(sigmas.unsqueeze(1) ** 2) * part(y.reshape(-1, *x.shape[1:]), sigmas).flatten(1)
 
-        control = Controller(self.rtol, self.atol, self.max_steps)
+        control = Controller(self.rtol, self.atol, self.max_steps, self.method)
         result = integrate(
             field,
             x.flatten(1),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from scorelab.checks import check_batch, check_finite, check_output, check_sigmas, level, rows
-from scorelab.noise import Noise
+from scorelab.noise import Noise, PerSampleNoise
 from scorelab.predictions import denoise_from_score
 from scorelab.typing import ScoreFn, Shape, Tensor
 
@@ -70,6 +70,10 @@ class Sampler(ABC):
         noise: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, State]:
         """x at sigma_next from x at sigma, and the new state; neither argument is changed in place."""
+
+    def reached(self, sigma: float, sigma_next: float) -> float:
+        """The noise level of x after a step."""
+        return sigma_next
 
 
 class Counted:
@@ -141,13 +145,29 @@ def start(
     return noise(like) * math.hypot(sigma, data_std)
 
 
+def _grid(sigmas: Tensor | Iterable[float] | None, sampler: Sampler) -> list[float]:
+    """The levels that were given, or those that the sampler brings."""
+    own = getattr(sampler, "sigmas", None)
+    if sigmas is None:
+        if own is None:
+            raise ValueError(
+                "sigmas is None, but this sampler brings no noise levels of its own; expected a sequence, "
+                "e.g. scorelab.sigmas.karras(18, sigma_min=0.002, sigma_max=80)"
+            )
+        return list(own)
+    grid = check_sigmas(sigmas, at_least=1 if sampler.every_level else 2)
+    if own is not None and grid != list(own):
+        raise ValueError(f"this sampler was fitted to its own {len(own)} noise levels; leave sigmas out, or pass those")
+    return grid
+
+
 def drive(
     score: ScoreFn,
     x: Tensor | Shape,
-    sigmas: Tensor | Iterable[float],
+    sigmas: Tensor | Iterable[float] | None,
     sampler: Sampler,
     *,
-    generator: torch.Generator | None,
+    generator: torch.Generator | PerSampleNoise | None,
     data_std: float,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
@@ -160,7 +180,7 @@ def drive(
         raise TypeError(f"score is {type(score).__name__}; expected a callable score(x, sigma)")
     if not isinstance(sampler, Sampler):
         raise TypeError(f"sampler is {sampler!r}; expected a sampler object such as scorelab.samplers.Heun()")
-    grid = check_sigmas(sigmas, at_least=1 if sampler.every_level else 2)
+    grid = _grid(sigmas, sampler)
     if sampler.every_level and grid[-1] > 0:
         grid.append(0.0)
     low, high = getattr(score, "sigma_range", (0.0, float("inf")))
@@ -170,7 +190,7 @@ def drive(
             f"sigmas span [{used[-1]:g}, {used[0]:g}] but this score knows [{low:g}, {high:g}] (its sigma_range): "
             "choose levels inside"
         )
-    noise = Noise(generator)
+    noise = Noise(generator, reuse=not differentiable)
     if device is None and not isinstance(x, Tensor):
         device = getattr(score, "device", None)
     x = start(x, grid[0], data_std, noise, dtype, device)
@@ -188,6 +208,6 @@ def drive(
                 x0_hat = counted.x0_hat() if denoised else None
             if debug:
                 check_finite(current, f"x at sigma = {sigma_next:g}")
-            yield Step(current, x0_hat, sigma_next, counted.nfe)
+            yield Step(current, x0_hat, sampler.reached(sigma, sigma_next), counted.nfe)
 
     return stepping()

@@ -102,6 +102,10 @@ class PredictorCorrector(Sampler):
         """That of the predictor."""
         return self.predictor.every_level
 
+    def reached(self, sigma: float, sigma_next: float) -> float:
+        corrected = self.corrector is not None and not self.corrector_first and sigma_next > 0
+        return sigma_next if corrected else self.predictor.reached(sigma, sigma_next)
+
     def init(self, x: Tensor, sigmas: list[float]) -> State:
         return self.predictor.init(x, sigmas)
 

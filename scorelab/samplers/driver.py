@@ -8,6 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from scorelab.checks import check_finite
+from scorelab.noise import PerSampleNoise
 from scorelab.samplers.base import Sampler, Step, drive
 from scorelab.samplers.ode import Heun
 from scorelab.typing import ScoreFn, Shape, Tensor
@@ -21,7 +22,7 @@ def trajectory(
     sigmas: Tensor | Iterable[float] | None = None,
     sampler: Sampler = Heun(),  # noqa: B008
     *,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | PerSampleNoise | None = None,
     data_std: float = 0.0,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -35,7 +36,7 @@ def trajectory(
     return drive(
         score,
         x,
-        _given(sigmas),
+        sigmas,
         sampler,
         generator=generator,
         data_std=data_std,
@@ -53,7 +54,7 @@ def sample(
     sigmas: Tensor | Iterable[float] | None = None,
     sampler: Sampler = Heun(),  # noqa: B008
     *,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | PerSampleNoise | None = None,
     data_std: float = 0.0,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -66,8 +67,9 @@ def sample(
 
     score: any callable score(x, sigma) -> (B, *D); sigma arrives as a 0-dim tensor (per sample, (B,), from adaptive
     solvers). x: a tensor (B, *D) at noise level sigmas[0], or a shape, then drawn from
-    N(0, (sigmas[0]^2 + data_std^2) I). sigmas: strictly descending levels; a final 0 ends on the denoised sample.
-    generator: source of all randomness, freshly seeded if None. callback: called with every Step. differentiable:
+    N(0, (sigmas[0]^2 + data_std^2) I). sigmas: strictly descending levels; a final 0 ends on the denoised sample; None
+    only for a sampler that brings its own (Calibrated). generator: source of all randomness, freshly seeded if None; a
+    PerSampleNoise makes sample i depend on (seed, i) alone. callback: called with every Step. differentiable:
     keep the graph. debug: look for NaN at every step instead of once at the end.
 
     Raises ValueError or TypeError for shapes, levels, dtypes or a score output that don't fit, for levels outside the
@@ -76,7 +78,7 @@ def sample(
     steps = drive(
         score,
         x,
-        _given(sigmas),
+        sigmas,
         sampler,
         generator=generator,
         data_std=data_std,
@@ -92,12 +94,3 @@ def sample(
             callback(last)
     check_finite(last.x, "the sample")
     return last.x
-
-
-def _given(sigmas: Tensor | Iterable[float] | None) -> Tensor | Iterable[float]:
-    if sigmas is None:
-        raise ValueError(
-            "sigmas is None, but this sampler brings no noise levels of its own; expected a sequence, "
-            "e.g. scorelab.sigmas.karras(18, sigma_min=0.002, sigma_max=80)"
-        )
-    return sigmas

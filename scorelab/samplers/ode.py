@@ -5,13 +5,14 @@ Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from scorelab.samplers.base import Sampler, State, evaluate
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["Euler", "Heun"]
+__all__ = ["RK4", "Euler", "Heun", "Midpoint"]
 
 
 @dataclass(frozen=True)
@@ -54,3 +55,64 @@ class Heun(Sampler):
             return x + width * first, state
         second = -sigma_next * evaluate(score, x + width * first, sigma_next)
         return x + 0.5 * width * (first + second), state
+
+
+@dataclass(frozen=True)
+class Midpoint(Sampler):
+    """Second order: two evaluations a step, the second halfway in ``on``, "log_sigma" or "sigma".
+
+    A step to 0 is Euler's.
+    """
+
+    on: str = "log_sigma"
+
+    order = 2
+
+    def __post_init__(self) -> None:
+        if self.on not in ("sigma", "log_sigma"):
+            raise ValueError(f"on is {self.on!r}; expected 'sigma' or 'log_sigma'")
+
+    def step(
+        self,
+        score: ScoreFn,
+        x: Tensor,
+        sigma: float,
+        sigma_next: float,
+        state: State,
+        noise: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, State]:
+        first = evaluate(score, x, sigma)
+        if sigma_next == 0:
+            return x.add(first, alpha=sigma**2), state
+        middle = math.sqrt(sigma * sigma_next) if self.on == "log_sigma" else 0.5 * (sigma + sigma_next)
+        half = x.add(first, alpha=(sigma - middle) * sigma)
+        # dx/dsigma = -sigma score, dx/dlog(sigma) = -sigma^2 score
+        width = middle * math.log(sigma / sigma_next) if self.on == "log_sigma" else sigma - sigma_next
+        return x.add(evaluate(score, half, middle), alpha=width * middle), state
+
+
+@dataclass(frozen=True)
+class RK4(Sampler):
+    """The classical fourth-order Runge-Kutta method in log sigma: four evaluations a step, one in a step to 0."""
+
+    order = 4
+
+    def step(
+        self,
+        score: ScoreFn,
+        x: Tensor,
+        sigma: float,
+        sigma_next: float,
+        state: State,
+        noise: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, State]:
+        first = evaluate(score, x, sigma)
+        if sigma_next == 0:
+            return x.add(first, alpha=sigma**2), state
+        # k = dx/dlog(sigma) = -sigma^2 score, width = log(r/sigma) < 0
+        middle, width = math.sqrt(sigma * sigma_next), math.log(sigma / sigma_next)
+        a, b, c = width * sigma**2, width * middle**2, width * sigma_next**2
+        second = evaluate(score, x.add(first, alpha=a / 2), middle)
+        third = evaluate(score, x.add(second, alpha=b / 2), middle)
+        fourth = evaluate(score, x.add(third, alpha=b), sigma_next)
+        return x.add(first, alpha=a / 6).add_(second + third, alpha=b / 3).add_(fourth, alpha=c / 6), state

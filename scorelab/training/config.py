@@ -66,7 +66,9 @@ def default_config() -> ConfigDict:
             "training": {
                 "steps": 1000,
                 "batch_size": 128,
-                "sigmas": "process",  # process (uniform in time) | log_uniform | sequence (geometric, sampling.levels)
+                # process (uniform in time) | log_uniform | tapered (a tenth above twice the data's root mean square) |
+                # sequence (geometric, sampling.levels)
+                "sigmas": "process",
                 "weighting": "sigma2",  # sigma2 | snr | x0 | edm | min_snr | likelihood
                 "stable_target": 0,  # size of the reference batch, 0: the plain denoising target
                 "checkpoint_every": 500,
@@ -182,11 +184,14 @@ def build(config: ConfigDict) -> Experiment:
         label=label,
         levels=None if isinstance(process, DiscreteVP) or label != "index" else sequence,
     )
-    kind = _choose(t.sigmas, ("process", "log_uniform", "sequence"), "training.sigmas")
+    kind = _choose(t.sigmas, ("process", "log_uniform", "tapered", "sequence"), "training.sigmas")
     if kind == "sequence":
         distribution: levels.SigmaDistribution = levels.FromSigmas(sequence)
     elif kind == "log_uniform":
         distribution = levels.LogUniform(*process.sigma_range)
+    elif kind == "tapered":
+        low, high = process.sigma_range
+        distribution = levels.Tapered(low, 2 * sigma_data, high)
     elif isinstance(process, DiscreteVP):
         distribution = levels.FromSigmas(process.step_sigmas.flip(0))
     else:

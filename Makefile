@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow bench lint clean
 .venv/.ready: setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "scorelab needs Python 3.10 or newer"'
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,14 @@ test: .venv/.ready
 test-slow: .venv/.ready
 	$(BIN)/python -m pytest -m slow -s
 
+.venv-bench/.ready: setup.cfg constraints.txt benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data]' -r benchmarks/peers.txt
+	touch $@
+
+bench: .venv-bench/.ready
+	.venv-bench/bin/python -m benchmarks.solvers
+
 lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,4 +33,4 @@ lint: .venv/.ready
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-bench runs

@@ -2,7 +2,7 @@
 
 from scorelab import distributions, losses, nn, predictions, processes, samplers, sigmas
 from scorelab.adapters import broadcast, check_score, clipped, from_denoiser, from_eps, from_time_score
-from scorelab.likelihood import LogLikelihood, log_likelihood
+from scorelab.likelihood import LogLikelihood, bits_per_dim, log_likelihood, sample_log_prob
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.predictions import Prediction, convert
@@ -26,6 +26,7 @@ __all__ = [
     "ScoreModel",
     "Step",
     "SubVP",
+    "bits_per_dim",
     "broadcast",
     "check_score",
     "clipped",
@@ -40,6 +41,7 @@ __all__ = [
     "predictions",
     "processes",
     "sample",
+    "sample_log_prob",
     "samplers",
     "sigmas",
     "trajectory",

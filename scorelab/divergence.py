@@ -1,6 +1,11 @@
-"""Traces of Jacobians of batched vector fields: tr(d f / d x), exactly or by Hutchinson's probes.
+"""Traces of Jacobians of batched vector fields: tr(d f / d x), exactly, by Hutchinson's probes or by Hutch++.
 
 Hutchinson, A stochastic estimator of the trace of the influence matrix, 1990: E[v' J v] = tr J for E[v v'] = I.
+Hutch++ takes the trace exactly on the span Q of J' S for random S, where most of it often lies, and probes the rest:
+
+    tr J = tr(Q' J Q) + E[w' J w],    w = (I - Q Q') v
+
+Meyer, Musco, Musco and Woodruff, Hutch++: Optimal Stochastic Trace Estimation, 2021, arXiv:2010.09649.
 """
 
 from __future__ import annotations
@@ -9,9 +14,10 @@ from collections.abc import Callable
 
 import torch
 
+from scorelab.noise import randn
 from scorelab.typing import Tensor
 
-__all__ = ["exact", "hutchinson", "rademacher"]
+__all__ = ["exact", "hutchinson", "hutchpp", "probes", "rademacher"]
 
 Field = Callable[[Tensor], Tensor]
 
@@ -52,6 +58,46 @@ def hutchinson(field: Field, x: Tensor, probes: Tensor, *, create_graph: bool = 
     if not create_graph:
         value, single = value.detach(), single.detach()
     return value, single.mean(0), single
+
+
+def hutchpp(
+    field: Field, x: Tensor, sketch: Tensor, probes: Tensor, *, create_graph: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f(x), tr(df/dx) by Hutch++ and the P single estimates (P, B): sketch (K, B, *D), probes (P, B, *D).
+
+    With K of the data's dimension or more the trace is exact. Costs 2 K + P backward passes.
+    """
+    with torch.enable_grad():
+        x = x if create_graph and x.requires_grad else x.detach().requires_grad_(True)
+        value = field(x)
+        if not value.requires_grad:  # a constant field
+            still = torch.zeros(len(probes), len(x), dtype=x.dtype, device=x.device)
+            return value, still.mean(0), still
+
+        def products(vectors: Tensor) -> Tensor:
+            """J' v for vectors (K, B, D)."""
+            rows = [
+                torch.autograd.grad(value, x, v.reshape_as(value), create_graph=create_graph, retain_graph=True)[0]
+                for v in vectors
+            ]
+            return torch.stack(rows).flatten(2)
+
+        flat = sketch.flatten(2)[: x[0].numel()]
+        # an orthonormal basis for each sample, (B, D, K); it is a choice of estimator, so no gradient goes through it
+        basis = torch.linalg.qr(products(flat).detach().permute(1, 2, 0)).Q
+        inside = basis.permute(2, 0, 1)
+        known = (products(inside) * inside).sum((0, 2))
+        v = probes.flatten(2)
+        outside = v - torch.einsum("bdk,bek,pbe->pbd", basis, basis, v)
+        single = known + (products(outside) * outside).sum(2)
+    if not create_graph:
+        value, single = value.detach(), single.detach()
+    return value, single.mean(0), single
+
+
+def probes(kind: str, shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Probes with E[v v'] = I: "rademacher" signs, which vary least, or "gaussian"."""
+    return rademacher(shape, like, generator) if kind == "rademacher" else randn(shape, like, generator)
 
 
 def rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:

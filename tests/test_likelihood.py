@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import F64, correlated, generator, mixture, randn, ring
 
-from scorelab import divergence, log_likelihood
+from scorelab import bits_per_dim, divergence, log_likelihood, sample_log_prob
 from scorelab.distributions import TARGETS, Gaussian, target
 from scorelab.evaluation import kl_to_model
 
@@ -85,12 +85,105 @@ def test_images_and_conditions_that_split():
         (lambda: log_likelihood(ring().score, randn(3, 2), 1.0, 0.1), "descending"),
         (lambda: log_likelihood(ring().score, randn(3, 2), 0.0, 1.0), "sigma_min"),
         (lambda: log_likelihood(ring().score, randn(3, 2) * math.nan, 0.1, 1.0), "not finite at 3"),
-        (lambda: log_likelihood(ring().score, randn(3, 2), 0.1, 1.0, divergence="trace"), "'exact' or 'hutchinson'"),
+        (lambda: log_likelihood(ring().score, randn(3, 2), 0.1, 1.0, divergence="trace"), "'exact', 'hutchinson' or"),
         (lambda: log_likelihood(ring().score, randn(3, 2), 0.1, 1.0, prior=lambda z: z), "one log-density a sample"),
         (lambda: log_likelihood(lambda x, s: -x / (1 + s**2), randn(3, 2), 0.1, 1.0), "scorelab.broadcast"),
         (lambda: log_likelihood(ring().score, randn(3, 2), 0.1, 1.0, probes=0), "at least 1"),
+        (lambda: log_likelihood(ring().score, randn(3, 2), 0.1, 1.0, divergence="hutch++", probes=2), "at least 3"),
+        (lambda: log_likelihood(ring().score, randn(3, 2), 0.1, 1.0, probe="uniform"), "rademacher"),
+        (lambda: sample_log_prob(ring().score, randn(3, 2), 0.0, 1.0), "sigma_min"),
+        (lambda: bits_per_dim(ring().score, randn(3, 2), 0.1, 1.0, spacing=0.0), "spacing"),
     ],
 )
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def wide() -> Gaussian:
+    """A Gaussian in 12 dimensions with a spectrum that falls fast, as Hutch++ likes it."""
+    basis = torch.linalg.qr(randn(12, 12, seed=3)).Q
+    return Gaussian(torch.zeros(12, dtype=F64), basis @ torch.diag(4.0 ** -torch.arange(12, dtype=F64)) @ basis.T)
+
+
+def test_hutchpp_is_exact_with_a_full_sketch_and_unbiased_without():
+    d, x = wide(), wide().sample(3, generator())
+    sigma = torch.tensor(1e-4, dtype=F64)
+    expected = divergence.exact(lambda y: d.score(y, sigma), x)[1]
+    full, rest = randn(12, 3, 12, seed=1), randn(1, 3, 12, seed=2)
+    torch.testing.assert_close(divergence.hutchpp(lambda y: d.score(y, sigma), x, full, rest)[1], expected)
+    plain, better = [], []
+    for seed in range(300):
+        sketch = divergence.rademacher((4, 3, 12), x, generator(seed))
+        v = divergence.rademacher((12, 3, 12), x, generator(1000 + seed))
+        better.append(divergence.hutchpp(lambda y: d.score(y, sigma), x, sketch, v[:4])[1])
+        plain.append(divergence.hutchinson(lambda y: d.score(y, sigma), x, v)[1])
+    found = torch.stack(better)
+    gap = (found.mean(0) - expected).abs() / (found.std(0) / math.sqrt(300))
+    assert float(gap.max()) < 3.5
+    # the same 12 products with the Jacobian: less than half the error
+    assert float(found.std(0).max()) < 0.5 * float(torch.stack(plain).std(0).min())
+
+
+@pytest.mark.parametrize(
+    ("kind", "probe", "probes"),
+    [("hutchinson", "gaussian", 1), ("hutch++", "rademacher", 4), ("hutch++", "gaussian", 4)],
+)
+def test_other_probes_are_unbiased(kind, probe, probes):
+    d = wide()
+    x = d.sample(2, generator(8))
+    options = {"prior": lambda z: d.log_prob(z, 5.0), "divergence": kind, "probe": probe, "rtol": 1e-4, "atol": 1e-4}
+    values = torch.stack(
+        [
+            log_likelihood(d.score, x, 0.1, 5.0, probes=probes, generator=generator(s), **options).log_prob
+            for s in range(60)
+        ]
+    )
+    gap = (values.mean(0) - d.log_prob(x, 0.1)).abs() / (values.std(0) / math.sqrt(60))
+    assert float(gap.max()) < 3.5
+
+
+def test_samples_know_their_log_density():
+    d, x = mixture(), HIGH * randn(30, 2)
+    y, found = sample_log_prob(d.score, x, LOW, HIGH, prior=lambda z: d.log_prob(z, HIGH), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(found.log_prob, d.log_prob(y, LOW), rtol=0, atol=1e-4)
+    back = log_likelihood(d.score, y, LOW, HIGH, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(back.latent, x, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_the_log_density():
+    """d log p / dx is the score itself at sigma_min, and d log p / d mean is minus it."""
+    d = mixture()
+    x = (d.sample(5, generator()) + LOW * randn(5, 2)).requires_grad_(True)
+    shift = torch.zeros(2, dtype=F64, requires_grad=True)
+    found = log_likelihood(
+        lambda y, s: d.score(y - shift, s),
+        x,
+        LOW,
+        HIGH,
+        prior=lambda z: d.log_prob(z - shift, HIGH),
+        rtol=1e-7,
+        atol=1e-7,
+        differentiable=True,
+    )
+    by_x, by_shift = torch.autograd.grad(found.log_prob.sum(), (x, shift))
+    expected = d.score(x.detach(), LOW)
+    torch.testing.assert_close(by_x, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(by_shift, -expected.sum(0), rtol=1e-3, atol=1e-3)
+
+
+def test_bits_per_dim_of_a_known_density():
+    """Data of spread far above the bins: bits are those of the density; more draws never raise the expected bound."""
+    d, spacing = Gaussian(torch.zeros(2, dtype=F64), 0.25), 0.125
+    x0 = (d.sample(400, generator()) / spacing).round() * spacing
+    options = {"prior": lambda z: d.log_prob(z, 9.0), "rtol": 1e-4, "atol": 1e-4}
+    one = bits_per_dim(d.score, x0, 0.01, 9.0, spacing=spacing, generator=generator(1), **options)
+    # P of a bin by its exact Gaussian mass
+    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=F64), math.sqrt(0.25 + 1e-4))
+    mass = normal.cdf(x0 + spacing / 2) - normal.cdf(x0 - spacing / 2)
+    exact = -mass.log2().mean(1)
+    assert float((one.bits - exact).mean()) == pytest.approx(0.0, abs=0.03)
+    five = bits_per_dim(d.score, x0, 0.01, 9.0, spacing=spacing, draws=5, generator=generator(1), **options)
+    assert float((five.bits - exact).abs().mean()) < float((one.bits - exact).abs().mean())
+    assert "bins of width 0.125, 5 draws" in five.statement
+    assert "sigma_min = 0.01" in five.statement

@@ -379,3 +379,34 @@ def test_per_sample_noise_refuses_another_batch():
         PerSampleNoise(0, -1)
     with pytest.raises(TypeError, match="PerSampleNoise"):
         sample(ring().score, (2, 2), [1.0, 0.0], generator=5)
+
+
+def test_a_large_request_in_parts():
+    """The same samples as in one batch, with the rows of a bound score; with random noise from PerSampleNoise."""
+    d = ring()
+    levels = sigmas.geometric(15, sigma_min=0.05, sigma_max=10.0)
+
+    class Shifted:
+        """A score bound to its rows: data of row i is shifted by i."""
+
+        def __init__(self, index: torch.Tensor) -> None:
+            self.shift = index.to(F64).unsqueeze(1)
+
+        def __call__(self, x, sigma):
+            return d.score(x - self.shift, sigma)
+
+        def rows(self, index):
+            return Shifted(self.shift[index].flatten())
+
+    bound, x = Shifted(torch.arange(10)), 10 * randn(10, 2)
+    torch.testing.assert_close(sample(bound, x, levels, Heun(), batch_size=4), sample(bound, x, levels, Heun()))
+    options = {"sampler": ReverseSDE(VP()), "dtype": F64}
+    whole = sample(d.score, (10, 2), levels, generator=PerSampleNoise(1), **options)
+    parts = sample(d.score, (10, 2), levels, generator=PerSampleNoise(1), batch_size=3, **options)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+    free = sample(d.score, (10, 2), levels, generator=generator(), batch_size=3, **options)
+    assert free.shape == (10, 2)
+    assert not torch.allclose(free[:3], free[3:6], atol=1e-2)
+    assert sample(d.score, (0, 2), levels, batch_size=3, dtype=F64).shape == (0, 2)
+    with pytest.raises(ValueError, match="batch_size"):
+        sample(d.score, (10, 2), levels, batch_size=0)

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from scorelab import divergence as traces
-from scorelab.checks import check_batch, check_finite, check_sigmas, rows
+from scorelab.checks import broadcast, check_batch, check_finite, check_sigmas, rows
 from scorelab.noise import fresh_generator
 from scorelab.samplers.adaptive import Controller, check_broadcasting, integrate
 from scorelab.samplers.base import Counted
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["LogLikelihood", "log_likelihood", "normal_log_prob"]
+__all__ = ["LogLikelihood", "log_likelihood", "normal_log_prob", "sample_log_prob"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,65 @@ def normal_log_prob(x: Tensor, std: float) -> Tensor:
     return -0.5 * flat.square().sum(1) / std**2 - flat.shape[1] * (math.log(std) + 0.5 * math.log(2 * math.pi))
 
 
+class _Flow:
+    """The ODE of x together with the trace along it: columns of y are x, flattened, and one for each estimate."""
+
+    def __init__(self, score: ScoreFn, x: Tensor, probes: dict[str, Tensor], differentiable: bool) -> None:
+        self.score, self.shape, self.dims, self.count = score, x.shape[1:], x[0].numel(), len(x)
+        self.probes, self.differentiable = probes, differentiable
+        self.split = hasattr(score, "rows")
+
+    @property
+    def estimates(self) -> int:
+        """Estimates of the trace that are carried along."""
+        return len(self.probes["probes"]) if self.probes else 1
+
+    def __call__(self, y: Tensor, u: Tensor, index: Tensor) -> Tensor:
+        part = rows(self.score, index) if self.split and len(index) < self.count else self.score
+        assert part is not None
+        sigma = u.exp()
+
+        def velocity(point: Tensor) -> Tensor:
+            return -part(point, sigma) * broadcast(sigma, point) ** 2
+
+        point = y[:, : self.dims].reshape(-1, *self.shape)
+        mine = {name: probe[:, index] for name, probe in self.probes.items()}
+        if not mine:
+            slope, trace = traces.exact(velocity, point, create_graph=self.differentiable)
+            columns = trace.unsqueeze(1)
+        else:
+            estimate = traces.hutchpp if "sketch" in mine else traces.hutchinson
+            slope, _, single = estimate(velocity, point, create_graph=self.differentiable, **mine)
+            columns = single.T
+        # along the flow d log p / du = -div(dx/du), so what must be added to the prior is +div
+        return torch.cat([slope.flatten(1), columns], 1)
+
+    def norm(self, error: Tensor) -> Tensor:
+        """The larger of the errors of x (root mean square) and of log p."""
+        return torch.maximum(error[:, : self.dims].square().mean(1).sqrt(), error[:, self.dims :].mean(1).abs())
+
+
+def _draw(divergence: str, probes: int, kind: str, x: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+    """The probes of a solve, fixed over it; none for the exact trace."""
+    if divergence not in ("exact", "hutchinson", "hutch++"):
+        raise ValueError(f"divergence is {divergence!r}; expected 'exact', 'hutchinson' or 'hutch++'")
+    least = 3 if divergence == "hutch++" else 1
+    if probes < least:
+        raise ValueError(f"probes is {probes}; expected at least {least} for {divergence}")
+    if kind not in ("rademacher", "gaussian"):
+        raise ValueError(f"probe is {kind!r}; expected 'rademacher' or 'gaussian'")
+    if divergence == "exact":
+        return {}
+    generator = fresh_generator() if generator is None else generator
+    if divergence == "hutchinson":
+        return {"probes": traces.probes(kind, (probes, *x.shape), x, generator)}
+    third = probes // 3
+    return {
+        "sketch": traces.probes(kind, (third, *x.shape), x, generator),
+        "probes": traces.probes(kind, (probes - 2 * third, *x.shape), x, generator),
+    }
+
+
 def log_likelihood(
     score: ScoreFn,
     x: Tensor,
@@ -51,17 +110,22 @@ def log_likelihood(
     prior: Callable[[Tensor], Tensor] | None = None,
     divergence: str = "exact",
     probes: int = 1,
+    probe: str = "rademacher",
     rtol: float = 1e-5,
     atol: float = 1e-5,
     data_std: float = 0.0,
     max_steps: int = 1000,
+    method: str = "dopri5",
+    differentiable: bool = False,
     generator: torch.Generator | None = None,
 ) -> LogLikelihood:
     """log p(x; sigma_min) in nats for x (B, *D): the density of data blurred by sigma_min.
 
     prior: log-density (B,) at sigma_max, unscaled; by default N(0, (sigma_max^2 + data_std^2) I), exact only as
-    sigma_max grows. divergence: "exact" (one backward pass a dimension) or "hutchinson" with ``probes`` Rademacher
-    probes, fixed over the solve, which is unbiased. rtol, atol: tolerance per sample, for x and for log p alike.
+    sigma_max grows. divergence: "exact" (one backward pass a dimension), "hutchinson" or "hutch++" with ``probes``
+    backward passes of kind ``probe``, "rademacher" or "gaussian"; probes are fixed over the solve and the estimate is
+    unbiased. rtol, atol: tolerance per sample, for x and for log p alike. method: "dopri5" or "bosh3". differentiable:
+    keep the graph, for gradients by x and by the score's parameters.
 
     Raises ValueError for shapes or levels that don't fit or a score that is not finite, RuntimeError past max_steps.
     """
@@ -70,52 +134,65 @@ def log_likelihood(
     check_sigmas([sigma_max, sigma_min])
     if sigma_min <= 0:
         raise ValueError(f"sigma_min is {sigma_min:g}; expected a positive noise level")
-    if divergence not in ("exact", "hutchinson"):
-        raise ValueError(f"divergence is {divergence!r}; expected 'exact' or 'hutchinson'")
-    if probes < 1:
-        raise ValueError(f"probes is {probes}; expected at least 1")
+    drawn = _draw(divergence, probes, probe, x, generator)
     if len(x) == 0:
         return LogLikelihood(x.new_zeros(0), None, x, 0)
-    counted, dims, shape = Counted(score), x[0].numel(), x.shape[1:]
+    counted = Counted(score)
     with torch.no_grad():
         check_broadcasting(counted, x, sigma_min, math.sqrt(sigma_min * sigma_max))
-    probe = None
-    if divergence == "hutchinson":
-        source = fresh_generator() if generator is None else generator
-        probe = traces.rademacher((probes, *x.shape), x, source)
-    split = hasattr(score, "rows")
-
-    def field(y: Tensor, u: Tensor, index: Tensor) -> Tensor:
-        part = rows(counted, index) if split and len(index) < len(x) else counted
-        sigma = u.exp()
-        var = sigma**2
-
-        def velocity(point: Tensor) -> Tensor:
-            assert part is not None
-            return -part(point, sigma).flatten(1) * var.unsqueeze(1)
-
-        point = y[:, :dims].reshape(-1, *shape)
-        if probe is None:
-            slope, trace = traces.exact(velocity, point)
-            columns = trace.unsqueeze(1)
-        else:
-            slope, _, single = traces.hutchinson(lambda p: velocity(p).reshape(p.shape), point, probe[:, index])
-            slope, columns = slope.flatten(1), single.T
-        # along the flow d log p / du = -div(dx/du), so what must be added to the prior is +div
-        return torch.cat([slope, columns], 1)
-
-    def norm(error: Tensor) -> Tensor:
-        return torch.maximum(error[:, :dims].square().mean(1).sqrt(), error[:, dims:].mean(1).abs())
-
-    extra = 1 if probe is None else probes
-    begin = torch.cat([x.flatten(1), x.new_zeros(len(x), extra)], 1).detach()
-    control = Controller(rtol, atol, max_steps)
-    result = integrate(field, begin, math.log(sigma_min), math.log(sigma_max), control, norm=norm, split=split)
-    latent = result.y[:, :dims].reshape(x.shape)
-    gains = result.y[:, dims:]
-    with torch.no_grad():
+    flow = _Flow(counted, x, drawn, differentiable)
+    with torch.enable_grad() if differentiable else torch.no_grad():
+        begin = torch.cat([x.flatten(1), x.new_zeros(len(x), flow.estimates)], 1)
+        control = Controller(rtol, atol, max_steps, method)
+        ends = math.log(sigma_min), math.log(sigma_max)
+        result = integrate(flow, begin, *ends, control, norm=flow.norm, split=flow.split)
+        latent, gains = result.y[:, : flow.dims].reshape(x.shape), result.y[:, flow.dims :]
         at_end = normal_log_prob(latent, math.hypot(sigma_max, data_std)) if prior is None else prior(latent)
     if at_end.shape != (len(x),):
         raise ValueError(f"prior returned shape {tuple(at_end.shape)}; expected ({len(x)},): one log-density a sample")
-    stderr = gains.std(1) / math.sqrt(probes) if probe is not None and probes > 1 else None
+    single = gains.detach()
+    stderr = single.std(1) / math.sqrt(flow.estimates) if drawn and flow.estimates > 1 else None
     return LogLikelihood(at_end + gains.mean(1), stderr, latent, counted.nfe)
+
+
+def sample_log_prob(
+    score: ScoreFn,
+    x: Tensor,
+    sigma_min: float,
+    sigma_max: float,
+    *,
+    prior: Callable[[Tensor], Tensor] | None = None,
+    divergence: str = "exact",
+    probes: int = 1,
+    probe: str = "rademacher",
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    data_std: float = 0.0,
+    max_steps: int = 1000,
+    method: str = "dopri5",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, LogLikelihood]:
+    """Samples (B, *D) at sigma_min and log p(.; sigma_min) of each, in one solve from x (B, *D) at sigma_max.
+
+    Arguments and errors are those of ``log_likelihood``; ``latent`` of the result is x itself.
+    """
+    check_batch(x)
+    check_finite(x, "x")
+    check_sigmas([sigma_max, sigma_min])
+    if sigma_min <= 0:
+        raise ValueError(f"sigma_min is {sigma_min:g}; expected a positive noise level")
+    drawn = _draw(divergence, probes, probe, x, generator)
+    if len(x) == 0:
+        return x, LogLikelihood(x.new_zeros(0), None, x, 0)
+    counted = Counted(score)
+    with torch.no_grad():
+        check_broadcasting(counted, x, sigma_max, math.sqrt(sigma_min * sigma_max))
+        flow = _Flow(counted, x, drawn, False)
+        begin = torch.cat([x.flatten(1), x.new_zeros(len(x), flow.estimates)], 1)
+        control, ends = Controller(rtol, atol, max_steps, method), (math.log(sigma_max), math.log(sigma_min))
+        y = integrate(flow, begin, *ends, control, norm=flow.norm, split=flow.split).y
+        log_prior = normal_log_prob(x, math.hypot(sigma_max, data_std)) if prior is None else prior(x)
+        losses = y[:, flow.dims :]
+    stderr = losses.std(1) / math.sqrt(flow.estimates) if drawn and flow.estimates > 1 else None
+    found = LogLikelihood(log_prior - losses.mean(1), stderr, x, counted.nfe)
+    return y[:, : flow.dims].reshape(x.shape), found

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from tqdm.auto import tqdm
 
-from scorelab.checks import check_finite
-from scorelab.noise import PerSampleNoise
+from scorelab.checks import check_finite, rows
+from scorelab.noise import PerSampleNoise, fresh_generator
 from scorelab.samplers.base import Sampler, Step, drive
 from scorelab.samplers.ode import Heun
 from scorelab.typing import ScoreFn, Shape, Tensor
@@ -62,6 +62,7 @@ def sample(
     callback: Callable[[Step], None] | None = None,
     differentiable: bool = False,
     debug: bool = False,
+    batch_size: int | None = None,
 ) -> Tensor:
     """Samples (B, *D) from a score function, unscaled, at the last noise level.
 
@@ -70,11 +71,24 @@ def sample(
     N(0, (sigmas[0]^2 + data_std^2) I). sigmas: strictly descending levels; a final 0 ends on the denoised sample; None
     only for a sampler that brings its own (Calibrated). generator: source of all randomness, freshly seeded if None; a
     PerSampleNoise makes sample i depend on (seed, i) alone. callback: called with every Step. differentiable:
-    keep the graph. debug: look for NaN at every step instead of once at the end.
+    keep the graph. debug: look for NaN at every step instead of once at the end. batch_size: run the request in parts
+    of this many rows, so that memory stays bounded; a score with ``rows(index)`` is restricted to each part, any other
+    must not be bound to the rows of a batch. Parts see other noise than a whole batch does, but from PerSampleNoise.
 
     Raises ValueError or TypeError for shapes, levels, dtypes or a score output that don't fit, for levels outside the
     score's ``sigma_range``, and for samples that are not finite (which are named).
     """
+    if batch_size is not None:
+        if batch_size < 1 or callback is not None:
+            raise ValueError(
+                f"batch_size = {batch_size} with callback = {callback}; expected batch_size >= 1, and no callback: it "
+                "would see parts of the batch"
+            )
+        options = {"data_std": data_std, "dtype": dtype, "device": device, "differentiable": differentiable}
+        parts = _parts(score, x, generator, batch_size)
+        bar = tqdm(parts, disable=not progress, desc="sampling", unit="part")
+        found = [sample(s, part, sigmas, sampler, generator=g, debug=debug, **options) for s, part, g in bar]  # type: ignore[arg-type]
+        return torch.cat(found)
     steps = drive(
         score,
         x,
@@ -94,3 +108,19 @@ def sample(
             callback(last)
     check_finite(last.x, "the sample")
     return last.x
+
+
+def _parts(
+    score: ScoreFn, x: Tensor | Shape, generator: torch.Generator | PerSampleNoise | None, size: int
+) -> list[tuple[ScoreFn, Tensor | Shape, torch.Generator | PerSampleNoise | None]]:
+    """What each part of a large request is sampled from: its score, its start and its noise."""
+    count = len(x) if isinstance(x, Tensor) else next(iter(x))
+    generator = fresh_generator() if generator is None else generator
+    parts: list[tuple[ScoreFn, Tensor | Shape, torch.Generator | PerSampleNoise | None]] = []
+    for first in range(0, max(count, 1), size):
+        last = min(first + size, count)
+        bound = rows(score, torch.arange(first, last, device=getattr(score, "device", None)))
+        begin = x[first:last] if isinstance(x, Tensor) else (last - first, *tuple(x)[1:])
+        noise = generator.rows(first) if isinstance(generator, PerSampleNoise) else generator
+        parts.append((score if bound is None else bound, begin, noise))
+    return parts

@@ -1,0 +1,1 @@
+"""scorelab and its peers side by side, in one run."""

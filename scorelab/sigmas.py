@@ -10,9 +10,11 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy import optimize, special
 
-from scorelab.checks import check_sigmas
+from scorelab.checks import check_batch, check_finite, check_sigmas
 from scorelab.processes import DiscreteVP, Process
 from scorelab.typing import Tensor
 
@@ -22,6 +24,7 @@ __all__ = [
     "LogNormal",
     "LogUniform",
     "SigmaDistribution",
+    "Suggestion",
     "Tapered",
     "from_betas",
     "from_process",
@@ -29,6 +32,7 @@ __all__ = [
     "karras",
     "log_linear",
     "respace",
+    "suggest",
 ]
 
 
@@ -232,3 +236,110 @@ class FromSigmas(SigmaDistribution):
 
     def rate(self, sigma: Tensor) -> Tensor:
         raise ValueError("a fixed sequence has no density; for the likelihood weighting use LogUniform or FromProcess")
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Settings for annealed Langevin dynamics, computed from data; ``str()`` gives them with the reasons."""
+
+    sigma_data: float
+    distances: tuple[float, float, float]
+    sigma_max: float
+    sigma_min: float
+    ratio: float
+    levels: int
+    steps: int
+    step_size: float
+    rows: int
+    mismatch: float
+
+    def sigmas(self) -> Tensor:
+        """The geometric sequence."""
+        return geometric(self.levels, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+
+    def __str__(self) -> str:
+        low, middle, high = self.distances
+        rule = (
+            "neighbouring levels overlap: half of one level's radii lie within 3 deviations of the next"
+            if self.ratio < 1.45
+            else "the overlap rule gives more than 1.5, or nothing, in few dimensions, so at most 1.5 is taken"
+        )
+        return "\n".join(
+            [
+                f"sigma_data  {self.sigma_data:.4g}   root mean square of the data, for preconditioning",
+                f"distances   {low:.4g}, {middle:.4g}, {high:.4g}   1 %, median, largest, between {self.rows} samples",
+                f"sigma_max   {self.sigma_max:.4g}   the largest distance, so that noise joins all samples",
+                f"sigma_min   {self.sigma_min:.4g}   a hundredth of the data's range, or what was asked",
+                f"ratio       {self.ratio:.4g}   {rule}",
+                f"L           {self.levels}   levels from sigma_max to sigma_min with that ratio",
+                f"T           {self.steps}   Langevin steps a level, given",
+                f"step_size   {self.step_size:.4g}   leaves {self.mismatch:.4g} times the variance that the next level "
+                "expects, nearest to 1",
+            ]
+        )
+
+
+def suggest(data: Tensor, *, steps: int = 5, sigma_min: float | None = None, rows: int = 2000) -> Suggestion:
+    """Settings of NCSNv2's rules for data (N, *D), from its first ``rows`` samples, with ``steps`` a level.
+
+    The step size is this library's, x + a/2 score + sqrt(a) z: twice the epsilon of the paper. Song and Ermon, Improved
+    Techniques for Training Score-Based Generative Models, 2020, arXiv:2006.09011, techniques 1, 2 and 4.
+
+    Raises ValueError for fewer than two samples, constant or non-finite data, or steps < 1.
+    """
+    check_batch(data, "data")
+    check_finite(data, "data")
+    some = data[:rows].flatten(1).double().cpu()
+    spread = float(some.max() - some.min()) if len(some) else 0.0
+    if len(some) < 2 or spread == 0 or steps < 1:
+        raise ValueError(
+            f"{len(some)} samples that span {spread:g}, steps = {steps}; expected at least two that differ, and "
+            "steps >= 1"
+        )
+    pairs = torch.pdist(some)
+    quantiles = [float(np.quantile(pairs.numpy(), q)) for q in (0.01, 0.5)]
+    highest, lowest = float(pairs.max()), 0.01 * spread if sigma_min is None else float(sigma_min)
+    wanted = _overlap_ratio(some.shape[1])
+    _check(2, lowest, highest)
+    levels = max(2, 1 + math.ceil(math.log(highest / lowest) / math.log(wanted)))
+    ratio = (highest / lowest) ** (1 / (levels - 1))
+    share, mismatch = _step_share(ratio, steps)
+    return Suggestion(
+        sigma_data=float(some.square().mean().sqrt()),
+        distances=(quantiles[0], quantiles[1], highest),
+        sigma_max=highest,
+        sigma_min=lowest,
+        ratio=ratio,
+        levels=levels,
+        steps=steps,
+        step_size=2 * share * lowest**2,
+        rows=len(some),
+        mismatch=mismatch,
+    )
+
+
+def _overlap_ratio(dims: int) -> float:
+    """g with Phi(sqrt(2 D)(g - 1) + 3 g) - Phi(sqrt(2 D)(g - 1) - 3 g) = 1/2, at most 1.5.
+
+    There is no root for D <= 4, and it is 19 for D = 5: below some 45 dimensions the bound decides.
+    """
+
+    def gap(g: float) -> float:
+        middle = math.sqrt(2 * dims) * (g - 1)
+        return float(special.ndtr(middle + 3 * g) - special.ndtr(middle - 3 * g)) - 0.5
+
+    return 1.5 if gap(1.5) > 0 else float(optimize.brentq(gap, 1.0, 1.5))
+
+
+def _step_share(ratio: float, steps: int) -> tuple[float, float]:
+    """e / sigma_L^2 in (0, 1) that brings the variance left after T steps nearest to 1, and that variance."""
+
+    def left(share: float) -> float:
+        q = 2 * share / (1 - (1 - share) ** 2)
+        return (1 - share) ** (2 * steps) * (ratio**2 - q) + q
+
+    shares = np.geomspace(1e-6, 0.999, 2000)
+    start = int(np.argmin([abs(left(s) - 1) for s in shares]))
+    low, high = shares[max(0, start - 1)], shares[min(len(shares) - 1, start + 1)]
+    found = optimize.minimize_scalar(lambda s: abs(left(s) - 1), bounds=(low, high), method="bounded")
+    return float(found.x), left(float(found.x))

@@ -54,6 +54,38 @@ def test_sample_writes_a_grid_single_images_and_arrays_in_the_data_range(run, tm
         assert np.abs(np.asarray(image) - expected).max() <= 1
 
 
+def test_sample_i_is_the_same_for_any_number_of_samples(run, tmp_path):
+    for n in (2, 5):
+        assert main(["sample", f"--workdir={run}", f"--n={n}", "--seed=3", f"--out={tmp_path / f'{n}.npz'}"]) == 0
+    two, five = (np.load(tmp_path / f"{n}.npz")["samples"] for n in (2, 5))
+    np.testing.assert_allclose(two, five[:2], rtol=1e-4, atol=1e-4)
+
+
+def test_calibrate_then_sample_with_it(run, tmp_path, capsys):
+    place = tmp_path / "new" / "sampler.json"
+    options = ["--nfe=3", "--starts=16", "--method=least_squares", f"--out={place}"]
+    assert main(["calibrate", f"--workdir={run}", *options]) == 0
+    assert "held-out error" in capsys.readouterr().out
+    assert main(["sample", f"--workdir={run}", "--n=2", f"--sampler={place}", f"--out={tmp_path / 'x.npz'}"]) == 0
+    assert np.load(tmp_path / "x.npz")["samples"].shape == (2, 1, 8, 8)
+    place.write_text("{}")
+    assert main(["sample", f"--workdir={run}", "--n=2", f"--sampler={place}"]) == 2
+    assert "sampler.json is no calibrated sampler" in capsys.readouterr().err
+
+
+def test_likelihood_states_what_it_is(run, capsys):
+    assert main(["likelihood", f"--workdir={run}", "--n=2", "--levels=16", "--tolerance=1e-2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"] == 2
+    assert "bins of width 0.125" in found["statement"]
+    mean, error = found["bits_per_dim"]
+    assert error > 0
+    assert 0 < mean < 20
+    assert main(["likelihood", f"--workdir={run}", "--n=2", "--tolerance=1e-2"]) == 0
+    assert "log_prob_nats" in json.loads(capsys.readouterr().out)
+    assert main(["likelihood", f"--workdir={run}", "--n=0"]) == 2
+
+
 def test_points_are_trained_and_written_as_arrays(tmp_path):
     config = tmp_path / "points.py"
     config.write_text(

@@ -105,3 +105,33 @@ def test_bad_levels_are_refused(bad, message):
 def test_bad_settings_are_refused(make):
     with pytest.raises(ValueError, match="expected|ask for|use a"):
         make()
+
+
+def test_suggest_follows_the_published_rules():
+    """CIFAR-10 in NCSNv2: D = 3072, sigma_max 50, sigma_min 0.01 give 232 levels (219 by the rule itself) and epsilon 6.2e-6, T = 5."""
+    ratio = sigmas._overlap_ratio(3072)
+    middle = math.sqrt(2 * 3072) * (ratio - 1)
+    phi = torch.special.ndtr(torch.tensor([middle + 3 * ratio, middle - 3 * ratio], dtype=F64))
+    assert float(phi[0] - phi[1]) == pytest.approx(0.5, abs=1e-9)
+    assert 1 + math.log(50 / 0.01) / math.log(ratio) == pytest.approx(232, rel=0.06)
+    share, left = sigmas._step_share((50 / 0.01) ** (1 / 231), 5)
+    assert share * 0.01**2 == pytest.approx(6.2e-6, rel=0.02)
+    assert left == pytest.approx(1.055, abs=0.001)
+
+
+def test_suggest_from_data():
+    x = torch.rand(300, 1, 4, 4, generator=generator(), dtype=F64)
+    found = sigmas.suggest(x, steps=3)
+    flat = x.flatten(1)
+    assert found.sigma_max == pytest.approx(float(torch.cdist(flat, flat).max()), rel=1e-6)
+    assert found.sigma_data == pytest.approx(float(x.square().mean().sqrt()))
+    levels = found.sigmas()
+    assert len(levels) == found.levels
+    assert float(levels[0] / levels[1]) == pytest.approx(found.ratio)
+    assert found.ratio <= sigmas._overlap_ratio(16) + 1e-9
+    assert "between 300 samples" in str(found)
+    assert sigmas.suggest(x[:, 0, 0, :2]).ratio <= 1.5
+    assert "at most 1.5" in str(sigmas.suggest(x[:, 0, 0, :2]))
+    for bad in (x[:1], torch.ones(5, 2)):
+        with pytest.raises(ValueError, match="at least two that differ"):
+            sigmas.suggest(bad)

@@ -1,4 +1,4 @@
-"""``scorelab train`` and ``scorelab sample``.
+"""``scorelab train``, ``sample``, ``calibrate`` and ``likelihood``.
 
 Bad input ends with one line on standard error and exit code 2.
 """
@@ -19,13 +19,20 @@ from scorelab.checks import nearest_name
 __all__ = ["main"]
 
 _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir runs/x [--config.optim.lr=1e-3] [--dry_run]
-       scorelab sample --workdir runs/x [--n 64] [--seed 0] [--out FILE.png|FILE.npz|DIRECTORY]"""
+       scorelab sample --workdir runs/x [--n 64] [--seed 0] [--out FILE.png|FILE.npz|DIRECTORY] [--sampler FILE.json]
+       scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
+       scorelab likelihood --workdir runs/x [--n 64] [--levels 16] [--divergence hutchinson] [--probes 1]"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when it is done, 2 for input that can't be used, 130 when interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
-    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "sample": _sample}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "sample": _sample,
+        "calibrate": _calibrate,
+        "likelihood": _likelihood,
+    }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_USAGE)
         return 0 if arguments else 2
@@ -125,19 +132,61 @@ def _sample(arguments: list[str]) -> None:
     flags.DEFINE_integer("n", 0, "how many samples; 0 is the experiment's own number", flag_values=values)
     flags.DEFINE_integer("seed", 0, "seed of the noise", flag_values=values)
     flags.DEFINE_integer("step", 0, "the checkpoint to sample from; 0 is the last", flag_values=values)
+    flags.DEFINE_string("sampler", None, "a file of scorelab calibrate to sample with", flag_values=values)
     flags.DEFINE_bool("raw", False, "take the raw weights instead of the averaged ones", flag_values=values)
     _parse(arguments, values)
-    if not values["workdir"].value:
-        raise ValueError("--workdir is missing; expected the directory of a run, e.g. --workdir runs/digits")
+    workdir = _workdir(values)
     from scorelab.cli.sampling import sample_run, write_samples
 
-    workdir = Path(values["workdir"].value)
     n, seed, step = (int(values[name].value or 0) for name in ("n", "seed", "step"))
     if n < 0:
         raise ValueError(f"--n is {n}; expected a positive number of samples")
-    run = sample_run(workdir, n=n, seed=seed, step=step, raw=bool(values["raw"].value))
+    sampler = Path(values["sampler"].value) if values["sampler"].value else None
+    run = sample_run(workdir, n=n, seed=seed, step=step, raw=bool(values["raw"].value), sampler=sampler)
     out = Path(values["out"].value) if values["out"].value else workdir / "samples" / f"step_{run.step:08d}.png"
     print(write_samples(run, out))
+
+
+def _workdir(values: flags.FlagValues) -> Path:
+    if not values["workdir"].value:
+        raise ValueError("--workdir is missing; expected the directory of a run, e.g. --workdir runs/digits")
+    return Path(str(values["workdir"].value))
+
+
+def _run_flags(numbers: dict[str, int], texts: dict[str, str | None]) -> flags.FlagValues:
+    """Flags of a command on a run: --workdir, --seed, --step, and its own."""
+    values = flags.FlagValues()  # type: ignore[no-untyped-call]
+    for name, default in {"seed": 0, "step": 0, **numbers}.items():
+        flags.DEFINE_integer(name, default, name, flag_values=values)
+    for name, text in {"workdir": None, **texts}.items():
+        flags.DEFINE_string(name, text, name, flag_values=values)
+    return values
+
+
+def _calibrate(arguments: list[str]) -> None:
+    values = _run_flags({"nfe": 10, "starts": 64}, {"method": "least_squares", "out": None})
+    _parse(arguments, values)
+    workdir = _workdir(values)
+    from scorelab.cli.analysis import calibrate_run
+
+    nfe, starts, seed, step = (int(values[name].value or 0) for name in ("nfe", "starts", "seed", "step"))
+    out = Path(values["out"].value or workdir / f"sampler_{nfe}.json")
+    print(calibrate_run(workdir, out, nfe=nfe, method=str(values["method"].value), starts=starts, seed=seed, step=step))
+
+
+def _likelihood(arguments: list[str]) -> None:
+    values = _run_flags({"n": 64, "probes": 1, "levels": 0}, {"divergence": "hutchinson"})
+    flags.DEFINE_float("tolerance", 1e-3, "of the adaptive solver", flag_values=values)
+    _parse(arguments, values)
+    workdir = _workdir(values)
+    from scorelab.cli.analysis import likelihood_run
+
+    n, probes, levels, seed, step = (int(values[k].value or 0) for k in ("n", "probes", "levels", "seed", "step"))
+    if n < 1 or levels < 0:
+        raise ValueError(f"--n is {n}, --levels is {levels}; expected n >= 1 and levels >= 0")
+    kind, tolerance = str(values["divergence"].value), float(values["tolerance"].value or 0)
+    options = {"n": n, "probes": probes, "levels": levels, "seed": seed, "step": step}
+    print(likelihood_run(workdir, divergence=kind, tolerance=tolerance, **options))
 
 
 if __name__ == "__main__":

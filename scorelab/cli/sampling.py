@@ -13,11 +13,12 @@ from PIL import Image
 
 from scorelab.adapters import clipped
 from scorelab.models import ScoreModel
-from scorelab.samplers import sample
+from scorelab.noise import PerSampleNoise
+from scorelab.samplers import Calibrated, sample
 from scorelab.training import build_sampling, checkpoint
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["RunSamples", "load_run", "sample_model", "sample_run", "write_samples"]
+__all__ = ["RunSamples", "load_run", "own_score", "sample_model", "sample_run", "write_samples"]
 
 
 @dataclass(frozen=True)
@@ -43,27 +44,40 @@ def load_run(workdir: Path, *, step: int = 0, raw: bool = False) -> tuple[Config
     return ConfigDict(json.loads(settings.read_text())), model, found
 
 
+def own_score(model: ScoreModel, config: ConfigDict) -> ScoreFn:
+    """The model, with its denoised sample clamped to the data's range where the experiment says so."""
+    return clipped(model, -1.0, 1.0) if config.sampling.clip and model.data_range is not None else model
+
+
 def sample_model(
-    model: ScoreModel, config: ConfigDict, n: int, generator: torch.Generator, *, progress: bool = True
+    model: ScoreModel,
+    config: ConfigDict,
+    n: int,
+    generator: torch.Generator | PerSampleNoise,
+    *,
+    sampler: Path | None = None,
+    progress: bool = True,
 ) -> Tensor:
-    """n samples with the experiment's own sampler, noise levels and batch size."""
-    noise_levels, sampler = build_sampling(config, model)
-    score: ScoreFn = clipped(model, -1.0, 1.0) if config.sampling.clip and model.data_range is not None else model
-    size = config.sampling.batch_size
-    parts = [
-        sample(
-            score, (min(size, n - i), *model.data_shape), noise_levels, sampler, generator=generator, progress=progress
-        )
-        for i in range(0, n, size)
-    ]
-    return torch.cat(parts)
+    """n samples with the experiment's own sampler and batch size, or with a calibrated sampler's file."""
+    noise_levels, own = build_sampling(config, model)
+    return sample(
+        own_score(model, config),
+        (n, *model.data_shape),
+        noise_levels if sampler is None else None,
+        own if sampler is None else Calibrated.load(sampler),
+        generator=generator,
+        progress=progress,
+        batch_size=config.sampling.batch_size,
+    )
 
 
-def sample_run(workdir: Path, *, n: int = 0, seed: int = 0, step: int = 0, raw: bool = False) -> RunSamples:
-    """Samples of a run's checkpoint, averaged weights unless ``raw``."""
+def sample_run(
+    workdir: Path, *, n: int = 0, seed: int = 0, step: int = 0, raw: bool = False, sampler: Path | None = None
+) -> RunSamples:
+    """Samples of a run's checkpoint, averaged weights unless ``raw``; sample i depends on (seed, i) alone."""
     config, model, found = load_run(workdir, step=step, raw=raw)
     count = n or config.sampling.samples
-    return RunSamples(sample_model(model, config, count, torch.Generator().manual_seed(seed)), model, found)
+    return RunSamples(sample_model(model, config, count, PerSampleNoise(seed), sampler=sampler), model, found)
 
 
 def _bytes(x: Tensor) -> np.ndarray:

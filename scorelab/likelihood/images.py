@@ -26,7 +26,7 @@ __all__ = ["BitsPerDim", "bits_per_dim"]
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """``bits`` (B,) for each image, their ``stderr`` from the trace probes or None; ``statement`` says what they are."""
+    """``bits`` (B,) of each image, their ``stderr`` from the trace probes or None; ``statement`` says what they are."""
 
     bits: Tensor
     stderr: Tensor | None

@@ -108,7 +108,7 @@ def test_bad_settings_are_refused(make):
 
 
 def test_suggest_follows_the_published_rules():
-    """CIFAR-10 in NCSNv2: D = 3072, sigma_max 50, sigma_min 0.01 give 232 levels (219 by the rule itself) and epsilon 6.2e-6, T = 5."""
+    """CIFAR-10 in NCSNv2, D = 3072, from 50 to 0.01: 232 levels (219 by the rule itself), epsilon 6.2e-6 for T = 5."""
     ratio = sigmas._overlap_ratio(3072)
     middle = math.sqrt(2 * 3072) * (ratio - 1)
     phi = torch.special.ndtr(torch.tensor([middle + 3 * ratio, middle - 3 * ratio], dtype=F64))

@@ -88,7 +88,7 @@ def hutchpp(
         inside = basis.permute(2, 0, 1)
         known = (products(inside) * inside).sum((0, 2))
         v = probes.flatten(2)
-        outside = v - torch.einsum("bdk,bek,pbe->pbd", basis, basis, v)
+        outside = v - torch.einsum("bdk,pbk->pbd", basis, torch.einsum("bek,pbe->pbk", basis, v))
         single = known + (products(outside) * outside).sum(2)
     if not create_graph:
         value, single = value.detach(), single.detach()

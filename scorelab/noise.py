@@ -6,9 +6,9 @@ noise on every device.
 
 from __future__ import annotations
 
-import copy
 import math
 
+import numpy as np
 import torch
 
 from scorelab.typing import Tensor
@@ -17,6 +17,8 @@ __all__ = ["Noise", "PerSampleNoise", "fresh_generator", "mixed_seed", "randn"]
 
 _AHEAD = 2**14
 """Numbers drawn at once for a sample: enough that the call costs little beside them."""
+_BLOCK = 2**24
+"""Numbers drawn at once for all samples, at most (but for one draw of each)."""
 
 
 def randn(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
@@ -49,37 +51,34 @@ def mixed_seed(*numbers: int) -> int:
 class PerSampleNoise:
     """Noise in which sample i depends on (seed, i) alone, whatever the batch size, the chunks or the processes.
 
-    Every sample has a stream of its own on the CPU; ``first`` is the index of the first one. Pass it as ``generator``.
-    Numbers are drawn ahead in blocks whose size follows from the sample's shape, so each dtype and shape has its own
-    noise. An object belongs to one run: ``rows`` and ``fresh`` give unused ones.
+    Every sample has a stream of its own on the CPU (PCG64DXSM, seeded by NumPy's SeedSequence of both numbers);
+    ``first`` is the index of the first one. Pass it as ``generator``. Numbers are drawn ahead in blocks, which changes nothing.
+    An object belongs to one run: ``rows`` and ``fresh`` give unused ones.
     """
 
     def __init__(self, seed: int, first: int = 0) -> None:
-        if not isinstance(seed, int) or not isinstance(first, int) or first < 0:
-            raise ValueError(f"seed = {seed!r}, first = {first!r}; expected whole numbers, first >= 0")
+        if not isinstance(seed, int) or not isinstance(first, int) or min(seed, first) < 0:
+            raise ValueError(f"seed = {seed!r}, first = {first!r}; expected whole numbers >= 0")
         self.seed, self.first = seed, first
-        self._streams: list[torch.Generator] = []
+        self._streams: list[np.random.Generator] = []
         self._block, self._used = torch.empty(0), 0
 
     def rows(self, start: int) -> PerSampleNoise:
         """The noise of the samples from ``start`` on, from its beginning."""
         return PerSampleNoise(self.seed, self.first + start)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> PerSampleNoise:
-        return self.rows(0)
-
     def fresh(self) -> PerSampleNoise:
         """The same noise from its beginning."""
-        return copy.deepcopy(self)
+        return self.rows(0)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Noise of x's shape, dtype and device; row k belongs to sample first + k."""
         shape = (len(x), *x.shape[1:])
-        ahead = max(1, _AHEAD // max(1, math.prod(shape[1:])))
+        size = max(1, math.prod(shape[1:]))
+        ahead = max(1, min(_AHEAD, _BLOCK // max(1, len(x))) // size)
         if not self._streams:
-            self._streams = [
-                torch.Generator().manual_seed(mixed_seed(self.seed, self.first + k)) for k in range(len(x))
-            ]
+            seeds = [np.random.SeedSequence((self.seed, self.first + k)) for k in range(len(x))]
+            self._streams = [np.random.Generator(np.random.PCG64DXSM(seed)) for seed in seeds]
             self._block, self._used = torch.empty((shape[0], ahead, *shape[1:]), dtype=x.dtype), ahead
         expected = (self._block.shape[0], *self._block.shape[2:])
         if shape != expected or x.dtype != self._block.dtype:
@@ -88,11 +87,14 @@ class PerSampleNoise:
                 "make one for each run, and use it with samplers that keep the whole batch together"
             )
         if self._used == ahead:
-            for row, stream in zip(self._block, self._streams, strict=True):
-                row.normal_(generator=stream)
+            # half precision is drawn in single
+            drawn = self._block if x.dtype in (torch.float32, torch.float64) else self._block.float()
+            for row, stream in zip(drawn.numpy(), self._streams, strict=True):
+                stream.standard_normal(dtype=row.dtype, out=row)
+            self._block.copy_(drawn)
             self._used = 0
         self._used += 1
-        return self._block[:, self._used - 1].to(x.device)
+        return self._block[:, self._used - 1].to(x.device, copy=True)
 
 
 class Noise:

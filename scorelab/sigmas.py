@@ -183,7 +183,7 @@ class Tapered(SigmaDistribution):
 
     def rate(self, sigma: Tensor) -> Tensor:
         below, above = self._spans()
-        return torch.where(sigma < self.knee, below / (1 - self.share), above / self.share).to(sigma)
+        return torch.full_like(sigma, below / (1 - self.share)).where(sigma < self.knee, above / self.share)
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,9 @@ class FromSigmas(SigmaDistribution):
         raise ValueError("a fixed sequence has no density; for the likelihood weighting use LogUniform or FromProcess")
 
 
+_MOST = 1.5
+
+
 @dataclass(frozen=True)
 class Suggestion:
     """Settings for annealed Langevin dynamics, computed from data; ``str()`` gives them with the reasons."""
@@ -252,6 +255,7 @@ class Suggestion:
     step_size: float
     rows: int
     mismatch: float
+    bounded: bool
 
     def sigmas(self) -> Tensor:
         """The geometric sequence."""
@@ -261,7 +265,7 @@ class Suggestion:
         low, middle, high = self.distances
         rule = (
             "neighbouring levels overlap: half of one level's radii lie within 3 deviations of the next"
-            if self.ratio < 1.45
+            if not self.bounded
             else "the overlap rule gives more than 1.5, or nothing, in few dimensions, so at most 1.5 is taken"
         )
         return "\n".join(
@@ -289,7 +293,7 @@ def suggest(data: Tensor, *, steps: int = 5, sigma_min: float | None = None, row
     """
     check_batch(data, "data")
     check_finite(data, "data")
-    some = data[:rows].flatten(1).double().cpu()
+    some = data[:rows].flatten(1).cpu().double()
     spread = float(some.max() - some.min()) if len(some) else 0.0
     if len(some) < 2 or spread == 0 or steps < 1:
         raise ValueError(
@@ -315,20 +319,21 @@ def suggest(data: Tensor, *, steps: int = 5, sigma_min: float | None = None, row
         step_size=2 * share * lowest**2,
         rows=len(some),
         mismatch=mismatch,
+        bounded=wanted == _MOST,
     )
 
 
 def _overlap_ratio(dims: int) -> float:
     """g with Phi(sqrt(2 D)(g - 1) + 3 g) - Phi(sqrt(2 D)(g - 1) - 3 g) = 1/2, at most 1.5.
 
-    There is no root for D <= 4, and it is 19 for D = 5: below some 45 dimensions the bound decides.
+    There is no root for D <= 4, and it is 19.5 for D = 5: up to D = 40 the bound decides.
     """
 
     def gap(g: float) -> float:
         middle = math.sqrt(2 * dims) * (g - 1)
         return float(special.ndtr(middle + 3 * g) - special.ndtr(middle - 3 * g)) - 0.5
 
-    return 1.5 if gap(1.5) > 0 else float(optimize.brentq(gap, 1.0, 1.5))
+    return _MOST if gap(_MOST) > 0 else float(optimize.brentq(gap, 1.0, _MOST))
 
 
 def _step_share(ratio: float, steps: int) -> tuple[float, float]:

@@ -93,6 +93,11 @@ def test_images_and_conditions_that_split():
         (lambda: log_likelihood(ring().score, randn(3, 2), 0.1, 1.0, probe="uniform"), "rademacher"),
         (lambda: sample_log_prob(ring().score, randn(3, 2), 0.0, 1.0), "sigma_min"),
         (lambda: bits_per_dim(ring().score, randn(3, 2), 0.1, 1.0, spacing=0.0), "spacing"),
+        (
+            lambda: bits_per_dim(ring().score, randn(3, 2), 0.1, 1.0, spacing=0.1, draws=2, divergence="hutchinson"),
+            "exact trace",
+        ),
+        (lambda: sample_log_prob(ring().score, randn(3, 2), 0.1, 1.0, prior=lambda z: z[:, :1]), "one log-density"),
     ],
 )
 def test_bad_input_is_refused(call, message):

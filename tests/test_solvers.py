@@ -370,6 +370,13 @@ def test_per_sample_noise_is_exactly_the_same_and_normal():
     assert torch.equal(whole.fresh()(torch.empty(100, 3, 40, 40))[:5], drawn[0])
 
 
+def test_no_two_of_many_samples_share_their_noise():
+    """A 32-bit seed would make some of 200,000 streams equal."""
+    drawn = PerSampleNoise(0)(torch.empty(200_000, 2, dtype=F64))
+    assert len(torch.unique(drawn, dim=0)) == 200_000
+    assert not torch.equal(PerSampleNoise(0, 1)(torch.empty(1, 2)), PerSampleNoise(1, 0)(torch.empty(1, 2)))
+
+
 def test_per_sample_noise_refuses_another_batch():
     noise = PerSampleNoise(0)
     noise(torch.empty(4, 2))
@@ -410,3 +417,8 @@ def test_a_large_request_in_parts():
     assert sample(d.score, (0, 2), levels, batch_size=3, dtype=F64).shape == (0, 2)
     with pytest.raises(ValueError, match="batch_size"):
         sample(d.score, (10, 2), levels, batch_size=0)
+    # a broken sample is named by its place in the whole request
+    x[7] = math.inf
+    broken = torch.where(x.abs() < 1e300, x, torch.full_like(x, 1e300))
+    with pytest.raises(ValueError, match="sample 7"):
+        sample(lambda y, s: -y * y.abs(), broken, [2.0, 1.0, 0.0], Euler(), batch_size=4)

@@ -4,7 +4,8 @@ A value k stands at x = x(k), the next one ``spacing`` w further. With u uniform
 
     -log2 P(k) / D  <=  -E log2 [ (1/K) sum_j p(x + w u_j) ] / D - log2 w
 
-which is the usual uniform dequantisation for K = 1, and tightens as K grows (importance weighting).
+which is the usual uniform dequantisation for K = 1, and tightens as K grows (importance weighting). With a random trace
+estimate K must be 1: the logarithm of a mean of noisy densities is biased upwards, and the bound would be lost.
 Theis, van den Oord and Bethge, 2016, arXiv:1511.01844; Burda, Grosse and Salakhutdinov, 2016, arXiv:1509.00519.
 """
 
@@ -55,6 +56,11 @@ def bits_per_dim(
     check_batch(x0, "x0")
     if not 0 < spacing < math.inf or draws < 1:
         raise ValueError(f"spacing = {spacing:g}, draws = {draws}; expected a positive spacing and draws >= 1")
+    if draws > 1 and options.get("divergence", "exact") != "exact":
+        raise ValueError(
+            f"draws = {draws} with divergence = {options['divergence']!r}; expected draws = 1, or the exact trace: "
+            "noise in log p would break the bound"
+        )
     generator = fresh_generator() if generator is None else generator
     dims, logs, errors, nfe = x0[0].numel() if len(x0) else 1, [], [], 0
     for _ in range(draws):
@@ -64,9 +70,7 @@ def bits_per_dim(
         errors.append(found.stderr)
         nfe += found.nfe
     log_prob = torch.logsumexp(torch.stack(logs), 0) - math.log(draws)
-    known = [e for e in errors if e is not None]
-    # the largest of the draws' errors bounds that of their log-mean
-    stderr = torch.stack(known).amax(0) / (dims * math.log(2)) if known else None
+    stderr = None if errors[0] is None else errors[0] / (dims * math.log(2))
     statement = (
         f"uniform dequantisation over bins of width {spacing:g}, {draws} draw{'s' if draws > 1 else ''}; density at "
         f"sigma_min = {sigma_min:g} by the probability-flow ODE from sigma_max = {sigma_max:g}"

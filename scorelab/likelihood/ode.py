@@ -101,6 +101,14 @@ def _draw(divergence: str, probes: int, kind: str, x: Tensor, generator: torch.G
     }
 
 
+def _prior(prior: Callable[[Tensor], Tensor] | None, x: Tensor, std: float) -> Tensor:
+    """The log-density at sigma_max (B,), checked."""
+    found = normal_log_prob(x, std) if prior is None else prior(x)
+    if found.shape != (len(x),):
+        raise ValueError(f"prior returned shape {tuple(found.shape)}; expected ({len(x)},): one log-density a sample")
+    return found
+
+
 def log_likelihood(
     score: ScoreFn,
     x: Tensor,
@@ -147,9 +155,7 @@ def log_likelihood(
         ends = math.log(sigma_min), math.log(sigma_max)
         result = integrate(flow, begin, *ends, control, norm=flow.norm, split=flow.split)
         latent, gains = result.y[:, : flow.dims].reshape(x.shape), result.y[:, flow.dims :]
-        at_end = normal_log_prob(latent, math.hypot(sigma_max, data_std)) if prior is None else prior(latent)
-    if at_end.shape != (len(x),):
-        raise ValueError(f"prior returned shape {tuple(at_end.shape)}; expected ({len(x)},): one log-density a sample")
+        at_end = _prior(prior, latent, math.hypot(sigma_max, data_std))
     single = gains.detach()
     stderr = single.std(1) / math.sqrt(flow.estimates) if drawn and flow.estimates > 1 else None
     return LogLikelihood(at_end + gains.mean(1), stderr, latent, counted.nfe)
@@ -191,7 +197,7 @@ def sample_log_prob(
         begin = torch.cat([x.flatten(1), x.new_zeros(len(x), flow.estimates)], 1)
         control, ends = Controller(rtol, atol, max_steps, method), (math.log(sigma_max), math.log(sigma_min))
         y = integrate(flow, begin, *ends, control, norm=flow.norm, split=flow.split).y
-        log_prior = normal_log_prob(x, math.hypot(sigma_max, data_std)) if prior is None else prior(x)
+        log_prior = _prior(prior, x, math.hypot(sigma_max, data_std))
         losses = y[:, flow.dims :]
     stderr = losses.std(1) / math.sqrt(flow.estimates) if drawn and flow.estimates > 1 else None
     found = LogLikelihood(log_prior - losses.mean(1), stderr, x, counted.nfe)

@@ -119,7 +119,8 @@ def integrate(
 
     ``width`` are step sizes to begin with, ``first`` the field at begin if known. With ``split`` the field is given
     only the rows that still move; otherwise it always sees the whole batch, and finished rows stand still.
-    Raises RuntimeError when a sample needs more than ``control.max_steps`` steps or its error is not finite.
+    Raises RuntimeError when a sample needs more than ``control.max_steps`` steps, ValueError when its
+    error is not finite.
     """
     pair, count, span = PAIRS[control.method], len(y), abs(end - begin)
     sign = 1.0 if end > begin else -1.0

@@ -146,7 +146,9 @@ def _solve(score: ScoreFn, x: Tensor, sigma_min: float, sigma_max: float, steps:
 
 def _error(x: Tensor, end: Tensor) -> Tensor:
     """Root mean square over dimensions, averaged over samples."""
-    return (x - end).flatten(1).square().mean(1).sqrt().mean()
+    # the norm has a gradient of 0 at 0, where a root of a mean has none
+    norms: Tensor = torch.linalg.vector_norm((x - end).flatten(1), dim=1)
+    return norms.mean() / math.sqrt(x[0].numel())
 
 
 def _initial(grid: list[float], i: int, history: int) -> list[float]:
@@ -168,8 +170,8 @@ def _least_squares(score: ScoreFn, x: Tensor, reference: _Reference, grid: list[
         prior = torch.tensor(_initial(grid, i, history), dtype=torch.float64)
         used = values[: len(prior)]
         wanted = (reference.end if b == 0 else reference.at(b)) - x
-        base = torch.stack([v.flatten().double() for v in used], 1).cpu() * (b - a)
-        rest = wanted.flatten().double().cpu() - base @ prior
+        base = torch.stack([v.flatten().cpu().double() for v in used], 1) * (b - a)
+        rest = wanted.flatten().cpu().double() - base @ prior
         gram = base.T @ base
         # a ridge towards the classical weights: a ten-thousandth of a sample's weight
         ridge = 1e-7 * gram.diagonal().mean() * torch.eye(len(prior), dtype=torch.float64)
@@ -267,8 +269,8 @@ def _descend(
             error = _error(here, end)
             (gradient,) = torch.autograd.grad(error, free)
         # the log keeps steps of a size that does not depend on how small the error is
-        value = float(error.detach())
-        return math.log(value), gradient.double().cpu().numpy() / value
+        value = max(float(error.detach()), 1e-300)
+        return math.log(value), gradient.cpu().double().numpy() / value
 
     with tqdm(total=iterations, desc="descent", unit="step", disable=not progress) as bar:
 

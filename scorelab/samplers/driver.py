@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -78,35 +79,37 @@ def sample(
     Raises ValueError or TypeError for shapes, levels, dtypes or a score output that don't fit, for levels outside the
     score's ``sigma_range``, and for samples that are not finite (which are named).
     """
-    if batch_size is not None:
-        if batch_size < 1 or callback is not None:
-            raise ValueError(
-                f"batch_size = {batch_size} with callback = {callback}; expected batch_size >= 1, and no callback: it "
-                "would see parts of the batch"
-            )
-        options = {"data_std": data_std, "dtype": dtype, "device": device, "differentiable": differentiable}
-        parts = _parts(score, x, generator, batch_size)
-        bar = tqdm(parts, disable=not progress, desc="sampling", unit="part")
-        found = [sample(s, part, sigmas, sampler, generator=g, debug=debug, **options) for s, part, g in bar]  # type: ignore[arg-type]
-        return torch.cat(found)
-    steps = drive(
-        score,
-        x,
-        sigmas,
-        sampler,
-        generator=generator,
-        data_std=data_std,
-        dtype=dtype,
-        device=device,
-        differentiable=differentiable,
-        debug=debug,
-        denoised=callback is not None,
-    )
+    options = {"data_std": data_std, "dtype": dtype, "device": device, "differentiable": differentiable, "debug": debug}
+    if batch_size is None:
+        found = _last(score, x, sigmas, sampler, generator, progress, callback, options)
+    elif batch_size < 1 or callback is not None:
+        raise ValueError(
+            f"batch_size = {batch_size} with callback = {callback}; expected batch_size >= 1, and no callback: it "
+            "would see parts of the batch"
+        )
+    else:
+        bar = tqdm(_parts(score, x, generator, batch_size), disable=not progress, desc="sampling", unit="part")
+        found = torch.cat([_last(s, part, sigmas, sampler, g, False, None, options) for s, part, g in bar])
+    check_finite(found, "the sample")
+    return found
+
+
+def _last(
+    score: ScoreFn,
+    x: Tensor | Shape,
+    sigmas: Tensor | Iterable[float] | None,
+    sampler: Sampler,
+    generator: torch.Generator | PerSampleNoise | None,
+    progress: bool,
+    callback: Callable[[Step], None] | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """The end of one drive."""
+    steps = drive(score, x, sigmas, sampler, generator=generator, denoised=callback is not None, **options)
     last = next(steps)
     for last in tqdm(steps, disable=not progress, desc="sampling", unit="step"):
         if callback is not None:
             callback(last)
-    check_finite(last.x, "the sample")
     return last.x
 
 

@@ -90,7 +90,7 @@ class AnnealedLangevin(Langevin):
 
 @dataclass(frozen=True)
 class ConsistentLangevin(AnnealedLangevin):
-    """Annealed Langevin whose noise level is, after every step, exactly the one it claims.
+    """Annealed Langevin whose noise level is, after every step, the one it claims: exactly so for a point of data.
 
         x <- x0_hat + (1 - e)(x - x0_hat) + sqrt(r^2 - (1 - e)^2 sigma^2) z,    e = step_size / (2 sigma_L^2)
 
@@ -141,8 +141,8 @@ class ConsistentLangevin(AnnealedLangevin):
 class MetropolisLangevin(AnnealedLangevin):
     """Metropolis-adjusted Langevin: each step is accepted by the log-density, so every level is sampled without bias.
 
-    ``log_prob(x, sigma)`` (B,) in nats, up to a constant, must belong to the score: exact targets have it. Two scores a
-    step but the first. Roberts and Tweedie, Exponential Convergence of Langevin Distributions, 1996.
+    ``log_prob(x, sigma)`` (B,) in nats, up to a constant, must belong to the score: exact targets have it. steps + 1
+    scores a level. Roberts and Tweedie, Exponential Convergence of Langevin Distributions, 1996.
     """
 
     log_prob: Callable[[Tensor, Tensor], Tensor] | None = None

@@ -150,10 +150,11 @@ class AdamsBashforth(Multistep):
 
 @dataclass(frozen=True)
 class DPMSolverMultistep(Multistep):
-    """DPM-Solver++ (2M) and (3M), as published: order 2 or 3.
+    """DPM-Solver++ (2M) and (3M): order 2 or 3.
 
-    2M weighs the difference of the last two x0_hat by half the integral of the first, not by its own integral; 3M is
-    exponential Adams-Bashforth on x0.
+    2M weighs the difference of the last two x0_hat by half the integral of the first, not by its own integral. 3M is
+    exponential Adams-Bashforth on x0: the paper's, exact for quadratic x0_hat, where a release that circulates halves
+    the weight of the second difference.
     """
 
     order: int = 2
@@ -208,6 +209,7 @@ class UniPC(Multistep):
     """UniPC: a predictor of order p, and a corrector that reuses the next evaluation, so still one a step.
 
     ``p`` 1 to 3; ``variant`` "bh1" or "bh2", B(h) = h or e^h - 1 of the paper. ``order`` is p + 1: the corrector's.
+    From a cold start p = 3 is of order 3, for its first corrector is of order 2.
     """
 
     p: int = 3

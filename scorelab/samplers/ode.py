@@ -109,7 +109,7 @@ class RK4(Sampler):
         first = evaluate(score, x, sigma)
         if sigma_next == 0:
             return x.add(first, alpha=sigma**2), state
-        # k = dx/dlog(sigma) = -sigma^2 score, width = log(r/sigma) < 0
+        # k = dx/dlog(sigma) = -sigma^2 score, and width = log(sigma/r) runs against it
         middle, width = math.sqrt(sigma * sigma_next), math.log(sigma / sigma_next)
         a, b, c = width * sigma**2, width * middle**2, width * sigma_next**2
         second = evaluate(score, x.add(first, alpha=a / 2), middle)

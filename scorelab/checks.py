@@ -71,14 +71,14 @@ def check_batch(x: Tensor, what: str = "x", shape: Sequence[int] | None = None) 
         )
 
 
-def check_finite(x: Tensor, what: str) -> None:
+def check_finite(x: Tensor, what: str, remedy: str = "remove or repair these") -> None:
     """Refuse NaN and infinity, naming the samples (costs one reduction and a synchronisation)."""
     bad = ~torch.isfinite(x.detach()).reshape(len(x), -1).all(1) if x.numel() else torch.zeros(0, dtype=torch.bool)
     if bad.any():
         index = bad.nonzero().flatten().tolist()
         raise ValueError(
             f"{what} is not finite at {len(index)} of {len(x)} samples (first: sample {index[0]}); "
-            "expected finite numbers: remove or repair these"
+            f"expected finite numbers: {remedy}"
         )
 
 

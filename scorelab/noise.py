@@ -52,8 +52,9 @@ class PerSampleNoise:
     """Noise in which sample i depends on (seed, i) alone, whatever the batch size, the chunks or the processes.
 
     Every sample has a stream of its own on the CPU (PCG64DXSM, seeded by NumPy's SeedSequence of both numbers);
-    ``first`` is the index of the first one. Pass it as ``generator``. Numbers are drawn ahead in blocks, which changes nothing.
-    An object belongs to one run: ``rows`` and ``fresh`` give unused ones.
+    ``first`` is the index of the first one. Pass it as ``generator``: every call of ``sample`` starts it
+    afresh. Numbers are drawn ahead in blocks, which changes nothing. Called by hand, an object serves one batch:
+    ``rows`` and ``fresh`` give unused ones.
     """
 
     def __init__(self, seed: int, first: int = 0) -> None:
@@ -109,6 +110,8 @@ class Noise:
                 f"generator is {type(generator).__name__}; expected a torch.Generator, such as "
                 "torch.Generator().manual_seed(0), or a scorelab.PerSampleNoise(seed)"
             )
+        if isinstance(generator, PerSampleNoise):
+            generator = generator.fresh()
         self.generator = fresh_generator() if generator is None else generator
         self._reuse, self._memory = reuse, torch.empty(0)
 

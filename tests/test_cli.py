@@ -165,3 +165,20 @@ def test_as_a_process_there_is_no_traceback(tmp_path):
     assert found.stderr.count("\n") == 1
     assert "not empty" in found.stderr
     assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_config_files_that_are_none_and_other_early_refusals(run, tmp_path, capsys):
+    assert main(["sample", "--help"]) == 0
+    assert "scorelab calibrate" in capsys.readouterr().out
+    bare = tmp_path / "bare.py"
+    bare.write_text("x = 1\n")
+    cases = {
+        str(ROOT / "README.md"): "is no Python file",
+        str(tmp_path / "missing.py"): "there is no file",
+        str(bare): "has no get_config()",
+    }
+    for path, message in cases.items():
+        assert main(["train", "--config", path, f"--workdir={tmp_path / 'r'}"]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["sample", f"--workdir={run}", "--out=a.txt"]) == 2
+    assert "a.txt" in capsys.readouterr().err

@@ -27,6 +27,7 @@ from scorelab.samplers import (
     Langevin,
     MetropolisLangevin,
     Midpoint,
+    PredictorCorrector,
     ProbabilityFlow,
     ReverseSDE,
     Sampler,
@@ -337,6 +338,12 @@ def test_bad_settings_are_refused(make, message):
         make()
     with pytest.raises(TypeError, match="log_prob"):
         MetropolisLangevin()
+    with pytest.raises(TypeError, match="LangevinCorrector"):
+        PredictorCorrector(Euler(), Langevin(5))
+    with pytest.raises(ValueError, match="score is not finite at 2 of 2"):
+        sample(lambda x, s: x * math.nan, randn(2, 2), [1.0, 0.5], ProbabilityFlow())
+    with pytest.raises(ValueError, match="x is 5; expected a tensor"):
+        sample(ring().score, 5, [1.0, 0.0])
 
 
 # ------------------------------------------------------------------------------------------------- noise per sample
@@ -353,6 +360,10 @@ def test_sample_i_is_the_same_in_any_batch():
     whole = run(0, 30)
     torch.testing.assert_close(torch.cat([run(0, 4), run(4, 25), run(29, 1)]), whole, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(whole, torch.roll(whole, 1, 0), atol=1e-2)
+    again = PerSampleNoise(7)
+    for _ in range(2):  # an object used twice gives the same twice
+        found = sample(d.score, (30, 2), levels, AnnealedLangevin(2, 1e-3), generator=again, dtype=F64)
+        torch.testing.assert_close(found, whole, rtol=0, atol=0)
 
 
 def test_per_sample_noise_is_exactly_the_same_and_normal():
@@ -371,9 +382,9 @@ def test_per_sample_noise_is_exactly_the_same_and_normal():
 
 
 def test_no_two_of_many_samples_share_their_noise():
-    """A 32-bit seed would make some of 200,000 streams equal."""
-    drawn = PerSampleNoise(0)(torch.empty(200_000, 2, dtype=F64))
-    assert len(torch.unique(drawn, dim=0)) == 200_000
+    """A 32-bit seed would make some of 100,000 streams equal."""
+    drawn = PerSampleNoise(0)(torch.empty(100_000, 2, dtype=F64))
+    assert len(torch.unique(drawn, dim=0)) == 100_000
     assert not torch.equal(PerSampleNoise(0, 1)(torch.empty(1, 2)), PerSampleNoise(1, 0)(torch.empty(1, 2)))
 
 

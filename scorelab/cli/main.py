@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = ["main"]
 
 _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir runs/x [--config.optim.lr=1e-3] [--dry_run]
        scorelab sample --workdir runs/x [--n 64] [--seed 0] [--out FILE.png|FILE.npz|DIRECTORY] [--sampler FILE.json]
+                       [--step STEP] [--raw]
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
        scorelab likelihood --workdir runs/x [--n 64] [--levels 16] [--divergence hutchinson] [--probes 1]"""
 
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         "calibrate": _calibrate,
         "likelihood": _likelihood,
     }
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] == "help" or not {"-h", "--help"}.isdisjoint(arguments):
         print(_USAGE)
         return 0 if arguments else 2
     try:
@@ -70,7 +72,27 @@ def _parse(arguments: list[str], values: flags.FlagValues) -> None:
         raise ValueError(f"unexpected argument {rest[0]!r}; options are written --name=value")
 
 
+def _check_config_file(arguments: list[str]) -> None:
+    """Refuse a config that is no Python file with a ``get_config``, before ml_collections stumbles over it."""
+    given = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
+    given += [b for a, b in pairwise(arguments) if a == "--config"]
+    for name in given:
+        path = Path(name.split(":")[0])
+        if not path.is_file():
+            raise ValueError(f"--config: there is no file {path}; expected a Python file, e.g. configs/digits/ncsn.py")
+        try:
+            tree = ast.parse(path.read_text())
+        except (SyntaxError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config: {path} is no Python file ({error})") from error
+        if not any(isinstance(node, ast.FunctionDef) and node.name == "get_config" for node in tree.body):
+            raise ValueError(
+                f"--config: {path} has no get_config(); expected a function that returns "
+                "scorelab.training.default_config() with the experiment's own values"
+            )
+
+
 def _train(arguments: list[str]) -> None:
+    _check_config_file(arguments)
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     holder = config_flags.DEFINE_config_file(
         "config", None, "the experiment, a Python file", flag_values=values, sys_argv=["scorelab", *arguments[1:]]
@@ -142,6 +164,8 @@ def _sample(arguments: list[str]) -> None:
     if n < 0:
         raise ValueError(f"--n is {n}; expected a positive number of samples")
     sampler = Path(values["sampler"].value) if values["sampler"].value else None
+    if values["out"].value and Path(values["out"].value).suffix not in ("", ".png", ".npz"):
+        raise ValueError(f"--out is {values['out'].value}; expected .png, .npz, or a directory for single PNGs")
     run = sample_run(workdir, n=n, seed=seed, step=step, raw=bool(values["raw"].value), sampler=sampler)
     out = Path(values["out"].value) if values["out"].value else workdir / "samples" / f"step_{run.step:08d}.png"
     print(write_samples(run, out))

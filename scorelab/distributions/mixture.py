@@ -20,7 +20,6 @@ from scorelab.typing import Tensor
 
 __all__ = ["Empirical", "GaussianMixture"]
 
-_DIRECT = 2**13
 _REFINED = 16
 
 
@@ -56,7 +55,7 @@ class GaussianMixture(Distribution):
 
     @property
     def _is_direct(self) -> bool:
-        return self.means.numel() <= _DIRECT
+        return self.means.numel() <= (2**18 if self.means.shape[1] <= 8 else 2**13)
 
     @property
     def row_cost(self) -> int:

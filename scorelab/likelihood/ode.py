@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from scorelab import divergence as traces
-from scorelab.checks import broadcast, check_batch, check_finite, check_sigmas, rows
+from scorelab.checks import broadcast, check_batch, check_finite, level, rows
 from scorelab.noise import fresh_generator
 from scorelab.samplers.adaptive import Controller, check_broadcasting, integrate
 from scorelab.samplers.base import Counted
@@ -84,7 +84,10 @@ def _draw(divergence: str, probes: int, kind: str, x: Tensor, generator: torch.G
     """The probes of a solve, fixed over it; none for the exact trace."""
     if divergence not in ("exact", "hutchinson", "hutch++"):
         raise ValueError(f"divergence is {divergence!r}; expected 'exact', 'hutchinson' or 'hutch++'")
-    least = 3 if divergence == "hutch++" else 1
+    # of Hutch++'s, two are for the rest that says the error
+    least = 4 if divergence == "hutch++" else 1
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is {type(generator).__name__}; expected a torch.Generator for the probes")
     if probes < least:
         raise ValueError(f"probes is {probes}; expected at least {least} for {divergence}")
     if kind not in ("rademacher", "gaussian"):
@@ -99,6 +102,32 @@ def _draw(divergence: str, probes: int, kind: str, x: Tensor, generator: torch.G
         "sketch": traces.probes(kind, (third, *x.shape), x, generator),
         "probes": traces.probes(kind, (probes - 2 * third, *x.shape), x, generator),
     }
+
+
+def _check(x: Tensor, sigma_min: float, sigma_max: float) -> None:
+    check_batch(x)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"x has dtype {x.dtype}; expected float32 or float64: a density in half precision is off by nats"
+        )
+    check_finite(x, "x")
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"sigma_min = {sigma_min:g}, sigma_max = {sigma_max:g}; expected 0 < sigma_min < sigma_max")
+
+
+def _check_autograd(score: ScoreFn, x: Tensor, sigma: float) -> None:
+    """Refuse a score that changes with x but gives autograd no way to see it: its trace would silently be 0."""
+    sigmas = level(sigma, x).repeat(len(x))
+    with torch.enable_grad():
+        if score(x.detach().requires_grad_(True), sigmas).requires_grad:
+            return
+    with torch.no_grad():
+        moved = score(x + sigma, sigmas)
+        if not torch.equal(moved, score(x, sigmas)):
+            raise ValueError(
+                "the score changes with x but its output carries no gradient, and the log-density needs its trace; "
+                "expected a score that autograd can follow: no torch.no_grad, inference_mode, detach or NumPy inside"
+            )
 
 
 def _prior(prior: Callable[[Tensor], Tensor] | None, x: Tensor, std: float) -> Tensor:
@@ -137,17 +166,14 @@ def log_likelihood(
 
     Raises ValueError for shapes or levels that don't fit or a score that is not finite, RuntimeError past max_steps.
     """
-    check_batch(x)
-    check_finite(x, "x")
-    check_sigmas([sigma_max, sigma_min])
-    if sigma_min <= 0:
-        raise ValueError(f"sigma_min is {sigma_min:g}; expected a positive noise level")
+    _check(x, sigma_min, sigma_max)
     drawn = _draw(divergence, probes, probe, x, generator)
     if len(x) == 0:
         return LogLikelihood(x.new_zeros(0), None, x, 0)
     counted = Counted(score)
     with torch.no_grad():
         check_broadcasting(counted, x, sigma_min, math.sqrt(sigma_min * sigma_max))
+    _check_autograd(counted, x, sigma_min)
     flow = _Flow(counted, x, drawn, differentiable)
     with torch.enable_grad() if differentiable else torch.no_grad():
         begin = torch.cat([x.flatten(1), x.new_zeros(len(x), flow.estimates)], 1)
@@ -182,17 +208,14 @@ def sample_log_prob(
 
     Arguments and errors are those of ``log_likelihood``; ``latent`` of the result is x itself.
     """
-    check_batch(x)
-    check_finite(x, "x")
-    check_sigmas([sigma_max, sigma_min])
-    if sigma_min <= 0:
-        raise ValueError(f"sigma_min is {sigma_min:g}; expected a positive noise level")
+    _check(x, sigma_min, sigma_max)
     drawn = _draw(divergence, probes, probe, x, generator)
     if len(x) == 0:
         return x, LogLikelihood(x.new_zeros(0), None, x, 0)
     counted = Counted(score)
     with torch.no_grad():
         check_broadcasting(counted, x, sigma_max, math.sqrt(sigma_min * sigma_max))
+        _check_autograd(counted, x, sigma_max)
         flow = _Flow(counted, x, drawn, False)
         begin = torch.cat([x.flatten(1), x.new_zeros(len(x), flow.estimates)], 1)
         control, ends = Controller(rtol, atol, max_steps, method), (math.log(sigma_max), math.log(sigma_min))

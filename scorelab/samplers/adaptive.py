@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scorelab.checks import level, nearest_name, rows
+from scorelab.checks import check_finite, level, nearest_name, rows
 from scorelab.predictions import denoise_from_score
 from scorelab.samplers.base import Sampler, State
 from scorelab.typing import ScoreFn, Tensor
@@ -203,6 +203,7 @@ def check_broadcasting(score: ScoreFn, x: Tensor, sigma: float, other: float) ->
     Raises ValueError, naming ``scorelab.broadcast``, where the two forms differ.
     """
     one = score(x, level(sigma, x))
+    check_finite(one, "the score", "check the score function")
     try:
         levels = level(sigma, x).repeat(len(x))
         levels[1::2] = other

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -122,6 +122,14 @@ def evaluate(score: ScoreFn, x: Tensor, sigma: float) -> Tensor:
     return score(x, level(sigma, x))
 
 
+def check_shape(x: object) -> Shape:
+    """A shape (B, *D) as a tuple; ValueError for anything else."""
+    shape = tuple(x) if isinstance(x, Sequence) else ()
+    if len(shape) < 2 or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"x is {x!r}; expected a tensor (B, *D) or a shape such as (64, 2): whole numbers, B first")
+    return shape
+
+
 def start(
     x: Tensor | Shape,
     sigma: float,
@@ -135,9 +143,7 @@ def start(
         check_batch(x)
         check_finite(x, "x")
         return x.to(device=x.device if device is None else device, dtype=x.dtype if dtype is None else dtype)
-    shape = tuple(x)
-    if len(shape) < 2 or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ValueError(f"x is {x!r}; expected a tensor (B, *D) or a shape such as (64, 2): whole numbers, B first")
+    shape = check_shape(x)
     if not 0 <= data_std < float("inf"):
         raise ValueError(f"data_std is {data_std:g}; expected a finite number >= 0")
     dtype = torch.get_default_dtype() if dtype is None else dtype

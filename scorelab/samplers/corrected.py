@@ -97,6 +97,13 @@ class PredictorCorrector(Sampler):
     corrector: Corrector | None = LangevinCorrector()
     corrector_first: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.predictor, Sampler) or not isinstance(self.corrector, (Corrector, type(None))):
+            raise TypeError(
+                f"predictor = {self.predictor!r}, corrector = {self.corrector!r}; expected a sampler and a corrector "
+                "such as LangevinCorrector() or AnnealedCorrector()"
+            )
+
     @property
     def every_level(self) -> bool:  # type: ignore[override]
         """That of the predictor."""

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from scorelab.checks import check_finite, rows
 from scorelab.noise import PerSampleNoise, fresh_generator
-from scorelab.samplers.base import Sampler, Step, drive
+from scorelab.samplers.base import Sampler, Step, check_shape, drive
 from scorelab.samplers.ode import Heun
 from scorelab.typing import ScoreFn, Shape, Tensor
 
@@ -90,7 +90,7 @@ def sample(
     else:
         bar = tqdm(_parts(score, x, generator, batch_size), disable=not progress, desc="sampling", unit="part")
         found = torch.cat([_last(s, part, sigmas, sampler, g, False, None, options) for s, part, g in bar])
-    check_finite(found, "the sample")
+    check_finite(found, "the sample", "check the score function there; debug=True names the first noise level")
     return found
 
 
@@ -117,6 +117,8 @@ def _parts(
     score: ScoreFn, x: Tensor | Shape, generator: torch.Generator | PerSampleNoise | None, size: int
 ) -> list[tuple[ScoreFn, Tensor | Shape, torch.Generator | PerSampleNoise | None]]:
     """What each part of a large request is sampled from: its score, its start and its noise."""
+    if not isinstance(x, Tensor):
+        check_shape(x)
     count = len(x) if isinstance(x, Tensor) else next(iter(x))
     generator = fresh_generator() if generator is None else generator
     parts: list[tuple[ScoreFn, Tensor | Shape, torch.Generator | PerSampleNoise | None]] = []

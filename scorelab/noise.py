@@ -13,7 +13,7 @@ import torch
 
 from scorelab.typing import Tensor
 
-__all__ = ["Noise", "PerSampleNoise", "fresh_generator", "mixed_seed", "randn"]
+__all__ = ["Noise", "PerSampleNoise", "fresh_generator", "randn"]
 
 _AHEAD = 2**14
 """Numbers drawn at once for a sample: enough that the call costs little beside them."""
@@ -32,20 +32,6 @@ def fresh_generator(device: torch.device | str = "cpu") -> torch.Generator:
     generator = torch.Generator(device)
     generator.seed()
     return generator
-
-
-def mixed_seed(*numbers: int) -> int:
-    """A 64-bit seed from whole numbers, each combination giving an unrelated one.
-
-    The finaliser of SplitMix64, applied after each number: Steele, Lea and Flood, 2014, doi:10.1145/2660193.2660195.
-    """
-    mask, state = 2**64 - 1, 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return state
 
 
 class PerSampleNoise:

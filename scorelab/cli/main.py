@@ -148,24 +148,18 @@ def _values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def _sample(arguments: list[str]) -> None:
-    values = flags.FlagValues()  # type: ignore[no-untyped-call]
-    flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
-    flags.DEFINE_string("out", None, "a PNG grid, an .npz file, or a directory for single PNGs", flag_values=values)
-    flags.DEFINE_integer("n", 0, "how many samples; 0 is the experiment's own number", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "seed of the noise", flag_values=values)
-    flags.DEFINE_integer("step", 0, "the checkpoint to sample from; 0 is the last", flag_values=values)
-    flags.DEFINE_string("sampler", None, "a file of scorelab calibrate to sample with", flag_values=values)
+    values = _run_flags({"n": 0}, {"out": None, "sampler": None})
     flags.DEFINE_bool("raw", False, "take the raw weights instead of the averaged ones", flag_values=values)
     _parse(arguments, values)
     workdir = _workdir(values)
-    from scorelab.cli.sampling import sample_run, write_samples
+    from scorelab.cli.sampling import check_out, sample_run, write_samples
 
     n, seed, step = (int(values[name].value or 0) for name in ("n", "seed", "step"))
     if n < 0:
         raise ValueError(f"--n is {n}; expected a positive number of samples")
     sampler = Path(values["sampler"].value) if values["sampler"].value else None
-    if values["out"].value and Path(values["out"].value).suffix not in ("", ".png", ".npz"):
-        raise ValueError(f"--out is {values['out'].value}; expected .png, .npz, or a directory for single PNGs")
+    if values["out"].value:
+        check_out(Path(values["out"].value))
     run = sample_run(workdir, n=n, seed=seed, step=step, raw=bool(values["raw"].value), sampler=sampler)
     out = Path(values["out"].value) if values["out"].value else workdir / "samples" / f"step_{run.step:08d}.png"
     print(write_samples(run, out))

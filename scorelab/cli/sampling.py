@@ -18,7 +18,7 @@ from scorelab.samplers import Calibrated, sample
 from scorelab.training import build_sampling, checkpoint
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["RunSamples", "load_run", "own_score", "sample_model", "sample_run", "write_samples"]
+__all__ = ["RunSamples", "check_out", "load_run", "own_score", "sample_model", "sample_run", "write_samples"]
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,15 @@ def _bytes(x: Tensor) -> np.ndarray:
     return levels[:, 0].numpy() if levels.shape[1] == 1 else levels.permute(0, 2, 3, 1).numpy()
 
 
+def check_out(out: Path) -> None:
+    """Refuse a file of another kind, before samples are drawn for it."""
+    if out.suffix not in ("", ".png", ".npz"):
+        raise ValueError(f"--out is {out}; expected .png, .npz, or a directory for single PNGs")
+
+
 def write_samples(run: RunSamples, out: Path) -> str:
     """Write ``.npz`` (values in data_range), one PNG grid, or a directory of PNGs; says what was written."""
+    check_out(out)
     images = len(run.model.data_shape) == 3 and run.model.data_shape[0] in (1, 3)
     out = out.with_suffix(".npz") if not images and out.suffix == ".png" else out
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,8 +113,6 @@ def write_samples(run: RunSamples, out: Path) -> str:
         tiles = np.concatenate([pictures, empty])
         lines = [np.concatenate(list(tiles[i : i + columns]), 1) for i in range(0, len(tiles), columns)]
         Image.fromarray(np.concatenate(lines)).save(out)
-    elif out.suffix:
-        raise ValueError(f"--out ends in {out.suffix}; expected .png, .npz, or a directory for single PNGs")
     else:
         out.mkdir(exist_ok=True)
         for i, picture in enumerate(_bytes(run.x)):

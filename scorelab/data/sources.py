@@ -11,7 +11,6 @@ import torch
 
 from scorelab.checks import check_batch, check_finite, check_range, nearest_name
 from scorelab.distributions import TARGETS, Distribution, target
-from scorelab.noise import mixed_seed
 from scorelab.typing import Shape, Tensor
 
 __all__ = ["Arrays", "Drawn", "Source", "counter_generator", "digits", "load"]
@@ -19,7 +18,14 @@ __all__ = ["Arrays", "Drawn", "Source", "counter_generator", "digits", "load"]
 
 def counter_generator(*counters: int) -> torch.Generator:
     """A CPU generator that depends on these counters alone."""
-    return torch.Generator().manual_seed(mixed_seed(*counters))
+    seed = 0
+    for counter in counters:
+        # splitmix64: neighbouring counters give unrelated seeds
+        seed = (seed + counter + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        seed ^= seed >> 31
+    return torch.Generator().manual_seed(seed)
 
 
 class Source(ABC):

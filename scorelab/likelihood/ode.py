@@ -138,6 +138,35 @@ def _prior(prior: Callable[[Tensor], Tensor] | None, x: Tensor, std: float) -> T
     return found
 
 
+def _transport(
+    score: ScoreFn,
+    x: Tensor,
+    begin: float,
+    end: float,
+    drawn: dict[str, Tensor],
+    control: Controller,
+    differentiable: bool,
+) -> tuple[Tensor, Tensor, int]:
+    """x carried from one noise level to another, the integral of tr(d(dx/du)/dx) du of each estimate, and NFE."""
+    if len(x) == 0:
+        return x, x.new_zeros(0, 1), 0
+    counted = Counted(score)
+    with torch.no_grad():
+        check_broadcasting(counted, x, begin, math.sqrt(begin * end))
+    _check_autograd(counted, x, begin)
+    flow = _Flow(counted, x, drawn, differentiable)
+    with torch.enable_grad() if differentiable else torch.no_grad():
+        start = torch.cat([x.flatten(1), x.new_zeros(len(x), flow.estimates)], 1)
+        y = integrate(flow, start, math.log(begin), math.log(end), control, norm=flow.norm, split=flow.split).y
+        return y[:, : flow.dims].reshape(x.shape), y[:, flow.dims :], counted.nfe
+
+
+def _stderr(estimates: Tensor) -> Tensor | None:
+    """Standard error of the mean over the columns of (B, P), None for one."""
+    count = estimates.shape[1]
+    return estimates.detach().std(1) / math.sqrt(count) if count > 1 else None
+
+
 def log_likelihood(
     score: ScoreFn,
     x: Tensor,
@@ -168,23 +197,11 @@ def log_likelihood(
     """
     _check(x, sigma_min, sigma_max)
     drawn = _draw(divergence, probes, probe, x, generator)
-    if len(x) == 0:
-        return LogLikelihood(x.new_zeros(0), None, x, 0)
-    counted = Counted(score)
-    with torch.no_grad():
-        check_broadcasting(counted, x, sigma_min, math.sqrt(sigma_min * sigma_max))
-    _check_autograd(counted, x, sigma_min)
-    flow = _Flow(counted, x, drawn, differentiable)
+    control = Controller(rtol, atol, max_steps, method)
+    latent, gains, nfe = _transport(score, x, sigma_min, sigma_max, drawn, control, differentiable)
     with torch.enable_grad() if differentiable else torch.no_grad():
-        begin = torch.cat([x.flatten(1), x.new_zeros(len(x), flow.estimates)], 1)
-        control = Controller(rtol, atol, max_steps, method)
-        ends = math.log(sigma_min), math.log(sigma_max)
-        result = integrate(flow, begin, *ends, control, norm=flow.norm, split=flow.split)
-        latent, gains = result.y[:, : flow.dims].reshape(x.shape), result.y[:, flow.dims :]
-        at_end = _prior(prior, latent, math.hypot(sigma_max, data_std))
-    single = gains.detach()
-    stderr = single.std(1) / math.sqrt(flow.estimates) if drawn and flow.estimates > 1 else None
-    return LogLikelihood(at_end + gains.mean(1), stderr, latent, counted.nfe)
+        log_prob = _prior(prior, latent, math.hypot(sigma_max, data_std)) + gains.mean(1)
+    return LogLikelihood(log_prob, _stderr(gains), latent, nfe)
 
 
 def sample_log_prob(
@@ -210,18 +227,8 @@ def sample_log_prob(
     """
     _check(x, sigma_min, sigma_max)
     drawn = _draw(divergence, probes, probe, x, generator)
-    if len(x) == 0:
-        return x, LogLikelihood(x.new_zeros(0), None, x, 0)
-    counted = Counted(score)
+    control = Controller(rtol, atol, max_steps, method)
+    y, losses, nfe = _transport(score, x, sigma_max, sigma_min, drawn, control, False)
     with torch.no_grad():
-        check_broadcasting(counted, x, sigma_max, math.sqrt(sigma_min * sigma_max))
-        _check_autograd(counted, x, sigma_max)
-        flow = _Flow(counted, x, drawn, False)
-        begin = torch.cat([x.flatten(1), x.new_zeros(len(x), flow.estimates)], 1)
-        control, ends = Controller(rtol, atol, max_steps, method), (math.log(sigma_max), math.log(sigma_min))
-        y = integrate(flow, begin, *ends, control, norm=flow.norm, split=flow.split).y
-        log_prior = _prior(prior, x, math.hypot(sigma_max, data_std))
-        losses = y[:, flow.dims :]
-    stderr = losses.std(1) / math.sqrt(flow.estimates) if drawn and flow.estimates > 1 else None
-    found = LogLikelihood(log_prior - losses.mean(1), stderr, x, counted.nfe)
-    return y[:, : flow.dims].reshape(x.shape), found
+        log_prob = _prior(prior, x, math.hypot(sigma_max, data_std)) - losses.mean(1)
+    return y, LogLikelihood(log_prob, _stderr(losses), x, nfe)

@@ -56,6 +56,21 @@ class Langevin(Sampler):
     def reached(self, sigma: float, sigma_next: float) -> float:
         return 0.0 if sigma_next == 0 and self.denoise else sigma
 
+    def walk(
+        self,
+        score: ScoreFn,
+        x: Tensor,
+        sigma: float,
+        sigma_next: float,
+        state: State,
+        noise: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """x after the steps at sigma."""
+        size = self.size(sigma, state)
+        for _ in range(self.steps):
+            x = langevin_step(x, evaluate(score, x, sigma), size, noise(x))
+        return x
+
     def step(
         self,
         score: ScoreFn,
@@ -65,11 +80,9 @@ class Langevin(Sampler):
         state: State,
         noise: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, State]:
-        size = self.size(sigma, state)
-        for _ in range(self.steps):
-            x = langevin_step(x, evaluate(score, x, sigma), size, noise(x))
+        x = self.walk(score, x, sigma, sigma_next, state, noise)
         if sigma_next == 0 and self.denoise:
-            x = x + sigma**2 * evaluate(score, x, sigma)
+            x = x.add(evaluate(score, x, sigma), alpha=sigma**2)
         return x, state
 
 
@@ -115,7 +128,7 @@ class ConsistentLangevin(AnnealedLangevin):
             )
         return keep
 
-    def step(
+    def walk(
         self,
         score: ScoreFn,
         x: Tensor,
@@ -123,15 +136,13 @@ class ConsistentLangevin(AnnealedLangevin):
         sigma_next: float,
         state: State,
         noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
+    ) -> Tensor:
         keep = float(state)
         for k in range(self.steps):
             after = sigma_next if k == self.steps - 1 and sigma_next > 0 else sigma
             kick = math.sqrt(max(0.0, (after - keep * sigma) * (after + keep * sigma)))
             x = x.add(evaluate(score, x, sigma), alpha=(1 - keep) * sigma**2).add_(noise(x), alpha=kick)
-        if sigma_next == 0 and self.denoise:
-            x = x.add(evaluate(score, x, sigma), alpha=sigma**2)
-        return x, state
+        return x
 
     def reached(self, sigma: float, sigma_next: float) -> float:
         return sigma_next if sigma_next > 0 or self.denoise else sigma
@@ -158,7 +169,7 @@ class MetropolisLangevin(AnnealedLangevin):
                 "exact distribution"
             )
 
-    def step(
+    def walk(
         self,
         score: ScoreFn,
         x: Tensor,
@@ -166,7 +177,7 @@ class MetropolisLangevin(AnnealedLangevin):
         sigma_next: float,
         state: State,
         noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
+    ) -> Tensor:
         assert self.log_prob is not None
         size, at = self.size(sigma, state), level(sigma, x)
         s, density = evaluate(score, x, sigma), self.log_prob(x, at)
@@ -183,9 +194,7 @@ class MetropolisLangevin(AnnealedLangevin):
             rows = broadcast(accept, x)
             x, s = torch.where(rows, proposal, x), torch.where(rows, there, s)
             density = torch.where(accept, density_there, density)
-        if sigma_next == 0 and self.denoise:
-            x = x.add(s, alpha=sigma**2)
-        return x, state
+        return x
 
 
 @dataclass(frozen=True)
@@ -204,7 +213,7 @@ class UnderdampedLangevin(AnnealedLangevin):
         if not 0 < self.friction < math.inf:
             raise ValueError(f"friction is {self.friction:g}; expected a positive number")
 
-    def step(
+    def walk(
         self,
         score: ScoreFn,
         x: Tensor,
@@ -212,7 +221,7 @@ class UnderdampedLangevin(AnnealedLangevin):
         sigma_next: float,
         state: State,
         noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
+    ) -> Tensor:
         h, keep = math.sqrt(self.size(sigma, state)), math.exp(-self.friction)
         kick = math.sqrt(-math.expm1(-2 * self.friction))
         v = noise(x).clone()
@@ -224,6 +233,4 @@ class UnderdampedLangevin(AnnealedLangevin):
             x = x.add_(v, alpha=0.5 * h)
             s = evaluate(score, x, sigma)
             v = v.add(s, alpha=0.5 * h)
-        if sigma_next == 0 and self.denoise:
-            x = x.add(s, alpha=sigma**2)
-        return x, state
+        return x

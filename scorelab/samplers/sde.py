@@ -17,6 +17,7 @@ from scorelab.processes import Process
 from scorelab.samplers.base import Sampler, State, evaluate
 from scorelab.samplers.multistep import History, combine, x0_hat
 from scorelab.samplers.ode import Heun
+from scorelab.samplers.stochastic import check_eta
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["Churn", "SDEDPMSolver", "StochasticHeun"]
@@ -72,8 +73,7 @@ class SDEDPMSolver(Sampler):
     eta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta < math.inf:
-            raise ValueError(f"eta is {self.eta:g}; expected a finite number >= 0")
+        check_eta(self.eta)
 
     def init(self, x: Tensor, sigmas: list[float]) -> State:
         return History((), ())
@@ -127,8 +127,7 @@ class StochasticHeun(Sampler):
     eta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta < math.inf:
-            raise ValueError(f"eta is {self.eta:g}; expected a finite number >= 0")
+        check_eta(self.eta)
 
     @property
     def order(self) -> int | None:  # type: ignore[override]

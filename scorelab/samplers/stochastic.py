@@ -127,6 +127,12 @@ def _scales(process: Process, sigma: float, sigma_next: float) -> _Scales:
     return _Scales(float(alpha[0]), float(alpha[1]), dt, drift, diffusion, float(scale), float(std))
 
 
+def check_eta(eta: float) -> None:
+    """Refuse a scale of the noise that is negative or not finite."""
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta is {eta:g}; expected a finite number >= 0")
+
+
 @dataclass(frozen=True)
 class ReverseSDE(Sampler):
     """Euler-Maruyama in the process's own time and scaled coordinates, x_t = alpha x:
@@ -140,8 +146,7 @@ class ReverseSDE(Sampler):
     eta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta < math.inf:
-            raise ValueError(f"eta is {self.eta:g}; expected a finite number >= 0")
+        check_eta(self.eta)
 
     @property
     def order(self) -> int | None:  # type: ignore[override]

@@ -102,8 +102,8 @@ class Gallery:
         return Trained(name, distribution, model, data_std, seconds, self.steps)
 
     def save(self, figure: Figure, name: str) -> None:
-        """Write ``name``.png."""
-        figure.savefig(self.out / f"{name}.png")
+        """Write ``name``.png, as large as everything that is drawn needs."""
+        figure.savefig(self.out / f"{name}.png", bbox_inches="tight")
 
     def record(self, name: str, numbers: object) -> None:
         """Put the numbers of a figure into metrics.json, beside those of the others."""

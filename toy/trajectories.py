@@ -17,6 +17,8 @@ from toy.common import Gallery, Trained, parse
 
 DEFAULT = ("swiss_roll",)
 FRAMES = 10
+LEVELS = 60
+"""Noise levels of annealed Langevin dynamics, enough for it to look right."""
 
 
 def animate(gallery: Gallery, steps: Iterable[Step], trained: Trained, title: str, name: str, total: int) -> None:
@@ -73,11 +75,11 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
         annealed = trajectory(
             trained.model,
             (1500, 2),
-            sigmas.geometric(FRAMES, sigma_min=low, sigma_max=high),
-            AnnealedLangevin(10, 0.2 * low**2),
+            sigmas.geometric(LEVELS, sigma_min=low, sigma_max=high),
+            AnnealedLangevin(8, 0.4 * low**2),
             generator=torch.Generator().manual_seed(5),
         )
-        animate(gallery, annealed, trained, "annealed Langevin", f"annealed_{name}", FRAMES)
+        animate(gallery, annealed, trained, "annealed Langevin", f"annealed_{name}", LEVELS)
         reverse = trajectory(
             trained.model,
             (1500, 2),

@@ -34,7 +34,16 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
                 found = convert(own[source], x, sigma, FORMS[source], FORMS[goal])
                 table[f"{source} -> {goal}"] = found[0].tolist()
                 worst = max(worst, float((found - own[goal]).norm() / own[goal].norm()))
-        extent = extent_of(trained.distribution)
+        # room for the point and both arrows, which may lie outside the data
+        left, right, bottom, top = extent_of(trained.distribution)
+        ends = torch.cat([x, x + sigma * own["eps"], own["x0"]])
+        low, high = ends.amin(0) - 0.3 * sigma, ends.amax(0) + 0.3 * sigma
+        extent = (
+            min(left, float(low[0])),
+            max(right, float(high[0])),
+            min(bottom, float(low[1])),
+            max(top, float(high[1])),
+        )
         made, axes = figure(2, size=4.2)
         panel = axes[0, 0]
         points(

@@ -116,8 +116,10 @@ class Denoising:
 def posterior_mean(x: Tensor, sigma: Tensor, x0: Tensor) -> Tensor:
     """E[x0 | x] for x (B, *D) at sigma (B,) when x0 (N, *D) are all the data, equally likely."""
     flat, centres = x.flatten(1), x0.flatten(1)
-    # ||x - c||^2 without ||x||^2, which the softmax ignores
-    logits = torch.addmm(-0.5 * centres.square().sum(1), flat, centres.T).div_(sigma.unsqueeze(1) ** 2)
+    half, precision = 0.5 * centres.square().sum(1, keepdim=True), sigma.unsqueeze(1) ** -2
+    # -||x - c||^2 / (2 sigma^2) without ||x||^2, which the softmax ignores, as one product
+    logits = torch.cat([flat * precision, -precision], 1) @ torch.cat([centres, half], 1).T
     # not below e^-40: denormal numbers would slow all that follows
     weight = logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-40.0).exp_()
-    return ((weight @ centres) / weight.sum(1, keepdim=True)).reshape(x.shape)
+    total = weight @ torch.cat([centres, torch.ones_like(half)], 1)
+    return (total[:, :-1] / total[:, -1:]).reshape(x.shape)

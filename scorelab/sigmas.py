@@ -96,9 +96,19 @@ def respace(total: int, steps: int | str) -> list[int]:
     """Which of ``total`` steps (0-based, ascending) a shorter sampler visits.
 
     ``steps``: a number of steps spread evenly from first to last; "10,10,10" for as many in each of equal parts;
-    "ddim50" for a constant integer stride that gives exactly 50. Nichol and Dhariwal, 2021, arXiv:2102.09672.
+    "ddim50" for a constant integer stride that gives exactly 50 (Nichol and Dhariwal, 2021, arXiv:2102.09672);
+    "leading50" for the stride total // 50 from the first step, which misses the last; "trailing50" for total/50 back
+    from the last step, rounded, which misses the first (Lin et al., 2024, arXiv:2305.08891).
     """
     text = str(steps)
+    for name in ("leading", "trailing"):
+        if text.startswith(name):
+            wanted = _positive(text[len(name) :], steps)
+            if wanted > total:
+                raise ValueError(f"{wanted} steps asked of {total} in all; ask for at most {total}")
+            if name == "leading":
+                return [k * (total // wanted) for k in range(wanted)]
+            return [round((k + 1) * total / wanted) - 1 for k in range(wanted)]
     if text.startswith("ddim"):
         wanted = _positive(text[4:], steps)
         for stride in range(1, total + 1):
@@ -120,7 +130,10 @@ def respace(total: int, steps: int | str) -> list[int]:
 
 def _positive(text: str, steps: int | str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"steps is {steps!r}; expected a positive number, 'ddim50', or numbers joined by commas")
+        raise ValueError(
+            f"steps is {steps!r}; expected a positive number, 'ddim50', 'leading50', "
+            "'trailing50', or numbers joined by commas"
+        )
     return int(text)
 
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from problems import F64, generator, mixture, randn, ring
-from scipy.integrate import solve_ivp
+from scipy.integrate import RK23, RK45, solve_ivp
 
 from scorelab import sample, trajectory
 from scorelab.samplers import ProbabilityFlow
-from scorelab.samplers.adaptive import Controller, integrate
+from scorelab.samplers.adaptive import PAIRS, Controller, integrate
 
 
 def scipy_flow(d, x: torch.Tensor, high: float, low: float) -> torch.Tensor:
@@ -47,10 +47,9 @@ def test_reported_points_do_not_change_the_end_beyond_tolerance():
 
 
 def accepted(d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    state = None
     sampler = ProbabilityFlow(1e-6, 1e-6)
-    y, state = sampler.step(d, x, 10.0, 0.05, state, torch.zeros_like)
-    return y, state.accepted
+    y, state = sampler.step(d, x, 10.0, 0.05, sampler.init(x, [10.0, 0.05]), torch.zeros_like)
+    return y, state.run.accepted
 
 
 def test_one_stiff_sample_leaves_the_others_steps_unchanged():
@@ -157,3 +156,53 @@ def test_integrate_runs_in_both_directions():
     back = integrate(lambda v, u, i: -v, there, 2.0, 0.0, Controller(1e-10, 1e-10)).y
     torch.testing.assert_close(there, y * math.exp(-2), rtol=1e-8, atol=0)
     torch.testing.assert_close(back, y, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+def test_inner_levels_change_no_steps_and_meet_the_tolerance(method):
+    d, x, grid = ring(), 10 * randn(6, 2), [10.0, 7.0, 3.0, 1.0, 0.4, 0.2, 0.1, 0.05]
+    sampler = ProbabilityFlow(1e-6, 1e-6, method=method)
+    few = list(trajectory(d.score, x, [10.0, 0.05, 0.0], sampler))
+    many = list(trajectory(d.score, x, [*grid, 0.0], sampler))
+    # samples wait for one another at every level, one alone does not
+    assert many[-1].nfe <= 1.15 * few[-1].nfe
+    alone = [list(trajectory(d.score, x[:1], levels, sampler))[-1].nfe for levels in ([10.0, 0.05], grid)]
+    assert alone[0] == alone[1]
+    assert torch.equal(many[-1].x, few[-1].x)
+    assert [step.sigma for step in many] == [*grid, 0.0]
+    for step in many[2:-1:2]:
+        assert float((step.x[:2] - scipy_flow(d, x[:2], 10.0, step.sigma)).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(("method", "scipys"), [("dopri5", RK45), ("bosh3", RK23)])
+def test_continuous_extensions_are_scipys(method, scipys):
+    found = torch.tensor(PAIRS[method].dense, dtype=F64)
+    torch.testing.assert_close(found.T, torch.tensor(scipys.P), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("budget", [8, 20, 21, 50])
+def test_a_budget_of_evaluations_is_kept_and_the_state_returned(budget):
+    d, x = ring(), 10 * randn(6, 2)
+    sampler = ProbabilityFlow(1e-6, 1e-6, max_nfe=budget)
+    with pytest.warns(RuntimeWarning, match="stopped early"):
+        steps = list(trajectory(d.score, x, [10.0, 1.0, 0.05, 0.0], sampler))
+    last = steps[-1]
+    assert budget - 6 < last.nfe <= budget
+    assert last.sigma.shape == (6,)
+    for i in range(6):
+        exact = scipy_flow(d, x[i : i + 1], 10.0, float(last.sigma[i]))
+        assert float((last.x[i] - exact).abs().max()) < 1e-4
+    with pytest.warns(RuntimeWarning, match="stopped early"):
+        assert torch.equal(sample(d.score, x, [10.0, 1.0, 0.05, 0.0], sampler), last.x)
+
+
+def test_a_budget_that_suffices_changes_nothing():
+    d, x = ring(), 10 * randn(6, 2)
+    free = list(trajectory(d.score, x, [10.0, 0.05, 0.0], ProbabilityFlow()))[-1]
+    kept = list(trajectory(d.score, x, [10.0, 0.05, 0.0], ProbabilityFlow(max_nfe=free.nfe)))[-1]
+    assert torch.equal(free.x, kept.x)
+    with pytest.warns(RuntimeWarning, match="stopped early"):
+        short = list(trajectory(d.score, x, [10.0, 0.05, 0.0], ProbabilityFlow(max_nfe=free.nfe - 1)))[-1]
+    torch.testing.assert_close(short.sigma, torch.full((6,), 0.05, dtype=F64))
+    with pytest.raises(ValueError, match="max_nfe is 7"):
+        ProbabilityFlow(max_nfe=7)

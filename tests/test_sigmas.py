@@ -35,6 +35,14 @@ def test_respacing_equals_guided_diffusion(steps):
     assert sigmas.respace(1000, steps) == ref[f"respace1000/{steps}"].tolist()
 
 
+def test_leading_and_trailing_steps_are_the_published_ones():
+    """Lin et al., arXiv:2305.08891, table 2, counted from 0; 3 of 10 by hand."""
+    assert sigmas.respace(1000, "leading5") == [0, 200, 400, 600, 800]
+    assert sigmas.respace(1000, "trailing5") == [199, 399, 599, 799, 999]
+    assert sigmas.respace(10, "leading3") == [0, 3, 6]
+    assert sigmas.respace(10, "trailing3") == [2, 6, 9]
+
+
 def test_from_betas_and_from_process():
     betas = linear_betas(1000)
     abar = torch.cumprod(1 - betas, 0)
@@ -98,6 +106,8 @@ def test_bad_levels_are_refused(bad, message):
         lambda: sigmas.karras(5, sigma_min=0.1, sigma_max=1, rho=0),
         lambda: sigmas.respace(10, 11),
         lambda: sigmas.respace(10, "ddim7"),
+        lambda: sigmas.respace(10, "trailing11"),
+        lambda: sigmas.respace(10, "leading"),
         lambda: sigmas.respace(10, "x"),
         lambda: sigmas.LogNormal(std=0),
     ],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Iterable
 
 from scorelab.distributions import TARGETS
 from toy import densities, fields, forward, langevin, samplers, schedules, trajectories, triangle
@@ -12,35 +12,43 @@ from toy.page import write_page
 
 Section = tuple[str, str, list, object]
 
+FIGURES = {
+    "forward": (forward, "Forward and reverse process"),
+    "schedules": (schedules, "Noise schedules"),
+    "densities": (densities, "Exact and learnt densities"),
+    "fields": (fields, "Score fields"),
+    "langevin": (langevin, "Langevin dynamics"),
+    "samplers": (samplers, "Samplers"),
+    "trajectories": (trajectories, "Trajectories"),
+    "triangle": (triangle, "Score, eps, x0, v"),
+}
+FOR_TARGETS = ("densities", "fields", "samplers", "trajectories", "triangle")
+"""The figures that are drawn for every target."""
 
-def draw_all(gallery: Gallery, names: tuple[str, ...]) -> list[Section]:
-    """Draw every figure on every target; the sections of the page."""
-    figures = {
-        "forward": (forward, "Forward and reverse process", ()),
-        "schedules": (schedules, "Noise schedules", ()),
-        "densities": (densities, "Exact and learnt densities", names),
-        "fields": (fields, "Score fields", names),
-        "langevin": (langevin, "Langevin dynamics", ()),
-        "samplers": (samplers, "Samplers", names),
-        "trajectories": (trajectories, "Trajectories", names),
-        "triangle": (triangle, "Score, eps, x0, v", names),
-    }
-    sections: list[Section] = []
-    for i, (key, (module, heading, targets)) in enumerate(figures.items()):
+
+def draw_all(gallery: Gallery, names: tuple[str, ...], keys: Iterable[str] = FIGURES) -> None:
+    """Draw these figures, on every target where there is one for each."""
+    for key in keys:
+        module, heading = FIGURES[key]
         began = time.perf_counter()
-        print(f"figure {i + 1} of {len(figures)}: {heading}", flush=True)
-        module.draw(gallery, names) if targets else module.draw(gallery)
-        prefixes = {"trajectories": ("trajectories_", "annealed_", "reverse_")}.get(key, (f"{key}_",))
-        plain = [p for p in (gallery.out / f"{key}.png",) if p.is_file()]
-        pictures = plain + [
-            p for n in targets for x in prefixes for e in ("png", "gif") if (p := gallery.out / f"{x}{n}.{e}").is_file()
-        ]
-        numbers = json.loads((gallery.out / "metrics.json").read_text())[key]
-        sections.append((heading, " ".join((module.__doc__ or "").split()), pictures, numbers))
+        print(f"figure {list(FIGURES).index(key) + 1} of {len(FIGURES)}: {heading}", flush=True)
+        module.draw(gallery, names) if key in FOR_TARGETS else module.draw(gallery)
         print(f"  {time.perf_counter() - began:.0f} s", flush=True)
-    return sections
+
+
+def sections(gallery: Gallery, names: tuple[str, ...]) -> list[Section]:
+    """The page's sections, of pictures and numbers in the gallery's directory."""
+    found: list[Section] = []
+    for key, (module, heading) in FIGURES.items():
+        prefixes = {"trajectories": ("trajectories_", "annealed_", "reverse_")}.get(key, (f"{key}_",))
+        targets = names if key in FOR_TARGETS else ()
+        files = [f"{key}.png", *(f"{x}{n}.{e}" for n in targets for x in prefixes for e in ("png", "gif"))]
+        pictures = [gallery.out / f for f in files if (gallery.out / f).is_file()]
+        found.append((heading, " ".join((module.__doc__ or "").split()), pictures, gallery.numbers()[key]))
+    return found
 
 
 if __name__ == "__main__":
     chosen, wanted = parse(__doc__, TARGETS)
-    print(write_page(chosen.out / "index.html", "scorelab: the 2-D gallery", draw_all(chosen, wanted)))
+    draw_all(chosen, wanted)
+    print(write_page(chosen.out / "index.html", "scorelab: the 2-D gallery", sections(chosen, wanted)))

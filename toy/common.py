@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -98,7 +100,7 @@ class Gallery:
         seconds = time.perf_counter() - began
         model = trainer.averaged()
         model.save(place)
-        record.write_text(json.dumps({"config": settings, "seconds": seconds}, indent=1) + "\n")
+        _write(record, {"config": settings, "seconds": seconds})
         return Trained(name, distribution, model, data_std, seconds, self.steps)
 
     def save(self, figure: Figure, name: str) -> None:
@@ -106,13 +108,22 @@ class Gallery:
         figure.savefig(self.out / f"{name}.png", bbox_inches="tight")
 
     def record(self, name: str, numbers: object) -> None:
-        """Put the numbers of a figure into metrics.json, beside those of the others."""
-        path = self.out / "metrics.json"
-        everything = json.loads(path.read_text()) if path.is_file() else {}
-        everything[name] = numbers
-        aside = path.with_suffix(".writing")
-        aside.write_text(json.dumps(everything, indent=1) + "\n")
-        aside.replace(path)
+        """Put the numbers of a figure into metrics.json, beside those of the others (and of other processes)."""
+        parts = self.out / "numbers"
+        parts.mkdir(exist_ok=True)
+        _write(parts / f"{name}.json", numbers)
+        _write(self.out / "metrics.json", self.numbers())
+
+    def numbers(self) -> dict[str, Any]:
+        """The numbers of all figures that have been drawn."""
+        return {path.stem: json.loads(path.read_text()) for path in sorted((self.out / "numbers").glob("*.json"))}
+
+
+def _write(path: Path, value: object) -> None:
+    """Write JSON so that it appears whole."""
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    aside.replace(path)
 
 
 def parse(description: str | None, default: tuple[str, ...]) -> tuple[Gallery, tuple[str, ...]]:

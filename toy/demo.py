@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from scorelab.cli.sampling import load_run, sample_model
 from scorelab.data import digits
 from scorelab.evaluation import nearest_distances
 from scorelab.plotting import figure, image_grid
-from toy.__main__ import Section, draw_all
+from toy.__main__ import FIGURES, Section, draw_all, sections
 from toy.common import Gallery
 from toy.page import write_page
 
@@ -23,14 +25,37 @@ DIGITS_STEPS = 700
 """Of the 2,500 that the experiment sets itself, to stay within minutes."""
 
 
+class Aside(threading.Thread):
+    """Work for the second core: train the digits by the command line, then compare the samplers on trained models.
+
+    Its progress bars stand below those of the rest. ``toys`` says to it that the 2-D models are trained, ``digits``
+    says that the digits' training has ended, ``failed`` which commands failed.
+    """
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(daemon=True)
+        self.out, self.failed, self.process = out, "", None
+        self.toys, self.digits = threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        training = ["scorelab.cli", "train", "--config", "configs/digits/ncsn.py"]
+        training += [f"--config.training.steps={DIGITS_STEPS}", "--workdir", str(self.out / "digits")]
+        targets = [word for name in TARGETS for word in ("--target", name)]
+        self._call(training)
+        self.digits.set()
+        self.toys.wait()
+        self._call(["toy.samplers", "--quick", "--out", str(self.out), *targets])
+
+    def _call(self, command: list[str]) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_POSITION": "1"}
+        self.process = subprocess.Popen([sys.executable, "-m", *command], env=environment)
+        if self.process.wait():
+            self.failed += f"failed: {' '.join(command)}\n"
+
+
 def digits_section(out: Path) -> Section:
-    """Train configs/digits/ncsn.py by the command line, sample it, and compare with the nearest training images."""
+    """Sample the trained digits model, and compare with the nearest training images."""
     run = out / "digits"
-    began = time.perf_counter()
-    command = [sys.executable, "-m", "scorelab.cli", "train", "--config", "configs/digits/ncsn.py"]
-    command += [f"--config.training.steps={DIGITS_STEPS}", "--workdir", str(run)]
-    subprocess.run(command, check=True)
-    trained = time.perf_counter() - began
     config, model, step = load_run(run)
     began = time.perf_counter()
     x = sample_model(model, config, 100, torch.Generator().manual_seed(0))
@@ -45,7 +70,6 @@ def digits_section(out: Path) -> Section:
     made.savefig(out / "digits.png")
     numbers = {
         "training_steps": step,
-        "training_seconds": trained,
         "sampling_seconds": sampled,
         "median_distance_to_nearest_training_image": float(distance.median()),
         "1st_percentile_train_against_train": float(own.quantile(0.01)),
@@ -62,8 +86,24 @@ def main() -> None:
     """Draw, train, sample, and print the path of the page."""
     began = time.perf_counter()
     gallery = Gallery(OUT, "quick")
-    sections = [digits_section(OUT), *draw_all(gallery, TARGETS)]
-    page = write_page(OUT / "index.html", "scorelab: what it does, on this machine", sections)
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    aside = Aside(OUT)
+    aside.start()
+    try:
+        for name in TARGETS:
+            gallery.trained(name)
+        aside.toys.set()
+        draw_all(gallery, TARGETS, [key for key in FIGURES if key != "samplers"])
+        aside.digits.wait()
+        found = digits_section(OUT)
+        aside.join()
+        if aside.failed:
+            raise RuntimeError(aside.failed)
+    finally:
+        if aside.process is not None:
+            aside.process.kill()
+    pages = [found, *sections(gallery, TARGETS)]
+    page = write_page(OUT / "index.html", "scorelab: what it does, on this machine", pages)
     print(f"{page.resolve()} ({time.perf_counter() - began:.0f} s)")
 
 

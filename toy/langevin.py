@@ -18,8 +18,8 @@ from scorelab.samplers import AnnealedLangevin, Langevin, Sampler
 from toy.common import Gallery, parse
 
 CHAINS = 40_000
-QUICK_CHAINS = 2000
-"""Chains of the learnt score in the quick gallery, where 40,000 would take minutes."""
+QUICK_CHAINS = {"exact score": 10_000, "learnt score": 2000}
+"""Chains in the quick gallery, where 40,000 would take minutes."""
 CHUNK = 4000
 EXTENT = (-10.0, 10.0, -10.0, 10.0)
 SIGMA_MAX, SIGMA_MIN = 20.0, 0.1
@@ -74,7 +74,7 @@ def draw(gallery: Gallery) -> None:
         axes, (("exact score", trained.distribution.score), ("learnt score", trained.model)), strict=True
     ):
         for panel, setting in zip(line[1:], SETTINGS, strict=True):
-            count = QUICK_CHAINS if kind == "learnt score" and gallery.mode == "quick" else CHAINS
+            count = QUICK_CHAINS[kind] if gallery.mode == "quick" else CHAINS
             x, nfe, seconds = chains(score, setting, count)
             rows.append((setting, kind, *weight(x), nfe, seconds, count))
             points(panel, x, EXTENT, f"{setting}\n{kind}, {rows[-1][2]:.3f} upper right", color="#9c3848")

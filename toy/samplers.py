@@ -34,7 +34,7 @@ COUNT, SEED, REPEATS = 2000, 0, 100
 
 
 def settings(trained: Trained, quick: bool) -> dict[str, tuple[torch.Tensor, Sampler]]:
-    """Every sampler with noise levels that are enough for it (the quick gallery anneals over fewer)."""
+    """Every sampler with noise levels that are enough for it (the quick gallery anneals in half the steps)."""
     low, high = trained.sigma_min, trained.sigma_max
     ve = VE(low, high)
 
@@ -54,11 +54,11 @@ def settings(trained: Trained, quick: bool) -> dict[str, tuple[torch.Tensor, Sam
         "reverse SDE (VE time)": (geometric(250), ReverseSDE(ve)),
         "reverse SDE (VP time)": (geometric(250), ReverseSDE(VP())),
         "PC: reverse diffusion + Langevin": (
-            geometric(150),
-            PredictorCorrector(ReverseDiffusion(ve), LangevinCorrector(0.03)),
+            geometric(400),
+            PredictorCorrector(ReverseDiffusion(ve), LangevinCorrector(0.01)),
         ),
         "PC: Euler + annealed": (geometric(100), PredictorCorrector(Euler(), AnnealedCorrector(0.1))),
-        "annealed Langevin": (geometric(60 if quick else 100), AnnealedLangevin(8 if quick else 20, 0.4 * low**2)),
+        "annealed Langevin": (geometric(200 if quick else 100), AnnealedLangevin(6 if quick else 20, 0.4 * low**2)),
         "plain Langevin": (torch.tensor([low]), Langevin(200, 0.2 * low**2)),
     }
 

@@ -152,6 +152,7 @@ def _sample(arguments: list[str]) -> None:
     flags.DEFINE_bool("raw", False, "take the raw weights instead of the averaged ones", flag_values=values)
     _parse(arguments, values)
     workdir = _workdir(values)
+    from scorelab import parallel
     from scorelab.cli.sampling import check_out, sample_run, write_samples
 
     n, seed, step = (int(values[name].value or 0) for name in ("n", "seed", "step"))
@@ -162,7 +163,8 @@ def _sample(arguments: list[str]) -> None:
         check_out(Path(values["out"].value))
     run = sample_run(workdir, n=n, seed=seed, step=step, raw=bool(values["raw"].value), sampler=sampler)
     out = Path(values["out"].value) if values["out"].value else workdir / "samples" / f"step_{run.step:08d}.png"
-    print(write_samples(run, out))
+    if parallel.world()[0] == 0:
+        print(write_samples(run, out))
 
 
 def _workdir(values: flags.FlagValues) -> Path:

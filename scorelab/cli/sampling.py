@@ -11,6 +11,7 @@ import torch
 from ml_collections import ConfigDict
 from PIL import Image
 
+from scorelab import parallel
 from scorelab.adapters import clipped
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
@@ -68,14 +69,19 @@ def sample_model(
         generator=generator,
         progress=progress,
         batch_size=config.sampling.batch_size,
+        sharded=isinstance(generator, PerSampleNoise),
     )
 
 
 def sample_run(
     workdir: Path, *, n: int = 0, seed: int = 0, step: int = 0, raw: bool = False, sampler: Path | None = None
 ) -> RunSamples:
-    """Samples of a run's checkpoint, averaged weights unless ``raw``; sample i depends on (seed, i) alone."""
+    """Samples of a run's checkpoint, averaged weights unless ``raw``; sample i depends on (seed, i) alone.
+
+    Under torchrun every process makes its share and returns all of them.
+    """
     config, model, found = load_run(workdir, step=step, raw=raw)
+    model.to(parallel.join())
     count = n or config.sampling.samples
     return RunSamples(sample_model(model, config, count, PerSampleNoise(seed), sampler=sampler), model, found)
 

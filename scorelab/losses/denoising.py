@@ -121,5 +121,5 @@ def posterior_mean(x: Tensor, sigma: Tensor, x0: Tensor) -> Tensor:
     logits = torch.cat([flat * precision, -precision], 1) @ torch.cat([centres, half], 1).T
     # not below e^-40: denormal numbers would slow all that follows
     weight = logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-40.0).exp_()
-    total = weight @ torch.cat([centres, torch.ones_like(half)], 1)
-    return (total[:, :-1] / total[:, -1:]).reshape(x.shape)
+    total, dims = weight @ torch.cat([centres, torch.ones_like(half)], 1), centres.shape[1]
+    return (total.narrow(1, 0, dims) / total.narrow(1, dims, 1)).reshape(x.shape)

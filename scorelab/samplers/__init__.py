@@ -1,6 +1,7 @@
 """How a score becomes samples: ``sample``, ``trajectory``, and the samplers they drive."""
 
 from scorelab.samplers.adaptive import ProbabilityFlow
+from scorelab.samplers.adaptive_sde import AdaptiveReverseSDE
 from scorelab.samplers.base import Sampler, State, Step
 from scorelab.samplers.calibrated import Calibrated, calibrate
 from scorelab.samplers.corrected import AnnealedCorrector, Corrector, LangevinCorrector, PredictorCorrector
@@ -22,6 +23,7 @@ __all__ = [
     "DDIM",
     "RK4",
     "AdamsBashforth",
+    "AdaptiveReverseSDE",
     "Ancestral",
     "AnnealedCorrector",
     "AnnealedLangevin",

@@ -11,6 +11,7 @@ is never evaluated at 0: a step to 0 returns the denoised sample. Nothing is kep
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -25,7 +26,7 @@ from scorelab.noise import Noise, PerSampleNoise
 from scorelab.predictions import denoise_from_score
 from scorelab.typing import ScoreFn, Shape, Tensor
 
-__all__ = ["Counted", "Sampler", "State", "Step", "drive", "evaluate"]
+__all__ = ["Counted", "Sampler", "State", "Step", "StoppedEarly", "drive", "evaluate"]
 
 State = Any
 """Whatever a sampler keeps from step to step; None for one without memory."""
@@ -35,13 +36,22 @@ State = Any
 class Step:
     """One step of a trajectory: x (B, *D) at noise level ``sigma``, after ``nfe`` evaluations of the score.
 
-    ``x0_hat`` is the denoised sample at the step's first evaluation, None if there was none.
+    ``x0_hat`` is the denoised sample at the step's first evaluation, None if there was none. Only the last step of an
+    adaptive solver that stopped early has a level for each sample, ``sigma`` (B,).
     """
 
     x: Tensor
     x0_hat: Tensor | None
-    sigma: float
+    sigma: float | Tensor
     nfe: int
+
+
+class StoppedEarly(Exception):
+    """Raised by a sampler whose budget of evaluations is spent: x (B, *D) stands at the noise levels sigma (B,)."""
+
+    def __init__(self, x: Tensor, sigma: Tensor) -> None:
+        super().__init__("the budget of evaluations is spent")
+        self.x, self.sigma = x, sigma
 
 
 class Sampler(ABC):
@@ -167,6 +177,18 @@ def _grid(sigmas: Tensor | Iterable[float] | None, sampler: Sampler) -> list[flo
     return grid
 
 
+def _stopped(stop: StoppedEarly, nfe: int) -> Step:
+    """The last step of a run whose budget was spent, with a warning."""
+    low, high = float(stop.sigma.min()), float(stop.sigma.max())
+    warnings.warn(
+        f"the sampler stopped early, after {nfe} evaluations: its samples stand at noise levels from {low:.4g} to "
+        f"{high:.4g} (the last Step of trajectory has each one's); raise max_nfe or loosen the tolerance to finish",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return Step(stop.x, None, stop.sigma, nfe)
+
+
 def drive(
     score: ScoreFn,
     x: Tensor | Shape,
@@ -210,7 +232,11 @@ def drive(
             counted.first = None
             with nullcontext() if differentiable else torch.no_grad():
                 if len(current):
-                    current, state = sampler.step(counted, current, sigma, sigma_next, state, noise)
+                    try:
+                        current, state = sampler.step(counted, current, sigma, sigma_next, state, noise)
+                    except StoppedEarly as stop:
+                        yield _stopped(stop, counted.nfe)
+                        return
                 x0_hat = counted.x0_hat() if denoised else None
             if debug:
                 check_finite(current, f"x at sigma = {sigma_next:g}")

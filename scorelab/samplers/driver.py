@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from scorelab import parallel
 from scorelab.checks import check_finite, rows
 from scorelab.noise import PerSampleNoise, fresh_generator
 from scorelab.samplers.base import Sampler, Step, check_shape, drive
@@ -64,6 +66,8 @@ def sample(
     differentiable: bool = False,
     debug: bool = False,
     batch_size: int | None = None,
+    memory: int | None = None,
+    sharded: bool = False,
 ) -> Tensor:
     """Samples (B, *D) from a score function, unscaled, at the last noise level.
 
@@ -73,23 +77,53 @@ def sample(
     only for a sampler that brings its own (Calibrated). generator: source of all randomness, freshly seeded if None; a
     PerSampleNoise makes sample i depend on (seed, i) alone. callback: called with every Step. differentiable:
     keep the graph. debug: look for NaN at every step instead of once at the end. batch_size: run the request in parts
-    of this many rows, so that memory stays bounded; a score with ``rows(index)`` is restricted to each part, any other
-    must not be bound to the rows of a batch. Parts see other noise than a whole batch does, but from PerSampleNoise.
+    of this many rows, so that memory stays bounded; memory: in parts whose tensors take about this many bytes, found by
+    one step of 4 and of 8 rows. sharded: under torchrun, after ``parallel.join()``, every process makes its share of
+    the rows and returns all; the noise must be a PerSampleNoise's. A score with ``rows(index)`` is restricted to each
+    part, any other must not be bound to the rows of a batch. Parts see other noise than a whole batch does, but from
+    PerSampleNoise.
 
     Raises ValueError or TypeError for shapes, levels, dtypes or a score output that don't fit, for levels outside the
     score's ``sigma_range``, and for samples that are not finite (which are named).
     """
-    options = {"data_std": data_std, "dtype": dtype, "device": device, "differentiable": differentiable, "debug": debug}
-    if batch_size is None:
+    options: dict[str, Any] = {
+        "data_std": data_std,
+        "dtype": dtype,
+        "device": device,
+        "differentiable": differentiable,
+        "debug": debug,
+    }
+    whole = batch_size is None and memory is None and (not sharded or parallel.world()[1] == 1)
+    if whole:
         found = _last(score, x, sigmas, sampler, generator, progress, callback, options)
-    elif batch_size < 1 or callback is not None:
-        raise ValueError(
-            f"batch_size = {batch_size} with callback = {callback}; expected batch_size >= 1, and no callback: it "
-            "would see parts of the batch"
-        )
     else:
-        bar = tqdm(_parts(score, x, generator, batch_size), disable=not progress, desc="sampling", unit="part")
-        found = torch.cat([_last(s, part, sigmas, sampler, g, False, None, options) for s, part, g in bar])
+        if callback is not None:
+            raise ValueError(
+                "callback with batch_size, memory or sharded; expected none: it would see parts of a batch"
+            )
+        count = len(x) if isinstance(x, Tensor) else check_shape(x)[0]
+        mine = parallel.shard(count) if sharded else range(count)
+        if len(mine) < count and not isinstance(generator, PerSampleNoise):
+            raise ValueError(
+                f"sharded with generator = {generator}; expected a scorelab.PerSampleNoise(seed): with any other the "
+                "processes would draw the same noise, or noise that depends on their number"
+            )
+
+        def tried(rows: int) -> None:
+            few = x[:rows] if isinstance(x, Tensor) else (rows, *tuple(x)[1:])
+            noise = generator if isinstance(generator, PerSampleNoise) else None
+            bound = _restricted(score, range(rows))
+            for _ in islice(drive(bound, few, sigmas, sampler, generator=noise, denoised=False, **options), 2):
+                pass
+
+        size = max(count, 1) if batch_size is None else batch_size
+        if memory is not None and count > 8:
+            size = min(size, parallel.rows_within(memory, tried))
+        if size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+        bar = tqdm(_parts(score, x, generator, mine, size), disable=not progress, desc="sampling", unit="part")
+        made = torch.cat([_last(s, part, sigmas, sampler, g, False, None, options) for s, part, g in bar])
+        found = parallel.gather(made, count) if sharded else made
     check_finite(found, "the sample", "check the score function there; debug=True names the first noise level")
     return found
 
@@ -113,19 +147,25 @@ def _last(
     return last.x
 
 
+def _restricted(score: ScoreFn, index: range) -> ScoreFn:
+    """The score for these rows of the request: itself if it does not say how to restrict it."""
+    bound = rows(score, torch.arange(index.start, index.stop, device=getattr(score, "device", None)))
+    return score if bound is None else bound
+
+
 def _parts(
-    score: ScoreFn, x: Tensor | Shape, generator: torch.Generator | PerSampleNoise | None, size: int
+    score: ScoreFn,
+    x: Tensor | Shape,
+    generator: torch.Generator | PerSampleNoise | None,
+    mine: range,
+    size: int,
 ) -> list[tuple[ScoreFn, Tensor | Shape, torch.Generator | PerSampleNoise | None]]:
     """What each part of a large request is sampled from: its score, its start and its noise."""
-    if not isinstance(x, Tensor):
-        check_shape(x)
-    count = len(x) if isinstance(x, Tensor) else next(iter(x))
     generator = fresh_generator() if generator is None else generator
     parts: list[tuple[ScoreFn, Tensor | Shape, torch.Generator | PerSampleNoise | None]] = []
-    for first in range(0, max(count, 1), size):
-        last = min(first + size, count)
-        bound = rows(score, torch.arange(first, last, device=getattr(score, "device", None)))
-        begin = x[first:last] if isinstance(x, Tensor) else (last - first, *tuple(x)[1:])
+    for first in range(mine.start, max(mine.stop, mine.start + 1), size):
+        index = range(first, min(first + size, mine.stop))
+        begin = x[index.start : index.stop] if isinstance(x, Tensor) else (len(index), *tuple(x)[1:])
         noise = generator.rows(first) if isinstance(generator, PerSampleNoise) else generator
-        parts.append((score if bound is None else bound, begin, noise))
+        parts.append((_restricted(score, index), begin, noise))
     return parts

@@ -31,7 +31,7 @@ class Euler(Sampler):
         noise: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, State]:
         # x + (sigma_next - sigma) * (-sigma s); to 0 this is x + sigma^2 s, the denoised sample
-        return x + (sigma - sigma_next) * sigma * evaluate(score, x, sigma), state
+        return x.add(evaluate(score, x, sigma), alpha=(sigma - sigma_next) * sigma), state
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Heun(Sampler):
         state: State,
         noise: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, State]:
-        first = -sigma * evaluate(score, x, sigma)
-        width = sigma_next - sigma
+        first = evaluate(score, x, sigma)
+        width = sigma - sigma_next
         if sigma_next == 0:
-            return x + width * first, state
-        second = -sigma_next * evaluate(score, x + width * first, sigma_next)
-        return x + 0.5 * width * (first + second), state
+            return x.add(first, alpha=width * sigma), state
+        second = evaluate(score, x.add(first, alpha=width * sigma), sigma_next)
+        return x.add(first, alpha=0.5 * width * sigma).add_(second, alpha=0.5 * width * sigma_next), state
 
 
 @dataclass(frozen=True)

@@ -62,14 +62,15 @@ class Ancestral(Sampler):
             s, v = both(x, level(sigma, x))
         else:
             s, v = evaluate(score, x, sigma), None
-        mean = x + gap * s
+        mean = x.add(s, alpha=gap)
         if sigma_next == 0:
             return mean, state
         posterior = sigma_next**2 * gap / sigma**2
         forward = gap if isinstance(self.process, VE) else gap * (1 + sigma_next**2) / (1 + sigma**2)
         if v is not None:
             return mean + math.sqrt(posterior) * torch.exp(0.5 * v * math.log(forward / posterior)) * noise(x), state
-        return mean + math.sqrt(posterior if self.variance == "posterior" else forward) * noise(x), state
+        std = math.sqrt(posterior if self.variance == "posterior" else forward)
+        return mean.add_(noise(x), alpha=std), state
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ class DDIM(Sampler):
         c = self.eta * sigma_next * math.sqrt((1 - ratio) * (1 + ratio))
         direction = math.sqrt((sigma_next - c) * (sigma_next + c))
         # x0_hat + direction (x - x0_hat) / sigma = x + (sigma - direction) sigma score
-        mean = x + (sigma - direction) * sigma * evaluate(score, x, sigma)
-        return (mean + c * noise(x) if c > 0 else mean), state
+        mean = x.add(evaluate(score, x, sigma), alpha=(sigma - direction) * sigma)
+        return (mean.add_(noise(x), alpha=c) if c > 0 else mean), state
 
 
 class _Scales(NamedTuple):
@@ -164,14 +165,14 @@ class ReverseSDE(Sampler):
     ) -> tuple[Tensor, State]:
         s = evaluate(score, x, sigma)
         if sigma_next == 0:
-            return x + sigma**2 * s, state
+            return x.add(s, alpha=sigma**2), state
         alpha, alpha_next, dt, f, g, *_ = _scales(self.process, sigma, sigma_next)
         # score_t = score / alpha
         keep = (1 + f * dt) * alpha / alpha_next
         push = -0.5 * (1 + self.eta**2) * g**2 * dt / (alpha * alpha_next)
-        x = keep * x + push * s
+        x = (keep * x).add_(s, alpha=push)
         if self.eta > 0:
-            x = x + self.eta * g * math.sqrt(-dt) / alpha_next * noise(x)
+            x = x.add_(noise(x), alpha=self.eta * g * math.sqrt(-dt) / alpha_next)
         return x, state
 
 
@@ -196,7 +197,8 @@ class ReverseDiffusion(Sampler):
     ) -> tuple[Tensor, State]:
         s = evaluate(score, x, sigma)
         if sigma_next == 0:
-            return x + sigma**2 * s, state
+            return x.add(s, alpha=sigma**2), state
         alpha, alpha_next, *_, a, b = _scales(self.process, sigma, sigma_next)
-        x = (2 - a) * alpha / alpha_next * x + (0.5 if self.ode else 1.0) * b**2 / (alpha * alpha_next) * s
-        return (x if self.ode else x + b / alpha_next * noise(x)), state
+        push = (0.5 if self.ode else 1.0) * b**2 / (alpha * alpha_next)
+        x = ((2 - a) * alpha / alpha_next * x).add_(s, alpha=push)
+        return (x if self.ode else x.add_(noise(x), alpha=b / alpha_next)), state

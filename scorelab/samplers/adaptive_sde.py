@@ -53,8 +53,7 @@ class Path:
     @property
     def width(self) -> Tensor:
         """Length in log sigma of the interval at hand, (B,) float64."""
-        share: Tensor = torch.exp2(-self.depth.double())
-        return self.span * share
+        return torch.exp2(-self.depth.double()).mul(self.span)
 
     @property
     def moving(self) -> Tensor:

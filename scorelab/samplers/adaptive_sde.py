@@ -53,7 +53,8 @@ class Path:
     @property
     def width(self) -> Tensor:
         """Length in log sigma of the interval at hand, (B,) float64."""
-        return torch.exp2(-self.depth.double()).mul(self.span)
+        width: Tensor = self.span * torch.exp2(-self.depth.double())
+        return width
 
     @property
     def moving(self) -> Tensor:

@@ -53,13 +53,12 @@ class Path:
     @property
     def width(self) -> Tensor:
         """Length in log sigma of the interval at hand, (B,) float64."""
-        width: Tensor = self.span * torch.exp2(-self.depth.double())
-        return width
+        return self.span * torch.exp2(-self.depth.double())
 
     @property
     def moving(self) -> Tensor:
         """Which samples have not come to the end."""
-        return self.place < 2**_DEEPEST
+        return torch.lt(self.place, 2**_DEEPEST)
 
     def sigmas(self) -> tuple[Tensor, Tensor]:
         """The noise levels at both ends of the interval at hand, (B,) float64."""

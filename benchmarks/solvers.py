@@ -100,7 +100,7 @@ def ours(d: GaussianMixture) -> Iterator[tuple[str, Solver]]:
 def azula(d: GaussianMixture) -> Iterator[tuple[str, Solver]]:
     from azula.denoise import Denoiser, DiracPosterior
     from azula.noise import Schedule, VESchedule
-    from azula.sample import vABSampler, xEABSampler, zEABSampler
+    from azula.sample import REABSampler, vABSampler, xEABSampler, zEABSampler
 
     class Karras(Schedule):  # type: ignore[misc]
         def __call__(self, t):
@@ -116,7 +116,7 @@ def azula(d: GaussianMixture) -> Iterator[tuple[str, Solver]]:
             return DiracPosterior(mean=d.denoise(x, self.schedule(t)[1]))
 
     schedules = {"karras 7": Karras(), "log-linear": VESchedule(LOW, HIGH)}
-    for kind in (vABSampler, zEABSampler, xEABSampler):
+    for kind in (vABSampler, zEABSampler, xEABSampler, REABSampler):
         for order in (2, 3):
             for name, schedule in schedules.items():
 

@@ -7,6 +7,7 @@ noise on every device.
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -76,12 +77,26 @@ class PerSampleNoise:
         if self._used == ahead:
             # half precision is drawn in single
             drawn = self._block if x.dtype in (torch.float32, torch.float64) else self._block.float()
-            for row, stream in zip(drawn.numpy(), self._streams, strict=True):
-                stream.standard_normal(dtype=row.dtype, out=row)
+            self._fill(drawn.numpy())
             self._block.copy_(drawn)
             self._used = 0
         self._used += 1
         return self._block[:, self._used - 1].to(x.device, copy=True)
+
+    def _fill(self, rows: np.ndarray) -> None:
+        """Draw the next numbers of every stream, on as many threads as torch uses (NumPy lets them run)."""
+
+        def draw(part: slice) -> None:
+            for row, stream in zip(rows[part], self._streams[part], strict=True):
+                stream.standard_normal(dtype=row.dtype, out=row)
+
+        threads = min(torch.get_num_threads(), max(1, rows.size // 2**18))
+        parts = [slice(k * len(rows) // threads, (k + 1) * len(rows) // threads) for k in range(threads)]
+        if threads == 1:
+            draw(parts[0])
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(draw, parts))
 
 
 class Noise:

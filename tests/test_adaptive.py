@@ -196,6 +196,22 @@ def test_a_budget_of_evaluations_is_kept_and_the_state_returned(budget):
         assert torch.equal(sample(d.score, x, [10.0, 1.0, 0.05, 0.0], sampler), last.x)
 
 
+def test_a_run_that_stops_early_leaves_gradients_on():
+    steps = trajectory(ring().score, randn(2, 2), [10.0, 0.05], ProbabilityFlow(1e-6, 1e-6, max_nfe=8))
+    next(steps)
+    with pytest.warns(RuntimeWarning, match="stopped early"):
+        last = next(steps)
+    assert last.sigma.shape == (2,)
+    assert torch.is_grad_enabled()
+
+
+def test_a_step_leaves_the_state_it_got():
+    sampler, x = ProbabilityFlow(1e-6, 1e-6), 10 * randn(4, 2)
+    y, state = sampler.step(ring().score, x, 10.0, 3.0, sampler.init(x, [10.0, 3.0, 0.05]), torch.zeros_like)
+    ends = [sampler.step(ring().score, y, 3.0, 0.05, state, torch.zeros_like)[0] for _ in range(2)]
+    assert torch.equal(ends[0], ends[1])
+
+
 def test_a_budget_that_suffices_changes_nothing():
     d, x = ring(), 10 * randn(6, 2)
     free = list(trajectory(d.score, x, [10.0, 0.05, 0.0], ProbabilityFlow()))[-1]

@@ -23,33 +23,45 @@ def noised(n: int) -> torch.Tensor:
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_a_refined_path_is_still_brownian_and_still_the_same_path(eta):
     """Increments over unequal pieces: independent, of the clock's variance, and summing to the whole one."""
-    count, g = 40_000, generator(3)
-    path = Path(10.0, 0.1, eta, torch.zeros(count, 1, dtype=F64), torch.randn(count, 1, dtype=F64, generator=g))
-    everyone, total = path.moving, path.increment.clone()
+    count, g, high, low = 40_000, generator(3), 10.0, 0.1
+    path = Path(math.log(high / low), eta, torch.randn(count, 1, dtype=F64, generator=g))
+
+    def clock(share):
+        return (high * (low / high) ** float(share[0])) ** (-2 * eta**2)
+
+    everyone, total = path.moving, (low ** (-2 * eta**2) - high ** (-2 * eta**2)) ** 0.5 * path.z
     pieces, spans = [], []
     for halvings in (3, 0, 1, 0, 0):
         for _ in range(halvings):
             path.halve(everyone, torch.randn(count, 1, dtype=F64, generator=g))
-        begin, end = path.sigmas()
-        pieces.append(path.increment.clone())
-        spans.append(float(end[0] ** (-2 * eta**2) - begin[0] ** (-2 * eta**2)))
+        begin, end = path.behind()
+        spans.append(clock(end) - clock(begin))
+        pieces.append(path.z.clone())
         path.accept(everyone)
     assert not path.moving.any()
-    torch.testing.assert_close(sum(pieces), total)
-    scaled = torch.cat(pieces, 1) / torch.tensor(spans, dtype=F64).sqrt()
+    torch.testing.assert_close(sum(s**0.5 * z for s, z in zip(spans, pieces, strict=True)), total, rtol=1e-5, atol=1e-5)
+    scaled = torch.cat(pieces, 1)
     covariance = scaled.T @ scaled / count
     # standard errors 1/sqrt(n) off the diagonal and sqrt(2/n) on it
-    assert float((covariance - torch.eye(5, dtype=F64)).abs().max()) < 5 * math.sqrt(2 / count)
+    assert float((covariance - torch.eye(len(pieces), dtype=F64)).abs().max()) < 5 * math.sqrt(2 / count)
 
 
 def test_each_sample_refines_its_own_path():
-    path = Path(10.0, 0.1, 1.0, torch.zeros(2, 3), torch.ones(2, 3))
+    path = Path(math.log(100), 1.0, torch.ones(2, 3))
     path.halve(torch.tensor([True, False]), torch.zeros(2, 3))
     assert path.depth.tolist() == [1, 0]
     path.accept(torch.tensor([True, True]))
     assert path.moving.tolist() == [True, False]
     assert path.depth.tolist() == [1, 0]
-    assert float(path.sigmas()[0][0]) == pytest.approx(1.0)
+    assert path.behind()[0].tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("eta", [1e-9, 5.0])
+def test_any_noise_scale_is_finite(eta):
+    x = sample(
+        HALVES.score, noised(50).float(), [20.0, 0.002], AdaptiveReverseSDE(eta, 0.1, 0.1), generator=generator()
+    )
+    assert bool(torch.isfinite(x).all())
 
 
 @pytest.mark.parametrize("eta", [0.7, 1.0, 1.5])

@@ -109,7 +109,14 @@ def test_a_budget_of_memory_splits_the_request_and_changes_nothing():
     assert max(sizes) * 2**16 < budget
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"memory": 10**6, "callback": print}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"memory": 10**6, "callback": print},
+        {"memory": 10**6, "differentiable": True},
+    ],
+)
 def test_bad_parts_are_refused(options):
     with pytest.raises(ValueError, match="expected"):
         sample(mixture().score, (10, 2), GRID, **options)

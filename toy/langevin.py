@@ -18,7 +18,7 @@ from scorelab.samplers import AnnealedLangevin, Langevin, Sampler
 from toy.common import Gallery, parse
 
 CHAINS = 40_000
-QUICK_CHAINS = {"exact score": 10_000, "learnt score": 2000}
+QUICK_CHAINS = {"exact score": 8000, "learnt score": 2000}
 """Chains in the quick gallery, where 40,000 would take minutes."""
 CHUNK = 4000
 EXTENT = (-10.0, 10.0, -10.0, 10.0)

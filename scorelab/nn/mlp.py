@@ -75,15 +75,17 @@ class MLP(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        label = label.to(x.dtype)
+        # one level for all, expanded: whatever depends on it alone is computed once
+        label = (label.narrow(0, 0, 1) if label.stride(0) == 0 and len(label) else label).to(x.dtype)
         var = torch.exp(2 * label).unsqueeze(1)
         embedding = self.embed(label)
         phase = x @ self.directions
         # not below e^-20: denormal numbers would slow the matrix products many times
         damping = torch.exp((-0.5 * var * self.directions.square().sum(0)).clamp_min(-20.0))
-        h = torch.cat([x * torch.rsqrt(1 + var), damping * phase.cos(), damping * phase.sin(), embedding], 1)
+        parts = [x * torch.rsqrt(1 + var), damping * phase.cos(), damping * phase.sin(), embedding.expand(len(x), -1)]
+        h = torch.cat(parts, 1)
         h = functional.silu(self.first(h))
         for layer in self.layers:
-            h = h + functional.silu(layer(h))
+            h = functional.silu(layer(h)).add_(h)
         out: Tensor = self.last(h * self.gate(embedding))
         return out

@@ -150,6 +150,18 @@ class Integration:
     rejected: Tensor
     last: tuple[Tensor, ...] | None = None
 
+    def copy(self) -> Integration:
+        """The same in memory of its own."""
+        return Integration(
+            self.y.clone(),
+            self.slope.clone(),
+            self.done.clone(),
+            self.width.clone(),
+            self.accepted.clone(),
+            self.rejected.clone(),
+            None if self.last is None else tuple(t.clone() for t in self.last),
+        )
+
     def at(self, place: float) -> Tensor:
         """y (B, N) at the distance ``place`` that every sample has reached, inside its last step."""
         if self.last is None or bool((self.done == place).all()):
@@ -318,9 +330,9 @@ class ProbabilityFlow(Sampler):
     steps, so [sigma_max, sigma_min, 0] does, and a long grid may be left at any level. A step to 0 denoises. ``nfe``
     counts evaluations of the whole batch: it follows the slowest sample on the way to every level.
 
-    max_nfe: stop before an evaluation more than these would be made. The last ``Step`` then holds every sample where it
-    stands, with ``sigma`` (B,) its levels, and a RuntimeWarning says so. max_steps: a sample that tries more steps than
-    these between two levels is a RuntimeError.
+    max_nfe: stop before an evaluation more than these would be made (a corrector's own are not counted). The last
+    ``Step`` then holds every sample where it stands, with ``sigma`` (B,) its levels, and a RuntimeWarning says so.
+    max_steps: a sample that tries more steps than these between two levels is a RuntimeError.
     """
 
     rtol: float = 1e-5
@@ -354,6 +366,7 @@ class ProbabilityFlow(Sampler):
         noise: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, State]:
         known, most = replace(state), math.inf if self.max_nfe is None else self.max_nfe
+        known.run = None if known.run is None else known.run.copy()
         if sigma_next == 0:
             if known.nfe + 1 > most:
                 raise StoppedEarly(x, torch.full_like(x.flatten(1)[:, 0], sigma))
@@ -374,6 +387,8 @@ class ProbabilityFlow(Sampler):
                 known.nfe += 2
                 first = check_broadcasting(score, x, sigma, math.sqrt(sigma * sigma_next))
                 known.run = begun(x.flatten(1), -(sigma**2) * first.flatten(1), span)
+            elif known.nfe + 1 > most:
+                raise StoppedEarly(x, torch.full_like(x.flatten(1)[:, 0], sigma))
             else:
                 y = x.flatten(1)
                 slope = field(y, torch.full_like(y[:, 0], math.log(sigma)), torch.arange(len(y), device=y.device))

@@ -6,9 +6,9 @@ from sigma to r, h = log(sigma/r), rho = 1 + eta^2 (an exponential trapezoidal r
     x(r) = e^(-rho h) x + (1 - e^(-rho h)) x0_hat(x, sigma) + w (x0_hat(x', r) - x0_hat(x, sigma)) + r^rho dB
     w = 1 - (1 - e^(-rho h))/(rho h)
 
-B is a Brownian motion in the clock sigma^(-2 eta^2), so dB has variance r^(-2 eta^2) - sigma^(-2 eta^2). A step that is
-too long is halved in log sigma: its increment is split by a Brownian bridge and the second half waits on a stack, so
-that whatever is rejected the path stays the same.
+B is a Brownian motion in the clock sigma^(-2 eta^2), so r^rho dB = r sqrt(1 - e^(-2 eta^2 h)) z. A step that is too
+long is halved in log sigma: its increment is split by a Brownian bridge and the second half waits on a stack, so that
+whatever is rejected the path stays the same.
 
 Step sizes by halving on a fixed path: Gaines and Lyons, Variable step size control in the numerical solution of
 stochastic differential equations, 1997; error from two orders: Jolicoeur-Martineau et al., Gotta Go Fast When
@@ -38,66 +38,59 @@ class Path:
     """A Brownian path for each of B samples over log sigma, refined where it is asked for.
 
     ``place`` (B,) counts what is behind in units of 2^-40 of the whole, ``depth`` (B,) says that the interval at hand
-    is 2^-depth of it; ``increment`` (B, N) is its dB. Intervals that wait lie in ``waiting``, one place a depth: the
-    next one has the depth of the lowest bit set in ``place``.
+    is 2^-depth of it; ``z`` (B, N) is its dB in units of its standard deviation. Intervals that wait lie in
+    ``waiting``, one place a depth: the next one has the depth of the lowest bit set in ``place``.
     """
 
-    def __init__(self, sigma: float, sigma_next: float, eta: float, like: Tensor, noise: Tensor) -> None:
-        self.sigma, self.eta, self.span = sigma, eta, math.log(sigma / sigma_next)
-        zero = torch.zeros(len(like), dtype=torch.long, device=like.device)
-        self.place, self.depth = zero, zero.clone()
-        whole = self._clock(zero + 2**_DEEPEST) - self._clock(zero)
-        self.increment = whole.sqrt().unsqueeze(1).to(like) * noise
-        self.waiting = [torch.zeros_like(like)]
+    def __init__(self, span: float, eta: float, noise: Tensor) -> None:
+        self.span, self.eta = span, eta
+        self.place = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
+        self.depth = self.place.clone()
+        self.z = noise.clone()
+        self.waiting = [torch.zeros_like(noise)]
 
     @property
     def width(self) -> Tensor:
-        """Length in log sigma of the interval at hand, (B,) float64."""
-        return self.span * torch.exp2(-self.depth.double())
+        """Length in log sigma of the interval at hand, (B,) float32."""
+        return self.span * torch.exp2(-self.depth.float())
 
     @property
     def moving(self) -> Tensor:
         """Which samples have not come to the end."""
         return torch.lt(self.place, 2**_DEEPEST)
 
-    def sigmas(self) -> tuple[Tensor, Tensor]:
-        """The noise levels at both ends of the interval at hand, (B,) float64."""
-        begin = self.sigma * torch.exp(-self.span * self.place.double() / 2**_DEEPEST)
-        return begin, begin * torch.exp(-self.width * self.moving)
-
-    def _clock(self, place: Tensor) -> Tensor:
-        level = math.log(self.sigma) - self.span * place.double() / 2**_DEEPEST
-        return torch.exp(-2 * self.eta**2 * level)
+    def behind(self) -> tuple[Tensor, Tensor]:
+        """The share of the whole that lies before both ends of the interval at hand, (B,) float32."""
+        ends = self.place, torch.minimum(self.place + self._length(), torch.full_like(self.place, 2**_DEEPEST))
+        return ends[0].float() / 2**_DEEPEST, ends[1].float() / 2**_DEEPEST
 
     def _length(self) -> Tensor:
         return torch.bitwise_left_shift(torch.ones_like(self.depth), _DEEPEST - self.depth)
 
     def halve(self, which: Tensor, noise: Tensor) -> None:
         """Split the intervals at hand of the samples ``which`` (B,), by a Brownian bridge with ``noise`` (B, N)."""
-        half = self._length() // 2
-        begin, middle, end = (self._clock(self.place + k * half) for k in range(3))
-        first, second = middle - begin, end - middle
-        share = (first / (first + second)).unsqueeze(1).to(noise)
-        spread = (first * second / (first + second)).sqrt().unsqueeze(1).to(noise)
-        left = share * self.increment + spread * noise
-        right = self.increment - left
+        # in the clock sigma^(-2 eta^2) the halves' lengths are as 1 to e^a
+        first = torch.sigmoid(-(self.eta**2) * self.width).unsqueeze(1).to(noise)
+        left = first.sqrt() * self.z + (1 - first).sqrt() * noise
+        right = (1 - first).sqrt() * self.z - first.sqrt() * noise
         self.depth = self.depth + which
         while len(self.waiting) <= int(self.depth.max()):
-            self.waiting.append(torch.zeros_like(self.increment))
+            self.waiting.append(torch.zeros_like(self.z))
         for depth in set(self.depth[which].tolist()):
             mine = (which & (self.depth == depth)).unsqueeze(1)
             self.waiting[depth] = torch.where(mine, right, self.waiting[depth])
-        self.increment = torch.where(which.unsqueeze(1), left, self.increment)
+        self.z = torch.where(which.unsqueeze(1), left, self.z)
 
     def accept(self, which: Tensor) -> None:
         """The samples ``which`` (B,) have passed their interval: each takes the next from its stack."""
         self.place = self.place + which * self._length()
-        lowest = self.place & -self.place
-        depth = _DEEPEST - (lowest.double().log2().round().long() if len(lowest) else lowest)
+        lowest = (self.place & -self.place).clamp_min(1)
+        # powers of two, exact in single precision
+        depth = _DEEPEST - lowest.float().log2().round().long()
         going = which & self.moving
         self.depth = torch.where(going, depth, self.depth)
         for d in set(depth[going].tolist()):
-            self.increment = torch.where((going & (depth == d)).unsqueeze(1), self.waiting[d], self.increment)
+            self.z = torch.where((going & (depth == d)).unsqueeze(1), self.waiting[d], self.z)
 
 
 @dataclass(frozen=True)
@@ -135,8 +128,8 @@ class AdaptiveReverseSDE(Sampler):
             return denoise_from_score(score(x, level(sigma, x)), x, sigma), state
         if state is None:
             check_broadcasting(score, x, sigma, math.sqrt(sigma * sigma_next))
-        y, shape, rho = x.flatten(1), x.shape, 1 + self.eta**2
-        path = Path(sigma, sigma_next, self.eta, y, noise(x).flatten(1))
+        y, shape = x.flatten(1), x.shape
+        path = Path(math.log(sigma / sigma_next), self.eta, noise(x).flatten(1))
         width = torch.full_like(path.width, 0.1) if state is None else state
         tried = torch.zeros_like(path.depth)
         everything = torch.arange(len(x), device=x.device)
@@ -151,9 +144,9 @@ class AdaptiveReverseSDE(Sampler):
                 continue
             part = rows(score, index) if len(index) < len(x) else score
             assert part is not None
-            proposal, error = _try(part, y[index], shape, path, index, rho)
+            proposal, error = _try(part, y[index], shape, sigma, path, index)
             scale = self.atol + self.rtol * torch.maximum(y[index].abs(), proposal.abs()).detach()
-            size = rms(error.detach() / scale).double()
+            size = rms(error.detach() / scale).float()
             refuse_broken(size, ready[index], index)
             accept = torch.zeros_like(ready)
             accept[index] = ready[index] & (size <= 1)
@@ -166,25 +159,28 @@ class AdaptiveReverseSDE(Sampler):
             tried = tried + ready
             if bool((tried > self.max_steps).any()):
                 late = int((tried > self.max_steps).nonzero()[0])
+                stuck = sigma * math.exp(-path.span * float(path.behind()[0][late]))
                 raise RuntimeError(
                     f"the adaptive solver needed more than max_steps = {self.max_steps} steps for sample {late}, at "
-                    f"sigma = {float(path.sigmas()[0][late]):.4g}: raise max_steps, loosen rtol and atol, or check the "
+                    f"sigma = {stuck:.4g}: raise max_steps, loosen rtol and atol, or check the "
                     "score there"
                 )
         return y.reshape(shape), width
 
 
-def _try(score: ScoreFn, y: Tensor, shape: torch.Size, path: Path, index: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+def _try(
+    score: ScoreFn, y: Tensor, shape: torch.Size, sigma: float, path: Path, index: Tensor
+) -> tuple[Tensor, Tensor]:
     """The end of a step of each row over its interval at hand, and the error: what the second order changes."""
-    begin, end = (s[index].to(y) for s in path.sigmas())
+    begin, end = (sigma * torch.exp(-path.span * share[index].to(y)) for share in path.behind())
     point = y.reshape(-1, *shape[1:])
     first = denoise_from_score(score(point, begin), point, begin).flatten(1)
-    h = (rho * path.width[index]).unsqueeze(1)
+    width, eta = path.width[index].unsqueeze(1).to(y), path.eta
+    h = (1 + eta**2) * width
     whole = -torch.expm1(-h)
-    weight = (1 - whole / h).to(y)
-    noise = end.unsqueeze(1) ** rho * path.increment[index]
-    guess = (1 - whole).to(y) * y + whole.to(y) * first + noise
+    noise = end.unsqueeze(1) * (-torch.expm1(-2 * eta**2 * width)).sqrt() * path.z[index]
+    guess = (1 - whole) * y + whole * first + noise
     point = guess.reshape(-1, *shape[1:])
     second = denoise_from_score(score(point, end), point, end).flatten(1)
-    error = weight * (second - first)
+    error = (1 - whole / h) * (second - first)
     return guess + error, error

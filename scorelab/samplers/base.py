@@ -87,44 +87,42 @@ class Sampler(ABC):
 
 
 class Counted:
-    """The user's score with its output checked, its evaluations counted and the first of a step remembered."""
+    """The user's score with its output checked and its evaluations counted.
 
-    def __init__(self, score: ScoreFn) -> None:
-        self.score = score
+    With ``denoised``, ``x0_hat`` is the denoised sample of the first evaluation since it was None.
+    """
+
+    def __init__(self, score: ScoreFn, denoised: bool = False) -> None:
+        self.score, self.denoised = score, denoised
         self.nfe = 0
-        self.first: tuple[Tensor, Tensor, Tensor] | None = None
+        self.x0_hat: Tensor | None = None
         if hasattr(score, "rows"):
             self.rows = self._rows
         if hasattr(score, "score_and_variance"):
             self.score_and_variance = self._score_and_variance
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        output = self._call(self.score, x, sigma)
-        if self.first is None:
-            self.first = x, sigma, output
-        return output
+        return self._note(self._call(self.score, x, sigma), x, sigma)
 
     def _call(self, score: ScoreFn, x: Tensor, sigma: Tensor) -> Tensor:
         self.nfe += 1
         return check_output(score(x, sigma), x, sigma)
 
+    def _note(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        # at once: a compiled network may overwrite its output in the next call
+        if self.denoised and self.x0_hat is None:
+            self.x0_hat = denoise_from_score(output, x, sigma)
+        return output
+
     def _score_and_variance(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         self.nfe += 1
         output, v = self.score.score_and_variance(x, sigma)  # type: ignore[attr-defined]
-        self.first = x, sigma, check_output(output, x, sigma)
-        return output, check_output(v, x, sigma)
+        return self._note(check_output(output, x, sigma), x, sigma), check_output(v, x, sigma)
 
     def _rows(self, index: Tensor) -> ScoreFn:
         restricted = rows(self.score, index)
         assert restricted is not None
         return lambda x, sigma: self._call(restricted, x, sigma)
-
-    def x0_hat(self) -> Tensor | None:
-        """The denoised sample of the remembered evaluation."""
-        if self.first is None:
-            return None
-        x, sigma, output = self.first
-        return denoise_from_score(output, x, sigma)
 
 
 def evaluate(score: ScoreFn, x: Tensor, sigma: float) -> Tensor:
@@ -222,24 +220,26 @@ def drive(
     if device is None and not isinstance(x, Tensor):
         device = getattr(score, "device", None)
     x = start(x, grid[0], data_std, noise, dtype, device)
-    counted = Counted(score)
+    counted = Counted(score, denoised)
 
     def stepping() -> Iterator[Step]:
         current = x
         state = sampler.init(current, grid)
         yield Step(current, None, grid[0], 0)
         for sigma, sigma_next in pairwise(grid):
-            counted.first = None
+            counted.x0_hat = None
+            stop: StoppedEarly | None = None
             with nullcontext() if differentiable else torch.no_grad():
                 if len(current):
                     try:
                         current, state = sampler.step(counted, current, sigma, sigma_next, state, noise)
-                    except StoppedEarly as stop:
-                        yield _stopped(stop, counted.nfe)
-                        return
-                x0_hat = counted.x0_hat() if denoised else None
+                    except StoppedEarly as early:
+                        stop = early
+            if stop is not None:
+                yield _stopped(stop, counted.nfe)
+                return
             if debug:
                 check_finite(current, f"x at sigma = {sigma_next:g}")
-            yield Step(current, x0_hat, sampler.reached(sigma, sigma_next), counted.nfe)
+            yield Step(current, counted.x0_hat, sampler.reached(sigma, sigma_next), counted.nfe)
 
     return stepping()

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from scorelab import sigmas as levels_of
 from scorelab.checks import check_batch, check_finite, check_output, check_sigmas, level
-from scorelab.samplers.base import Counted, Sampler, State, evaluate
+from scorelab.samplers.base import Sampler, State, evaluate
 from scorelab.samplers.multistep import adams_weights, combine
 from scorelab.samplers.ode import RK4
 from scorelab.typing import ScoreFn, Tensor
@@ -134,11 +134,15 @@ def _solve(score: ScoreFn, x: Tensor, sigma_min: float, sigma_max: float, steps:
     grid = levels_of.log_linear(steps + 1, sigma_min=sigma_min, sigma_max=sigma_max).tolist()
     method, xs, slopes = RK4(), [], []
     for a, b in tqdm(list(pairwise(grid)), desc="reference", unit="step", disable=not progress):
-        counted = Counted(score)
+        outputs: list[Tensor] = []
+
+        def noting(y: Tensor, sigma: Tensor, outputs: list[Tensor] = outputs) -> Tensor:
+            outputs.append(check_output(score(y, sigma), y, sigma).clone())
+            return outputs[-1]
+
         xs.append(x)
-        x, _ = method.step(counted, x, a, b, None, torch.zeros_like)
-        assert counted.first is not None
-        slopes.append(-(a**2) * counted.first[2])
+        x, _ = method.step(noting, x, a, b, None, torch.zeros_like)
+        slopes.append(-(a**2) * outputs[0])
     check_finite(x, "the reference solution")
     u = np.log(np.array(grid[:-1]))
     return _Reference(u[::-1].copy(), torch.stack(xs[::-1]), torch.stack(slopes[::-1]), x)

@@ -78,10 +78,10 @@ def sample(
     PerSampleNoise makes sample i depend on (seed, i) alone. callback: called with every Step. differentiable:
     keep the graph. debug: look for NaN at every step instead of once at the end. batch_size: run the request in parts
     of this many rows, so that memory stays bounded; memory: in parts whose tensors take about this many bytes, found by
-    one step of 4 and of 8 rows. sharded: under torchrun, after ``parallel.join()``, every process makes its share of
-    the rows and returns all; the noise must be a PerSampleNoise's. A score with ``rows(index)`` is restricted to each
-    part, any other must not be bound to the rows of a batch. Parts see other noise than a whole batch does, but from
-    PerSampleNoise.
+    the sampler's first step with 4 and with 8 rows. sharded: under torchrun, after ``parallel.join()``, every process
+    makes its share of the rows and returns all; the noise must be a PerSampleNoise's. A score with ``rows(index)`` is
+    restricted to each part, any other must not be bound to the rows of a batch. Parts see other noise than a whole
+    batch does, but from PerSampleNoise.
 
     Raises ValueError or TypeError for shapes, levels, dtypes or a score output that don't fit, for levels outside the
     score's ``sigma_range``, and for samples that are not finite (which are named).
@@ -101,9 +101,14 @@ def sample(
             raise ValueError(
                 "callback with batch_size, memory or sharded; expected none: it would see parts of a batch"
             )
+        if differentiable and (memory is not None or sharded):
+            raise ValueError(
+                "differentiable with memory or sharded; expected batch_size alone: a graph grows with every step and "
+                "can't be gathered"
+            )
         count = len(x) if isinstance(x, Tensor) else check_shape(x)[0]
         mine = parallel.shard(count) if sharded else range(count)
-        if len(mine) < count and not isinstance(generator, PerSampleNoise):
+        if sharded and parallel.world()[1] > 1 and not isinstance(generator, PerSampleNoise):
             raise ValueError(
                 f"sharded with generator = {generator}; expected a scorelab.PerSampleNoise(seed): with any other the "
                 "processes would draw the same noise, or noise that depends on their number"

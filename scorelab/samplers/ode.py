@@ -49,12 +49,13 @@ class Heun(Sampler):
         state: State,
         noise: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, State]:
-        first = evaluate(score, x, sigma)
-        width = sigma - sigma_next
+        # new memory: a compiled network may overwrite its last output
+        first = evaluate(score, x, sigma) * -sigma
+        width = sigma_next - sigma
         if sigma_next == 0:
-            return x.add(first, alpha=width * sigma), state
-        second = evaluate(score, x.add(first, alpha=width * sigma), sigma_next)
-        return x.add(first, alpha=0.5 * width * sigma).add_(second, alpha=0.5 * width * sigma_next), state
+            return x.add(first, alpha=width), state
+        second = evaluate(score, x.add(first, alpha=width), sigma_next)
+        return x.add(first, alpha=0.5 * width).add_(second, alpha=-0.5 * width * sigma_next), state
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,13 @@ class RK4(Sampler):
         state: State,
         noise: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, State]:
-        first = evaluate(score, x, sigma)
+        # each is -dx/dlog(sigma) = sigma^2 score, and width = log(sigma/r) runs against log sigma
+        first = evaluate(score, x, sigma) * sigma**2
         if sigma_next == 0:
-            return x.add(first, alpha=sigma**2), state
-        # k = dx/dlog(sigma) = -sigma^2 score, and width = log(sigma/r) runs against it
+            return x + first, state
         middle, width = math.sqrt(sigma * sigma_next), math.log(sigma / sigma_next)
-        a, b, c = width * sigma**2, width * middle**2, width * sigma_next**2
-        second = evaluate(score, x.add(first, alpha=a / 2), middle)
-        third = evaluate(score, x.add(second, alpha=b / 2), middle)
-        fourth = evaluate(score, x.add(third, alpha=b), sigma_next)
-        return x.add(first, alpha=a / 6).add_(second + third, alpha=b / 3).add_(fourth, alpha=c / 6), state
+        second = evaluate(score, x.add(first, alpha=width / 2), middle) * middle**2
+        third = evaluate(score, x.add(second, alpha=width / 2), middle) * middle**2
+        fourth = evaluate(score, x.add(third, alpha=width), sigma_next)
+        total = x.add(first, alpha=width / 6).add_(second, alpha=width / 3).add_(third, alpha=width / 3)
+        return total.add_(fourth, alpha=width * sigma_next**2 / 6), state

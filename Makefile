@@ -21,10 +21,15 @@ test-slow: .venv/.ready
 .venv-bench/.ready: setup.cfg constraints.txt benchmarks/peers.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data]' -r benchmarks/peers.txt
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps azula==0.11.1
 	touch $@
 
 bench: .venv-bench/.ready
 	.venv-bench/bin/python -m benchmarks.solvers
+	.venv-bench/bin/python -m benchmarks.stochastic
+	.venv-bench/bin/python -m benchmarks.foreign
+	.venv-bench/bin/python -m benchmarks.overhead
+	.venv-bench/bin/python -m benchmarks.large
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -109,7 +109,7 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
             panel.axis("off")
         gallery.save(made, f"samplers_{name}")
         tables[name] = {"samples": COUNT, "seed": SEED, "data_99th_percentile": bar, "samplers": rows}
-    gallery.record("samplers", tables)
+    gallery.record("samplers", {**gallery.numbers().get("samplers", {}), **tables})
 
 
 if __name__ == "__main__":

@@ -89,11 +89,13 @@ class Sampler(ABC):
 class Counted:
     """The user's score with its output checked and its evaluations counted.
 
-    With ``denoised``, ``x0_hat`` is the denoised sample of the first evaluation since it was None.
+    With ``denoised``, ``x0_hat`` is the denoised sample of the first evaluation since it was None. ``levels`` are noise
+    levels that were made into tensors beforehand.
     """
 
     def __init__(self, score: ScoreFn, denoised: bool = False) -> None:
         self.score, self.denoised = score, denoised
+        self.levels: dict[float, Tensor] = {}
         self.nfe = 0
         self.x0_hat: Tensor | None = None
         if hasattr(score, "rows"):
@@ -127,7 +129,8 @@ class Counted:
 
 def evaluate(score: ScoreFn, x: Tensor, sigma: float) -> Tensor:
     """The score at one noise level given as a float."""
-    return score(x, level(sigma, x))
+    known = score.levels.get(sigma) if isinstance(score, Counted) else None
+    return score(x, level(sigma, x) if known is None else known)
 
 
 def check_shape(x: object) -> Shape:
@@ -221,16 +224,19 @@ def drive(
         device = getattr(score, "device", None)
     x = start(x, grid[0], data_std, noise, dtype, device)
     counted = Counted(score, denoised)
+    # one tensor for all levels: a tensor for each, at each step, would cost as much as the step
+    tensors = torch.tensor(grid, dtype=x.dtype, device=x.device).unbind()
+    counted.levels = dict(zip(grid, tensors, strict=True))
 
     def stepping() -> Iterator[Step]:
-        current = x
+        current, count = x, len(x)
         state = sampler.init(current, grid)
         yield Step(current, None, grid[0], 0)
         for sigma, sigma_next in pairwise(grid):
             counted.x0_hat = None
             stop: StoppedEarly | None = None
             with nullcontext() if differentiable else torch.no_grad():
-                if len(current):
+                if count:
                     try:
                         current, state = sampler.step(counted, current, sigma, sigma_next, state, noise)
                     except StoppedEarly as early:

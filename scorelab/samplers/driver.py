@@ -146,7 +146,7 @@ def _last(
     """The end of one drive."""
     steps = drive(score, x, sigmas, sampler, generator=generator, denoised=callback is not None, **options)
     last = next(steps)
-    for last in tqdm(steps, disable=not progress, desc="sampling", unit="step"):
+    for last in tqdm(steps, desc="sampling", unit="step") if progress else steps:
         if callback is not None:
             callback(last)
     return last.x

@@ -263,6 +263,7 @@ def advance(
 
 
 def refuse_broken(size: Tensor, active: Tensor, index: Tensor) -> None:
+    """ValueError naming the first sample of ``index`` that is active and whose error is not finite."""
     broken = active & ~torch.isfinite(size)
     if bool(broken.any()):
         sample = int(index[broken.nonzero().flatten()[0]])

@@ -101,36 +101,52 @@ def sample(
             raise ValueError(
                 "callback with batch_size, memory or sharded; expected none: it would see parts of a batch"
             )
-        if differentiable and (memory is not None or sharded):
-            raise ValueError(
-                "differentiable with memory or sharded; expected batch_size alone: a graph grows with every step and "
-                "can't be gathered"
-            )
-        count = len(x) if isinstance(x, Tensor) else check_shape(x)[0]
-        mine = parallel.shard(count) if sharded else range(count)
-        if sharded and parallel.world()[1] > 1 and not isinstance(generator, PerSampleNoise):
-            raise ValueError(
-                f"sharded with generator = {generator}; expected a scorelab.PerSampleNoise(seed): with any other the "
-                "processes would draw the same noise, or noise that depends on their number"
-            )
-
-        def tried(rows: int) -> None:
-            few = x[:rows] if isinstance(x, Tensor) else (rows, *tuple(x)[1:])
-            noise = generator if isinstance(generator, PerSampleNoise) else None
-            bound = _restricted(score, range(rows))
-            for _ in islice(drive(bound, few, sigmas, sampler, generator=noise, denoised=False, **options), 2):
-                pass
-
-        size = max(count, 1) if batch_size is None else batch_size
-        if memory is not None and count > 8:
-            size = min(size, parallel.rows_within(memory, tried))
-        if size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-        bar = tqdm(_parts(score, x, generator, mine, size), disable=not progress, desc="sampling", unit="part")
-        made = torch.cat([_last(s, part, sigmas, sampler, g, False, None, options) for s, part, g in bar])
-        found = parallel.gather(made, count) if sharded else made
+        found = _in_parts(score, x, sigmas, sampler, generator, progress, options, batch_size, memory, sharded)
     check_finite(found, "the sample", "check the score function there; debug=True names the first noise level")
     return found
+
+
+def _in_parts(
+    score: ScoreFn,
+    x: Tensor | Shape,
+    sigmas: Tensor | Iterable[float] | None,
+    sampler: Sampler,
+    generator: torch.Generator | PerSampleNoise | None,
+    progress: bool,
+    options: dict[str, Any],
+    batch_size: int | None,
+    memory: int | None,
+    sharded: bool,
+) -> Tensor:
+    """The ends of a large request's parts, this process's or, with ``sharded``, all."""
+    if options["differentiable"] and (memory is not None or sharded):
+        raise ValueError(
+            "differentiable with memory or sharded; expected batch_size alone: a graph grows with every step and "
+            "can't be gathered"
+        )
+    count = len(x) if isinstance(x, Tensor) else check_shape(x)[0]
+    mine = parallel.shard(count) if sharded else range(count)
+    if sharded and parallel.world()[1] > 1 and not isinstance(generator, PerSampleNoise):
+        raise ValueError(
+            f"sharded with generator = {generator}; expected a scorelab.PerSampleNoise(seed): with any other the "
+            "processes would draw the same noise, or noise that depends on their number"
+        )
+
+    def tried(rows: int) -> None:
+        few = x[:rows] if isinstance(x, Tensor) else (rows, *tuple(x)[1:])
+        noise = generator if isinstance(generator, PerSampleNoise) else None
+        bound = _restricted(score, range(rows))
+        for _ in islice(drive(bound, few, sigmas, sampler, generator=noise, denoised=False, **options), 2):
+            pass
+
+    size = max(count, 1) if batch_size is None else batch_size
+    if memory is not None and count > 8:
+        size = min(size, parallel.rows_within(memory, tried))
+    if size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    bar = tqdm(_parts(score, x, generator, mine, size), disable=not progress, desc="sampling", unit="part")
+    made = torch.cat([_last(s, part, sigmas, sampler, g, False, None, options) for s, part, g in bar])
+    return parallel.gather(made, count) if sharded else made
 
 
 def _last(

@@ -2,7 +2,7 @@
 
 from scorelab import distributions, losses, nn, predictions, processes, samplers, sigmas
 from scorelab.adapters import broadcast, check_score, clipped, from_denoiser, from_eps, from_time_score
-from scorelab.likelihood import LogLikelihood, bits_per_dim, log_likelihood, sample_log_prob
+from scorelab.likelihood import LogLikelihood, bits_per_dim, log_likelihood, sample_log_prob, variational_bound
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.predictions import Prediction, convert
@@ -45,4 +45,5 @@ __all__ = [
     "samplers",
     "sigmas",
     "trajectory",
+    "variational_bound",
 ]

@@ -54,23 +54,38 @@ class Ancestral(Sampler):
         state: State,
         noise: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, State]:
-        gap = (sigma - sigma_next) * (sigma + sigma_next)
-        if self.variance == "learned":
-            both = getattr(score, "score_and_variance", None)
-            if both is None:
-                raise TypeError("learned variance needs a score with score_and_variance(x, sigma) -> (score, v)")
-            s, v = both(x, level(sigma, x))
-        else:
-            s, v = evaluate(score, x, sigma), None
-        mean = x.add(s, alpha=gap)
+        mean, std = self.transition(score, x, sigma, sigma_next)
         if sigma_next == 0:
             return mean, state
-        posterior = sigma_next**2 * gap / sigma**2
+        if isinstance(std, float):
+            return mean.add_(noise(x), alpha=std), state
+        return mean.addcmul(std, noise(x)), state
+
+    def variances(self, sigma: float, sigma_next: float) -> tuple[float, float]:
+        """Posterior and forward variance of a step."""
+        gap = (sigma - sigma_next) * (sigma + sigma_next)
         forward = gap if isinstance(self.process, VE) else gap * (1 + sigma_next**2) / (1 + sigma**2)
-        if v is not None:
-            return mean + math.sqrt(posterior) * torch.exp(0.5 * v * math.log(forward / posterior)) * noise(x), state
-        std = math.sqrt(posterior if self.variance == "posterior" else forward)
-        return mean.add_(noise(x), alpha=std), state
+        return sigma_next**2 * gap / sigma**2, forward
+
+    def transition(
+        self, score: ScoreFn, x: Tensor, sigma: float, sigma_next: float, least: float = 0.0
+    ) -> tuple[Tensor, Tensor | float]:
+        """Mean (B, *D) and standard deviation of the step's Gaussian, from one evaluation.
+
+        ``least``: what learned variance takes for a posterior variance of 0, that of a step to 0.
+        """
+        posterior, forward = self.variances(sigma, sigma_next)
+        gap = (sigma - sigma_next) * (sigma + sigma_next)
+        if self.variance != "learned":
+            mean = x.add(evaluate(score, x, sigma), alpha=gap)
+            return mean, math.sqrt(posterior if self.variance == "posterior" else forward)
+        both = getattr(score, "score_and_variance", None)
+        if both is None:
+            raise TypeError("learned variance needs a score with score_and_variance(x, sigma) -> (score, v)")
+        s, v = both(x, level(sigma, x))
+        small = posterior or least
+        std = math.sqrt(small) * torch.exp(0.5 * v * math.log(forward / small)) if small else torch.zeros_like(v)
+        return x.add(s, alpha=gap), std
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,10 @@ def check_batch(x: Tensor, what: str = "x", shape: Sequence[int] | None = None) 
 
 def check_finite(x: Tensor, what: str, remedy: str = "remove or repair these") -> None:
     """Refuse NaN and infinity, naming the samples (costs one reduction and a synchronisation)."""
-    bad = ~torch.isfinite(x.detach()).reshape(len(x), -1).all(1) if x.numel() else torch.zeros(0, dtype=torch.bool)
+    # one reduction: infinity and NaN stay what they are in a sum
+    if x.numel() == 0 or math.isfinite(float(x.detach().sum())):
+        return
+    bad = ~torch.isfinite(x.detach()).reshape(len(x), -1).all(1)
     if bad.any():
         index = bad.nonzero().flatten().tolist()
         raise ValueError(
@@ -102,7 +105,7 @@ def check_sigmas(sigmas: Tensor | Iterable[float], at_least: int = 1) -> list[fl
     if isinstance(sigmas, Tensor):
         if sigmas.ndim != 1:
             raise ValueError(f"sigmas has shape {tuple(sigmas.shape)}; expected one dimension: a sequence of levels")
-        grid = [float(s) for s in sigmas.detach().cpu().double()]
+        grid = sigmas.detach().double().tolist()
     else:
         grid = [float(s) for s in sigmas]
     if len(grid) < at_least:

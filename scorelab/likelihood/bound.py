@@ -73,7 +73,8 @@ def log_bin_mass(gap: Tensor, std: Tensor | float, spacing: float, below: Tensor
     mirrored = lower > 0
     upper, lower = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
     most, least = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    return most + torch.log1p(-torch.exp(least - most))
+    mass: Tensor = most + torch.log1p(-torch.exp(least - most))
+    return mass
 
 
 def _check(x0: Tensor, sigmas: Tensor | Iterable[float], draws: int, spacing: float | None) -> list[float]:

@@ -15,9 +15,8 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,14 +25,13 @@ from scorelab.noise import Noise, PerSampleNoise
 from scorelab.predictions import denoise_from_score
 from scorelab.typing import ScoreFn, Shape, Tensor
 
-__all__ = ["Counted", "Sampler", "State", "Step", "StoppedEarly", "drive", "evaluate"]
+__all__ = ["Counted", "Sampler", "State", "Step", "StoppedEarly", "drive", "evaluate", "evaluate_scaled"]
 
 State = Any
 """Whatever a sampler keeps from step to step; None for one without memory."""
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One step of a trajectory: x (B, *D) at noise level ``sigma``, after ``nfe`` evaluations of the score.
 
     ``x0_hat`` is the denoised sample at the step's first evaluation, None if there was none. Only the last step of an
@@ -104,33 +102,46 @@ class Counted:
             self.score_and_variance = self._score_and_variance
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        return self._note(self._call(self.score, x, sigma), x, sigma)
+        return self._note(self.score(x, sigma), x, sigma)
 
-    def _call(self, score: ScoreFn, x: Tensor, sigma: Tensor) -> Tensor:
+    def _note(self, output: object, x: Tensor, sigma: Tensor) -> Tensor:
         self.nfe += 1
-        return check_output(score(x, sigma), x, sigma)
-
-    def _note(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        found = check_output(output, x, sigma)
         # at once: a compiled network may overwrite its output in the next call
         if self.denoised and self.x0_hat is None:
-            self.x0_hat = denoise_from_score(output, x, sigma)
-        return output
+            self.x0_hat = denoise_from_score(found, x, sigma)
+        return found
 
     def _score_and_variance(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        self.nfe += 1
         output, v = self.score.score_and_variance(x, sigma)  # type: ignore[attr-defined]
-        return self._note(check_output(output, x, sigma), x, sigma), check_output(v, x, sigma)
+        return self._note(output, x, sigma), check_output(v, x, sigma)
 
     def _rows(self, index: Tensor) -> ScoreFn:
         restricted = rows(self.score, index)
         assert restricted is not None
-        return lambda x, sigma: self._call(restricted, x, sigma)
+
+        def few(x: Tensor, sigma: Tensor) -> Tensor:
+            self.nfe += 1
+            return check_output(restricted(x, sigma), x, sigma)
+
+        return few
+
+
+def _level(score: ScoreFn, x: Tensor, sigma: float) -> Tensor:
+    known = score.levels.get(sigma) if isinstance(score, Counted) else None
+    return level(sigma, x) if known is None else known
 
 
 def evaluate(score: ScoreFn, x: Tensor, sigma: float) -> Tensor:
     """The score at one noise level given as a float."""
-    known = score.levels.get(sigma) if isinstance(score, Counted) else None
-    return score(x, level(sigma, x) if known is None else known)
+    return score(x, _level(score, x, sigma))
+
+
+def evaluate_scaled(score: ScoreFn, x: Tensor, sigma: float) -> Tensor:
+    """sigma score, which is -eps_hat = -dx/dsigma, in new memory: a compiled network may overwrite its last output."""
+    at = _level(score, x, sigma)
+    # a product with a 0-dim tensor costs half of one with a number
+    return score(x, at) * at
 
 
 def check_shape(x: object) -> Shape:
@@ -235,7 +246,7 @@ def drive(
         for sigma, sigma_next in pairwise(grid):
             counted.x0_hat = None
             stop: StoppedEarly | None = None
-            with nullcontext() if differentiable else torch.no_grad():
+            with nullcontext() if differentiable or not torch.is_grad_enabled() else torch.no_grad():
                 if count:
                     try:
                         current, state = sampler.step(counted, current, sigma, sigma_next, state, noise)

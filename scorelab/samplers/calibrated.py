@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from scorelab import sigmas as levels_of
 from scorelab.checks import check_batch, check_finite, check_output, check_sigmas, level
-from scorelab.samplers.base import Sampler, State, evaluate
+from scorelab.samplers.base import Sampler, State, evaluate_scaled
 from scorelab.samplers.multistep import adams_weights, combine
 from scorelab.samplers.ode import RK4
 from scorelab.typing import ScoreFn, Tensor
@@ -81,8 +81,9 @@ class Calibrated(Sampler):
     ) -> tuple[Tensor, State]:
         i, values = state
         row = self.weights[i]
-        values = (evaluate(score, x, sigma) * -sigma, *values)
-        width = sigma_next - sigma
+        # -e_i = sigma score, so the width is turned around
+        values = (evaluate_scaled(score, x, sigma), *values)
+        width = sigma - sigma_next
         x = combine(x, 1.0, values[: len(row)], tuple(width * w for w in row))
         kept = max((len(r) for r in self.weights[i + 1 :]), default=1) - 1
         return x, (i + 1, values[:kept])
@@ -161,7 +162,7 @@ def _initial(grid: list[float], i: int, history: int) -> list[float]:
     if grid[i + 1] == 0:
         return [1.0] + [0.0] * (count - 1)
     past = tuple(grid[j] for j in range(i, max(-1, i - min(3, history)), -1))
-    found = [w / (grid[i + 1] - grid[i]) for w in adams_weights("eps", past, grid[i + 1])]
+    found = [w / (grid[i] - grid[i + 1]) for w in adams_weights("eps", past, grid[i + 1])]
     return found + [0.0] * (count - len(found))
 
 

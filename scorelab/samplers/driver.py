@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -161,10 +162,12 @@ def _last(
 ) -> Tensor:
     """The end of one drive."""
     steps = drive(score, x, sigmas, sampler, generator=generator, denoised=callback is not None, **options)
-    last = next(steps)
-    for last in tqdm(steps, desc="sampling", unit="step") if progress else steps:
-        if callback is not None:
-            callback(last)
+    # a callback may differentiate; without one, once for all steps is cheaper than at each
+    with nullcontext() if options["differentiable"] or callback is not None else torch.no_grad():
+        last = next(steps)
+        for last in tqdm(steps, desc="sampling", unit="step") if progress else steps:
+            if callback is not None:
+                callback(last)
     return last.x
 
 

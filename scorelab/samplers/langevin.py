@@ -24,8 +24,9 @@ __all__ = ["AnnealedLangevin", "ConsistentLangevin", "Langevin", "MetropolisLang
 
 def langevin_step(x: Tensor, score: Tensor, size: float | Tensor, noise: Tensor) -> Tensor:
     """x + size/2 score + sqrt(size) noise; size a number, or one a sample with x's dimensions."""
-    root = size.sqrt() if isinstance(size, Tensor) else math.sqrt(size)
-    return x + 0.5 * size * score + root * noise
+    if isinstance(size, Tensor):
+        return x + 0.5 * size * score + size.sqrt() * noise
+    return x.add(score, alpha=0.5 * size).add_(noise, alpha=math.sqrt(size))
 
 
 def _check(steps: int, step_size: float) -> None:

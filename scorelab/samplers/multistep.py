@@ -2,7 +2,7 @@
 
 Every step is a linear combination whose coefficients follow from the noise levels alone:
 
-    x(r) = (r/sigma)^p x + sum_j c_j h_j,     h_j = eps_hat, x0_hat or dx/dlog(sigma) at the last levels, newest first
+    x(r) = (r/sigma)^p x + sum_j c_j h_j,     h_j = sigma score = -eps_hat, or x0_hat, at the last levels, newest first
 
 Adams-Bashforth integrates the polynomial through the h_j exactly (by Gauss-Legendre quadrature, to rounding):
 
@@ -27,8 +27,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from scorelab.samplers.base import Sampler, State, evaluate
+from scorelab.samplers.base import Sampler, State, evaluate, evaluate_scaled
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["AdamsBashforth", "DPMSolverMultistep", "Multistep", "UniPC"]
@@ -37,18 +38,24 @@ _NODES, _QUADRATURE = (a.tolist() for a in np.polynomial.legendre.leggauss(40))
 
 
 class History(NamedTuple):
-    """What multistep solvers remember: levels and h at them, newest first, and the x the last step began at."""
+    """What multistep solvers remember: levels and h at them, newest first."""
 
     sigmas: tuple[float, ...]
     values: tuple[Tensor, ...]
-    x: Tensor | None = None
 
 
 def combine(x: Tensor, scale: float, values: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
     """scale x + sum_j weights_j values_j, in new memory."""
-    total = x.add(values[0], alpha=weights[0]) if scale == 1 else (x * scale).add_(values[0], alpha=weights[0])
+    first = weights[0]
+    if scale == 1:
+        total = x.add(values[0], alpha=first)
+    else:
+        # one operation where a scaled x and its sum with the first value would be two
+        total, rest = torch.lerp(values[0], x, scale), first - (1 - scale)
+        if abs(rest) > 1e-15:
+            total.add_(values[0], alpha=rest)
     for value, weight in zip(values[1:], weights[1:], strict=True):
-        total = total.add_(value, alpha=weight)
+        total.add_(value, alpha=weight)
     return total
 
 
@@ -57,18 +64,13 @@ def x0_hat(score: ScoreFn, x: Tensor, sigma: float) -> Tensor:
     return x.add(evaluate(score, x, sigma), alpha=sigma**2)
 
 
-def eps_hat(score: ScoreFn, x: Tensor, sigma: float) -> Tensor:
-    """The noise -sigma score."""
-    return evaluate(score, x, sigma) * -sigma
-
-
 class Multistep(Sampler):
     """Base: ``weights`` gives the coefficients of a step from the levels of the history and the next one."""
 
     steps: int
     """How many evaluations a step combines."""
     exponential: bool = True
-    """x0_hat is remembered and x scaled by r/sigma; else eps_hat (times ``factor``), and x is not scaled."""
+    """x0_hat is remembered and x scaled by r/sigma; else sigma score, and x is not scaled."""
 
     @abstractmethod
     def weights(self, sigmas: tuple[float, ...], sigma_next: float) -> tuple[float, ...]:
@@ -88,7 +90,7 @@ class Multistep(Sampler):
     ) -> tuple[Tensor, State]:
         if sigma_next == 0:
             return x0_hat(score, x, sigma), state
-        value = (x0_hat if self.exponential else eps_hat)(score, x, sigma)
+        value = (x0_hat if self.exponential else evaluate_scaled)(score, x, sigma)
         kept = History((sigma, *state.sigmas[: self.steps - 1]), (value, *state.values[: self.steps - 1]))
         scale = sigma_next / sigma if self.exponential else 1.0
         return combine(x, scale, kept.values, self.weights(kept.sigmas, sigma_next)), kept
@@ -108,10 +110,10 @@ def adams_weights(on: str, sigmas: tuple[float, ...], sigma_next: float) -> tupl
     for node, quadrature in zip(_NODES, _QUADRATURE, strict=True):
         u = middle + half * node
         s = math.exp(u)
-        # the measure of each form, with dsigma = sigma du
-        measure = half * quadrature * (-sigma_next / s if on == "x0" else s)
+        # the measure of each form, with dsigma = sigma du and dx/dsigma = -h
+        measure = -half * quadrature * (sigma_next / s if on == "x0" else s)
         for j in range(len(sigmas)):
-            # dx/dlog(sigma) at level j is sigma_j eps_j
+            # -dx/dlog(sigma) at level j is sigma_j h_j
             own = sigmas[j] / s if on == "log_sigma" else 1.0
             found[j] += measure * own * _lagrange(nodes, j, s if on == "sigma" else u)
     return tuple(found)
@@ -204,6 +206,14 @@ def unipc_weights(sigmas: tuple[float, ...], sigma_next: float, variant: str, co
     return (whole - sum(parts), *parts)
 
 
+@lru_cache(maxsize=8192)
+def correction(sigmas: tuple[float, ...], sigma_next: float, variant: str) -> tuple[float, ...]:
+    """What the corrector adds to the predictor's end, as coefficients of x0_hat at sigma_next, then at ``sigmas``."""
+    corrected = unipc_weights(sigmas, sigma_next, variant, True)
+    predicted = unipc_weights(sigmas, sigma_next, variant, False)
+    return (corrected[0], *(c - p for c, p in zip(corrected[1:], predicted, strict=True)))
+
+
 @dataclass(frozen=True)
 class UniPC(Multistep):
     """UniPC: a predictor of order p, and a corrector that reuses the next evaluation, so still one a step.
@@ -244,8 +254,8 @@ class UniPC(Multistep):
         value = x0_hat(score, x, sigma)
         if sigma_next == 0:
             return value, state
-        if state.x is not None:
-            weights = unipc_weights(state.sigmas, sigma, self.variant, True)
-            x = combine(state.x, sigma / state.sigmas[0], (value, *state.values), weights)
-        kept = History((sigma, *state.sigmas[: self.steps - 1]), (value, *state.values[: self.steps - 1]), x)
+        values = (value, *state.values)
+        if state.sigmas:
+            x = combine(x, 1.0, values, correction(state.sigmas, sigma, self.variant))
+        kept = History((sigma, *state.sigmas[: self.steps - 1]), values[: self.steps])
         return combine(x, sigma_next / sigma, kept.values, self.weights(kept.sigmas, sigma_next)), kept

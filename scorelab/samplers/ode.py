@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from scorelab.samplers.base import Sampler, State, evaluate
+from scorelab.samplers.base import Sampler, State, evaluate, evaluate_scaled
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["RK4", "Euler", "Heun", "Midpoint"]
@@ -49,13 +49,12 @@ class Heun(Sampler):
         state: State,
         noise: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, State]:
-        # new memory: a compiled network may overwrite its last output
-        first = evaluate(score, x, sigma) * -sigma
-        width = sigma_next - sigma
+        # -dx/dsigma = sigma score, and width runs against sigma
+        first, width = evaluate_scaled(score, x, sigma), sigma - sigma_next
         if sigma_next == 0:
             return x.add(first, alpha=width), state
         second = evaluate(score, x.add(first, alpha=width), sigma_next)
-        return x.add(first, alpha=0.5 * width).add_(second, alpha=-0.5 * width * sigma_next), state
+        return x.add(first, alpha=0.5 * width).add_(second, alpha=0.5 * width * sigma_next), state
 
 
 @dataclass(frozen=True)
@@ -107,13 +106,13 @@ class RK4(Sampler):
         state: State,
         noise: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, State]:
-        # each is -dx/dlog(sigma) = sigma^2 score, and width = log(sigma/r) runs against log sigma
-        first = evaluate(score, x, sigma) * sigma**2
+        # -dx/dlog(sigma) = sigma (sigma score), and width = log(sigma/r) runs against log sigma
+        first = evaluate_scaled(score, x, sigma)
         if sigma_next == 0:
-            return x + first, state
+            return x.add(first, alpha=sigma), state
         middle, width = math.sqrt(sigma * sigma_next), math.log(sigma / sigma_next)
-        second = evaluate(score, x.add(first, alpha=width / 2), middle) * middle**2
-        third = evaluate(score, x.add(second, alpha=width / 2), middle) * middle**2
-        fourth = evaluate(score, x.add(third, alpha=width), sigma_next)
-        total = x.add(first, alpha=width / 6).add_(second, alpha=width / 3).add_(third, alpha=width / 3)
-        return total.add_(fourth, alpha=width * sigma_next**2 / 6), state
+        second = evaluate_scaled(score, x.add(first, alpha=width / 2 * sigma), middle)
+        third = evaluate_scaled(score, x.add(second, alpha=width / 2 * middle), middle)
+        fourth = evaluate(score, x.add(third, alpha=width * middle), sigma_next)
+        total = x.add(first, alpha=width / 6 * sigma).add_(second, alpha=width / 3 * middle)
+        return total.add_(third, alpha=width / 3 * middle).add_(fourth, alpha=width * sigma_next**2 / 6), state

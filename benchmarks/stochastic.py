@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.solvers import HIGH, LOW, RESULTS, problem
+from benchmarks.solvers import HIGH, LOW, RESULTS, exact
 from scorelab import VE, sample, sigmas
 from scorelab.distributions import GaussianMixture
 from scorelab.evaluation import energy_distance
@@ -68,7 +68,7 @@ def azula_rows(d: GaussianMixture) -> dict[str, Callable[[torch.Tensor, int, int
 
 
 def main() -> None:
-    d, _ = problem("gmm2d")
+    d = exact("gmm2d")
 
     def runner(sampler: Sampler, cost: int) -> Callable[[torch.Tensor, int, int], torch.Tensor]:
         def run(x: torch.Tensor, nfe: int, seed: int) -> torch.Tensor:

@@ -156,6 +156,12 @@ def _error(x: Tensor, end: Tensor) -> Tensor:
     return norms.mean() / math.sqrt(x[0].numel())
 
 
+def _finite(error: Tensor) -> float:
+    """The error, infinite where it is not a number."""
+    found = float(error)
+    return found if math.isfinite(found) else math.inf
+
+
 def _initial(grid: list[float], i: int, history: int) -> list[float]:
     """Weights of exponential Adams-Bashforth on eps, of order at most 3, over the step's width; Euler's to 0."""
     count = min(history, i + 1)
@@ -166,8 +172,10 @@ def _initial(grid: list[float], i: int, history: int) -> list[float]:
     return found + [0.0] * (count - len(found))
 
 
-def _least_squares(score: ScoreFn, x: Tensor, reference: _Reference, grid: list[float], history: int) -> Weights:
-    """Weights that bring the sampler's own x nearest to the reference at each level, step by step."""
+def _least_squares(
+    score: ScoreFn, x: Tensor, reference: _Reference, grid: list[float], history: int
+) -> tuple[Weights, float]:
+    """Weights that bring the sampler's own x nearest to the reference at each level, step by step, and the error."""
     values: list[Tensor] = []
     rows = []
     for i, (a, b) in enumerate(pairwise(grid)):
@@ -184,7 +192,7 @@ def _least_squares(score: ScoreFn, x: Tensor, reference: _Reference, grid: list[
         rows.append(tuple(row.tolist()))
         x = combine(x, 1.0, tuple(used), tuple((b - a) * w for w in rows[-1]))
         del values[history:]
-    return tuple(rows)
+    return tuple(rows), _finite(_error(x, reference.end))
 
 
 def _run(score: ScoreFn, x: Tensor, sampler: Calibrated) -> Tensor:
@@ -347,15 +355,13 @@ def calibrate(
         known = reference.rows(fitted)
 
         def fit(grid: list[float]) -> float:
-            weights = _least_squares(score, x[fitted], known, grid, history)
-            return judge(Calibrated(tuple(grid), weights), fitted)
+            return _least_squares(score, x[fitted], known, grid, history)[1]
 
         def judge(sampler: Calibrated, rows: slice = judged) -> float:
-            found = float(_error(_run(score, x[rows], sampler), reference.end[rows]))
-            return found if math.isfinite(found) else math.inf
+            return _finite(_error(_run(score, x[rows], sampler), reference.end[rows]))
 
         grid = _search(fit, _grids(nfe, sigma_min, sigma_max), sigma_min, trials, progress)
-        weights = _least_squares(score, x[fitted], known, grid, history)
+        weights, _ = _least_squares(score, x[fitted], known, grid, history)
         found = Calibrated(tuple(grid), weights)
         if method == "gradient":
             begin = _Parameters(grid, weights, sigma_min)

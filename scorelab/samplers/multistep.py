@@ -207,17 +207,25 @@ def unipc_weights(sigmas: tuple[float, ...], sigma_next: float, variant: str, co
 
 
 @lru_cache(maxsize=8192)
-def correction(sigmas: tuple[float, ...], sigma_next: float, variant: str) -> tuple[float, ...]:
-    """What the corrector adds to the predictor's end, as coefficients of x0_hat at sigma_next, then at ``sigmas``."""
-    corrected = unipc_weights(sigmas, sigma_next, variant, True)
-    predicted = unipc_weights(sigmas, sigma_next, variant, False)
-    return (corrected[0], *(c - p for c, p in zip(corrected[1:], predicted, strict=True)))
+def merged_unipc_weights(sigmas: tuple[float, ...], sigma_next: float, p: int, variant: str) -> tuple[float, ...]:
+    """The correction of x at sigmas[0], carried on by the scale of the step, and the prediction from there."""
+    predicted = unipc_weights(sigmas[:p], sigma_next, variant, False)
+    found = [*predicted, *[0.0] * (len(sigmas) - len(predicted))]
+    if len(sigmas) > 1:
+        # x at sigmas[0] is the last prediction; what the corrector adds to it
+        corrected = unipc_weights(sigmas[1:], sigmas[0], variant, True)
+        before = unipc_weights(sigmas[1:], sigmas[0], variant, False)
+        scale = sigma_next / sigmas[0]
+        for j, (new, old) in enumerate(zip(corrected, (0.0, *before), strict=True)):
+            found[j] += scale * (new - old)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
 class UniPC(Multistep):
     """UniPC: a predictor of order p, and a corrector that reuses the next evaluation, so still one a step.
 
+    Correction and next prediction are one linear combination of x, the last prediction, and p + 1 evaluations.
     ``p`` 1 to 3; ``variant`` "bh1" or "bh2", B(h) = h or e^h - 1 of the paper. ``order`` is p + 1: the corrector's.
     From a cold start p = 3 is of order 3, for its first corrector is of order 2.
     """
@@ -236,26 +244,8 @@ class UniPC(Multistep):
 
     @property
     def steps(self) -> int:  # type: ignore[override]
-        """Evaluations combined by the predictor: p."""
-        return self.p
+        """Evaluations combined: p by the predictor, one more by the corrector."""
+        return self.p + 1
 
     def weights(self, sigmas: tuple[float, ...], sigma_next: float) -> tuple[float, ...]:
-        return unipc_weights(sigmas, sigma_next, self.variant, False)
-
-    def step(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
-        value = x0_hat(score, x, sigma)
-        if sigma_next == 0:
-            return value, state
-        values = (value, *state.values)
-        if state.sigmas:
-            x = combine(x, 1.0, values, correction(state.sigmas, sigma, self.variant))
-        kept = History((sigma, *state.sigmas[: self.steps - 1]), values[: self.steps])
-        return combine(x, sigma_next / sigma, kept.values, self.weights(kept.sigmas, sigma_next)), kept
+        return merged_unipc_weights(sigmas, sigma_next, self.p, self.variant)

@@ -21,7 +21,7 @@ test-slow: .venv/.ready
 .venv-bench/.ready: setup.cfg constraints.txt benchmarks/peers.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data]' -r benchmarks/peers.txt
-	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps azula==0.11.1
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps azula==0.11.1 k-diffusion==0.1.1.post1 smalldiffusion==0.5.0
 	touch $@
 
 bench: .venv-bench/.ready
@@ -29,7 +29,9 @@ bench: .venv-bench/.ready
 	.venv-bench/bin/python -m benchmarks.stochastic
 	.venv-bench/bin/python -m benchmarks.foreign
 	.venv-bench/bin/python -m benchmarks.overhead
+	.venv-bench/bin/python -m benchmarks.calibration
 	.venv-bench/bin/python -m benchmarks.large
+	.venv-bench/bin/python -m benchmarks.report
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

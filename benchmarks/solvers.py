@@ -175,11 +175,9 @@ def best(rows: dict[str, dict[str, float]], nfe: int, *, peer: bool) -> tuple[fl
     return min((v[str(nfe)], k) for k, v in mine.items())
 
 
-def table(name: str, rows: dict[str, dict[str, float]]) -> str:
+def table(rows: dict[str, dict[str, float]]) -> str:
     """Markdown: best peer, best uncalibrated and calibrated errors at every NFE, with ratios to the best peer."""
     lines = [
-        f"### {name}",
-        "",
         "| NFE | best peer | | best uncalibrated | | ratio | least squares | ratio | gradient | ratio |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -223,7 +221,7 @@ def main() -> None:
             path.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
     if len(results) == len(PROBLEMS):
         plot(results)
-    print("\n\n".join(table(name, rows) for name, rows in results.items()))
+    print("\n\n".join(f"{name}\n{table(rows)}" for name, rows in results.items()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""Writes docs/benchmarks.md from ``benchmarks/results/*.json``; the last step of ``make bench``.
+
+python -m benchmarks.report
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.solvers import RESULTS, table
+from benchmarks.stochastic import NFE
+
+DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+PROBLEMS = {
+    "gmm2d": """### Eight Gaussians on a circle
+
+Standard deviation 0.08, on the unit circle; starts at sigma 80, in double precision.""",
+    "digits": """### A mixture at 1,797 digits
+
+Standard deviation 0.15 at scikit-learn's digits (64 dimensions); starts at sigma 80, in double precision.""",
+    "trained": """### A trained network
+
+The gallery's network for the two moons after 2,800 steps, between its own noise levels, in double precision.""",
+}
+HEAD = """# Benchmarks
+
+Written by `make bench`, which makes an environment of its own with the peers (`benchmarks/peers.txt`) beside scorelab,
+runs all of `benchmarks/` and keeps the numbers in `benchmarks/results/`. scorelab's rows come from its public API. Of
+k-diffusion and smalldiffusion only the modules with samplers are loaded: the rest imports torchvision, which does not
+import beside the CPU build of torch that `constraints.txt` pins. A shared machine with 2 cores and no GPU: seconds and
+ratios vary from run to run, errors don't."""
+SOLVERS = """## Error against NFE, deterministic solvers
+
+The measure is the root mean square over dimensions between a sample and the ODE's solution from the same start (400
+steps of RK4, then denoised), averaged over starts (4,096; 1,024 on digits). "Best uncalibrated" is the best of
+scorelab's solvers on 6 grids, "best peer" the best row of all installed libraries; ratios are to the best peer. The
+calibrated sampler is fitted to other starts (512; 960 on digits): by least squares, which only evaluates the score, and
+from there by descent.
+
+![Error against NFE](../benchmarks/results/solvers.png)"""
+STOCHASTIC = """## Distance of distributions against NFE, stochastic samplers
+
+Energy distance between samples and as many exact ones (4,096; 1,024 on digits), mean and standard error of 4 seeds;
+Karras grids from 80 to 0.002 (azula's: log-linear).
+
+![Energy distance against NFE](../benchmarks/results/stochastic.png)"""
+OVERHEAD = """## What `sample` costs beside the score
+
+Seconds of `sample` over seconds of as many bare calls of the score under `no_grad`: 20 steps, 2 threads, median of
+rounds that time both in turns."""
+CALIBRATION = """## Fitting a sampler to an image model
+
+10 evaluations, 64 starts, the defaults of `calibrate`. digits: the experiment `configs/digits/ncsn.py` after 700 steps.
+fashion_mnist: a U-Net of 28x28 images with random weights, for the cost alone. Errors are held out; the uncalibrated
+ones are exponential Adams-Bashforth's of order 3 on Karras's grid."""
+LARGE = """## Large requests
+
+`sample(..., memory=...)` with noise per sample, 5 evaluations: points by an MLP, images of 8x8 by a U-Net. Peak: the
+process's largest resident set beyond what it was before, the result included."""
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def seconds(rows: dict[str, dict[str, float]]) -> str:
+    parts = []
+    for method, text in (("least_squares", "by least squares"), ("gradient", "with the descent")):
+        found = [v for k, v in rows[f"scorelab calibrated, {method}"].items() if k.endswith("seconds")]
+        parts.append(f"{min(found):.0f} to {max(found):.0f} s {text}")
+    return "Fitting one sampler took " + " and ".join(parts) + "."
+
+
+def solvers() -> list[str]:
+    found = read("solvers")["results"]
+    return [SOLVERS] + [
+        part for name, text in PROBLEMS.items() for part in (text, table(found[name]), seconds(found[name]))
+    ]
+
+
+def stochastic() -> list[str]:
+    parts = [STOCHASTIC]
+    for name, rows in read("stochastic").items():
+        body = [[k, *(f"{r[str(n)]:.2g} ± {r[f'{n} standard error']:.1g}" for n in NFE)] for k, r in rows.items()]
+        parts += [PROBLEMS[name].splitlines()[0], markdown(["sampler", *map(str, NFE)], body)]
+    return parts
+
+
+def overhead() -> list[str]:
+    found = read("overhead")
+    names = list(next(iter(found["ratios"].values())))
+    body = [[case, *(f"{row[n]:.2f}" for n in names)] for case, row in found["ratios"].items()]
+    noise = f"`PerSampleNoise` over plain noise for 256 images of 28x28: {found['per_sample_noise']:.2f}."
+    return [OVERHEAD, markdown(["case", *names], body), noise]
+
+
+def calibration() -> list[str]:
+    keys = ("held_out_error", "uncalibrated_held_out_error", "seconds")
+    body = [[name, *(f"{row[k]:.3g}" for k in keys)] for name, row in read("calibration").items()]
+    return [CALIBRATION, markdown(["model and method", "error", "uncalibrated", "seconds"], body)]
+
+
+def large() -> list[str]:
+    keys = ("budget_mib", "result_mib", "peak_mib", "rows_in_a_part", "seconds")
+    body = [[f"{row['samples']:,} {name}", *(f"{row[k]:,.0f}" for k in keys)] for name, row in read("large").items()]
+    return [LARGE, markdown(["request", "budget, MiB", "result, MiB", "peak, MiB", "rows in a part", "seconds"], body)]
+
+
+def main() -> None:
+    DOCS.write_text("\n\n".join([HEAD, *solvers(), *stochastic(), *overhead(), *calibration(), *large()]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,6 @@ noise on every device.
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -16,10 +15,10 @@ from scorelab.typing import Tensor
 
 __all__ = ["Noise", "PerSampleNoise", "fresh_generator", "randn"]
 
-_AHEAD = 2**14
-"""Numbers drawn at once for a sample: enough that the call costs little beside them."""
-_BLOCK = 2**24
-"""Numbers drawn at once for all samples, at most (but for one draw of each)."""
+_AHEAD = 2**12
+"""Numbers drawn at once for a sample, about: enough that a call costs little beside them."""
+_CALLS = 64
+"""Of how many calls of noise they are, at most: small samples would draw far more than a run needs."""
 
 
 def randn(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
@@ -38,17 +37,21 @@ def fresh_generator(device: torch.device | str = "cpu") -> torch.Generator:
 class PerSampleNoise:
     """Noise in which sample i depends on (seed, i) alone, whatever the batch size, the chunks or the processes.
 
-    Every sample has a stream of its own on the CPU (PCG64DXSM, seeded by NumPy's SeedSequence of both numbers);
-    ``first`` is the index of the first one. Pass it as ``generator``: every call of ``sample`` starts it
-    afresh. Numbers are drawn ahead in blocks, which changes nothing. Called by hand, an object serves one batch:
-    ``rows`` and ``fresh`` give unused ones.
+    Every sample has a generator of its own on the CPU (torch's Mersenne Twister, whose seeds have 32 bits: a bijection
+    keyed by ``seed`` takes i to its seed, so no two samples of a ``seed`` share a stream). ``first`` is the index of
+    the first one. Pass it as ``generator``: every call of ``sample`` starts it afresh. Numbers are drawn ahead in
+    blocks whose size follows from the shape of a sample alone. Called by hand, an object serves one batch: ``rows`` and
+    ``fresh`` give unused ones.
     """
+
+    stream_bytes = 3 * 2**10
+    """Memory that the generator of a sample takes, beside the tensors."""
 
     def __init__(self, seed: int, first: int = 0) -> None:
         if not isinstance(seed, int) or not isinstance(first, int) or min(seed, first) < 0:
             raise ValueError(f"seed = {seed!r}, first = {first!r}; expected whole numbers >= 0")
         self.seed, self.first = seed, first
-        self._streams: list[np.random.Generator] = []
+        self._streams: list[torch.Generator] | None = None
         self._block, self._used = torch.empty(0), 0
 
     def rows(self, start: int) -> PerSampleNoise:
@@ -62,41 +65,41 @@ class PerSampleNoise:
     def __call__(self, x: Tensor) -> Tensor:
         """Noise of x's shape, dtype and device; row k belongs to sample first + k."""
         shape = (len(x), *x.shape[1:])
-        size = max(1, math.prod(shape[1:]))
-        ahead = max(1, min(_AHEAD, _BLOCK // max(1, len(x))) // size)
-        if not self._streams:
-            seeds = [np.random.SeedSequence((self.seed, self.first + k)) for k in range(len(x))]
-            self._streams = [np.random.Generator(np.random.PCG64DXSM(seed)) for seed in seeds]
-            self._block, self._used = torch.empty((shape[0], ahead, *shape[1:]), dtype=x.dtype), ahead
+        # half precision is drawn in single
+        dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        if self._streams is None:
+            self._streams = _streams(self.seed, self.first, len(x))
+            ahead = max(1, min(_CALLS, _AHEAD // max(1, math.prod(shape[1:]))))
+            self._block, self._used = torch.empty((shape[0], ahead, *shape[1:]), dtype=dtype), ahead
         expected = (self._block.shape[0], *self._block.shape[2:])
-        if shape != expected or x.dtype != self._block.dtype:
+        if shape != expected or dtype != self._block.dtype:
             raise ValueError(
                 f"this PerSampleNoise gives {tuple(expected)}, {self._block.dtype}, but {shape}, {x.dtype} was asked: "
                 "make one for each run, and use it with samplers that keep the whole batch together"
             )
-        if self._used == ahead:
-            # half precision is drawn in single
-            drawn = self._block if x.dtype in (torch.float32, torch.float64) else self._block.float()
-            self._fill(drawn.numpy())
-            self._block.copy_(drawn)
+        if self._used == self._block.shape[1]:
+            for row, stream in zip(self._block, self._streams, strict=True):
+                row.normal_(generator=stream)
             self._used = 0
         self._used += 1
-        return self._block[:, self._used - 1].to(x.device, copy=True)
+        return self._block[:, self._used - 1].to(x.device, x.dtype, copy=True)
 
-    def _fill(self, rows: np.ndarray) -> None:
-        """Draw the next numbers of every stream, on as many threads as torch uses (NumPy lets them run)."""
 
-        def draw(part: slice) -> None:
-            for row, stream in zip(rows[part], self._streams[part], strict=True):
-                stream.standard_normal(dtype=row.dtype, out=row)
-
-        threads = min(torch.get_num_threads(), max(1, rows.size // 2**18))
-        parts = [slice(k * len(rows) // threads, (k + 1) * len(rows) // threads) for k in range(threads)]
-        if threads == 1:
-            draw(parts[0])
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(draw, parts))
+def _streams(seed: int, first: int, count: int) -> list[torch.Generator]:
+    """Generators of the samples ``first`` to ``first + count``; ValueError past 2^32 of them."""
+    if first + count > 2**32:
+        raise ValueError(
+            f"samples {first} to {first + count} of a PerSampleNoise; expected fewer than 2^32: take a new seed"
+        )
+    keys = np.random.SeedSequence(seed).generate_state(3)
+    place = np.arange(first, first + count, dtype=np.uint64).astype(np.uint32)
+    for key in keys:
+        # MurmurHash3's final mix: every step can be undone, so different places stay different
+        place = place ^ key
+        place = (place ^ (place >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+        place = (place ^ (place >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+        place = place ^ (place >> np.uint32(16))
+    return [torch.Generator().manual_seed(s) for s in place.tolist()]
 
 
 class Noise:

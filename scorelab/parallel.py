@@ -90,11 +90,11 @@ class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
-def rows_within(budget: int, run: Callable[[int], object]) -> int:
+def rows_within(budget: int, run: Callable[[int], object], beside: int = 0) -> int:
     """How many rows at once keep the tensors of ``run(rows)`` within ``budget`` bytes, at least 1.
 
-    ``run`` is called with 4 rows (twice) and with 8, and its memory taken to grow linearly. What kernels use inside
-    themselves is not seen.
+    ``run`` is called with 4 rows (twice) and with 8, and its memory taken to grow linearly; ``beside``: bytes that a
+    row takes beside tensors. What kernels use inside themselves is not seen.
     """
     peaks: list[int] = []
     # whatever is made once and kept
@@ -104,4 +104,4 @@ def rows_within(budget: int, run: Callable[[int], object]) -> int:
             run(rows)
         peaks.append(counted.peak)
     each = max(1, (peaks[1] - peaks[0]) // 4)
-    return max(1, (budget - max(0, peaks[0] - 4 * each)) // each)
+    return max(1, (budget - max(0, peaks[0] - 4 * each)) // (each + beside))

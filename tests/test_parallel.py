@@ -100,13 +100,12 @@ def test_a_budget_of_memory_splits_the_request_and_changes_nothing():
         sizes.append(len(x))
         return mixture().score(x, sigma)
 
-    # PerSampleNoise draws 64 KiB ahead for each sample
-    budget = 40 * 2**20
+    budget = 5 * 2**20
     x = sample(score, (3000, 2), GRID, Heun(), generator=PerSampleNoise(1), memory=budget)
     whole = sample(mixture().score, (3000, 2), GRID, Heun(), generator=PerSampleNoise(1))
     torch.testing.assert_close(x, whole, rtol=1e-5, atol=1e-5)
     assert 8 < max(sizes) < 3000
-    assert max(sizes) * 2**16 < budget
+    assert max(sizes) * PerSampleNoise.stream_bytes < budget
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,8 @@ def _in_parts(
 
     size = max(count, 1) if batch_size is None else batch_size
     if memory is not None and count > 8:
-        size = min(size, parallel.rows_within(memory, tried))
+        beside = generator.stream_bytes if isinstance(generator, PerSampleNoise) else 0
+        size = min(size, parallel.rows_within(memory, tried, beside))
     if size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     bar = tqdm(_parts(score, x, generator, mine, size), disable=not progress, desc="sampling", unit="part")

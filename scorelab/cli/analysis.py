@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from scorelab.cli.sampling import load_run, own_score
-from scorelab.data import load
 from scorelab.likelihood import bits_per_dim, log_likelihood
 from scorelab.noise import PerSampleNoise, randn
 from scorelab.samplers import calibrate
+from scorelab.training import load_data
 from scorelab.typing import Tensor
 
 __all__ = ["calibrate_run", "likelihood_run"]
@@ -41,7 +41,7 @@ def likelihood_run(
 ) -> str:
     """Mean log-likelihood of ``n`` data of a run in nats, and bits per dimension of images with ``levels`` steps."""
     config, model, found = load_run(workdir, step=step)
-    data = load(config.data.source).reference()[:n].to(model.device)
+    data = load_data(config).reference()[:n].to(model.device)
     low, high = model.sigma_range
     generator = torch.Generator().manual_seed(seed)
     options = {"divergence": divergence, "probes": probes, "rtol": tolerance, "atol": tolerance}

@@ -1,5 +1,6 @@
-"""Data as batches: scikit-learn's digits and the 2-D targets."""
+"""Data as batches: images and arrays in files, scikit-learn's digits, and the 2-D targets."""
 
-from scorelab.data.sources import Arrays, Drawn, Source, digits, load
+from scorelab.data.files import FORMATS, Files, load, read_idx
+from scorelab.data.sources import Arrays, Drawn, Images, Source, digits
 
-__all__ = ["Arrays", "Drawn", "Source", "digits", "load"]
+__all__ = ["FORMATS", "Arrays", "Drawn", "Files", "Images", "Source", "digits", "load", "read_idx"]

@@ -9,11 +9,11 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from scorelab.checks import check_batch, check_finite, check_range, nearest_name
-from scorelab.distributions import TARGETS, Distribution, target
+from scorelab.checks import check_batch, check_finite, check_range
+from scorelab.distributions import Distribution
 from scorelab.typing import Shape, Tensor
 
-__all__ = ["Arrays", "Drawn", "Source", "counter_generator", "digits", "load"]
+__all__ = ["Arrays", "Drawn", "Images", "Source", "Stored", "counter_generator", "digits"]
 
 
 def counter_generator(*counters: int) -> torch.Generator:
@@ -43,42 +43,31 @@ class Source(ABC):
         """Data to take statistics of, (N, *data_shape)."""
 
 
-class Arrays(Source):
-    """A data set in memory, x0 (N, *D) in [-1, 1] if ``data_range`` is given; every epoch in a new order.
+class Stored(Source):
+    """A data set of N samples; every epoch takes them in a new order."""
 
-    Raises ValueError for data that is empty, constant, not finite, or outside the declared range.
-    """
+    labels: Tensor | None = None
 
-    def __init__(self, x0: Tensor, labels: Tensor | None = None, data_range: tuple[float, float] | None = None) -> None:
-        check_batch(x0, "data")
-        if len(x0) == 0:
+    def __init__(self, count: int, labels: Tensor | None) -> None:
+        if count == 0:
             raise ValueError("the data set is empty; expected at least one sample: check its source")
-        check_finite(x0, "data")
-        if float(x0.min()) == float(x0.max()):
-            raise ValueError(
-                f"the data set is constant, every value is {float(x0.min()):g}: check its source and scaling"
-            )
-        if labels is not None and len(labels) != len(x0):
-            raise ValueError(f"{len(labels)} labels for {len(x0)} samples; expected one each")
-        if data_range is not None:
-            low, high = data_range
-            check_range(x0, data_range)
-            x0 = (x0 - low) * (2 / (high - low)) - 1
-        self.x0, self.labels, self.data_range = x0, labels, data_range
-        self.data_shape = tuple(x0.shape[1:])
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"{len(labels)} labels for {count} samples; expected one each")
+        self.count, self.labels = count, labels
         self._order: tuple[tuple[int, int], Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self.x0)
+        return self.count
 
-    def batch(self, seed: int, step: int, size: int) -> Tensor:
+    def indices(self, seed: int, step: int, size: int) -> Tensor:
+        """Which samples a step's batch holds, (size,)."""
         first = step * size
         places = torch.arange(first, first + size)
         epochs = places // len(self)
         parts = [
             self._epoch(seed, e)[places[epochs == e] % len(self)] for e in range(int(epochs[0]), int(epochs[-1]) + 1)
         ]
-        return self.x0[torch.cat(parts)]
+        return torch.cat(parts)
 
     def _epoch(self, seed: int, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != (seed, epoch):
@@ -86,8 +75,68 @@ class Arrays(Source):
             self._order = (seed, epoch), order
         return self._order[1]
 
+
+def _refuse_constant(x: Tensor) -> None:
+    low, high = float(x.min()), float(x.max())
+    if low == high:
+        raise ValueError(f"the data set is constant, every value is {low:g}: check its source and scaling")
+
+
+class Arrays(Stored):
+    """A data set in memory, x0 (N, *D) in [-1, 1] if ``data_range`` is given.
+
+    Raises ValueError for data that is empty, constant, not finite, or outside the declared range.
+    """
+
+    def __init__(self, x0: Tensor, labels: Tensor | None = None, data_range: tuple[float, float] | None = None) -> None:
+        check_batch(x0, "data")
+        super().__init__(len(x0), labels)
+        check_finite(x0, "data")
+        _refuse_constant(x0)
+        if data_range is not None:
+            low, high = data_range
+            check_range(x0, data_range)
+            x0 = (x0 - low) * (2 / (high - low)) - 1
+        self.x0, self.data_range = x0, data_range
+        self.data_shape = tuple(x0.shape[1:])
+
+    def batch(self, seed: int, step: int, size: int) -> Tensor:
+        return self.x0[self.indices(seed, step, size)]
+
     def reference(self) -> Tensor:
         return self.x0
+
+
+class Images(Stored):
+    """uint8 images (N, C, H, W), in memory or memory-mapped; batches are float32 in [-1, 1].
+
+    flip: half of them left to right. dequantise: (k + u)/128 - 1 with uniform u instead of k/127.5 - 1. Both follow
+    from (seed, step, place in the batch). Raises ValueError for images that are none, empty or constant.
+    """
+
+    def __init__(
+        self, pixels: Tensor, labels: Tensor | None = None, *, flip: bool = False, dequantise: bool = False
+    ) -> None:
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4:
+            raise ValueError(f"images are {pixels.dtype} {tuple(pixels.shape)}; expected uint8 (N, C, H, W)")
+        super().__init__(len(pixels), labels)
+        _refuse_constant(pixels)
+        self.pixels, self.flip, self.dequantise = pixels, flip, dequantise
+        self.data_shape, self.data_range = tuple(pixels.shape[1:]), (0.0, 255.0)
+
+    def batch(self, seed: int, step: int, size: int) -> Tensor:
+        x = self.pixels[self.indices(seed, step, size)].float()
+        generator = counter_generator(seed, step, 6)
+        if self.flip:
+            flipped = torch.rand(size, generator=generator) < 0.5
+            x[flipped] = x[flipped].flip(-1)
+        if self.dequantise:
+            return x.add_(torch.rand(x.shape, generator=generator)).mul_(1 / 128).sub_(1)
+        return x.mul_(1 / 127.5).sub_(1)
+
+    def reference(self) -> Tensor:
+        some = torch.arange(0, len(self), max(1, len(self) // 10_000))
+        return self.pixels[some].float().mul_(1 / 127.5).sub_(1)
 
 
 class Drawn(Source):
@@ -113,12 +162,3 @@ def digits() -> Arrays:
     images, labels = load_digits(return_X_y=True)
     x0 = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)
     return Arrays(x0, torch.tensor(labels), (0.0, 16.0))
-
-
-def load(source: str) -> Source:
-    """The data of a config's ``data.source``: "digits" or the name of a 2-D target."""
-    if source == "digits":
-        return digits()
-    if source in TARGETS:
-        return Drawn(target(source))
-    raise ValueError(f"data.source is {source!r}; {nearest_name(source, ('digits', *TARGETS))}")

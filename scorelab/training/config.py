@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from scorelab import sigmas as levels
 from scorelab.checks import nearest_name
-from scorelab.data import Source, load
+from scorelab.data import Files, Source, load
 from scorelab.losses import Denoising, weighting
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
 from scorelab.nn import MLP, UNet
@@ -22,7 +22,7 @@ from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP,
 from scorelab.samplers import DDIM, Ancestral, AnnealedLangevin, Euler, Heun, ProbabilityFlow, ReverseSDE, Sampler
 from scorelab.typing import Tensor
 
-__all__ = ["Experiment", "build", "build_sampling", "default_config", "sigma_data_of"]
+__all__ = ["Experiment", "build", "build_sampling", "default_config", "load_data", "sigma_data_of"]
 
 
 def default_config() -> ConfigDict:
@@ -30,7 +30,18 @@ def default_config() -> ConfigDict:
     config = ConfigDict(
         {
             "seed": 0,
-            "data": {"source": "digits"},  # "digits", or a 2-D target such as "ring"
+            "data": {
+                # digits | a 2-D target such as ring | mnist | fashion_mnist | idx | cifar10 | arrays | folder | zip |
+                # package.module:Name of a torch data set
+                "source": "digits",
+                "path": "",
+                "size": (),  # (height, width): images are scaled to cover it and cropped at the centre
+                "grayscale": False,
+                "flip": False,  # half of the images left to right
+                "dequantise": False,  # uniform noise within a grey level
+                "skip_bad": False,  # leave out files that can't be used
+                "cache": "",  # a folder for decoded images that do not fit in memory
+            },
             "model": {
                 "net": "unet",  # unet | mlp
                 "prediction": "eps",  # x0 | eps | score | v | flow | edm
@@ -119,6 +130,13 @@ def sigma_data_of(x0: Tensor) -> float:
     return float(x0.double().square().mean().sqrt())
 
 
+def load_data(config: ConfigDict) -> Source:
+    """The data of ``config.data``."""
+    c = config.data
+    files = Files(c.path, tuple(c.size), c.grayscale, c.flip, c.dequantise, c.skip_bad, c.cache)
+    return load(c.source, files)
+
+
 def build_process(config: ConfigDict) -> Process:
     """The process of ``config.process``."""
     c = config.process
@@ -141,7 +159,7 @@ def build(config: ConfigDict) -> Experiment:
     for key in ("steps", "batch_size", "checkpoint_every", "log_every"):
         if t[key] < 1:
             raise ValueError(f"training.{key} is {t[key]}; expected at least 1")
-    data = load(config.data.source)
+    data = load_data(config)
     sigma_data = sigma_data_of(data.reference())
     process = build_process(config)
     with torch.random.fork_rng(devices=[]):

@@ -15,6 +15,7 @@ __all__ = [
     "broadcast",
     "check_batch",
     "check_finite",
+    "check_known",
     "check_output",
     "check_range",
     "check_sigmas",
@@ -105,7 +106,7 @@ def check_sigmas(sigmas: Tensor | Iterable[float], at_least: int = 1) -> list[fl
     if isinstance(sigmas, Tensor):
         if sigmas.ndim != 1:
             raise ValueError(f"sigmas has shape {tuple(sigmas.shape)}; expected one dimension: a sequence of levels")
-        grid = sigmas.detach().double().tolist()
+        grid = [float(s) for s in sigmas.detach().tolist()]
     else:
         grid = [float(s) for s in sigmas]
     if len(grid) < at_least:
@@ -122,6 +123,16 @@ def check_sigmas(sigmas: Tensor | Iterable[float], at_least: int = 1) -> list[fl
     if grid[0] == 0:
         raise ValueError("sigmas starts at 0; expected a positive first level: 0 may only come last")
     return grid
+
+
+def check_known(score: ScoreFn, least: float, most: float) -> None:
+    """Refuse noise levels outside the score's ``sigma_range``, if it has one."""
+    low, high = getattr(score, "sigma_range", (0.0, float("inf")))
+    if most > high * (1 + 1e-4) or least < low * (1 - 1e-4):
+        raise ValueError(
+            f"sigmas span [{least:g}, {most:g}] but this score knows [{low:g}, {high:g}] (its sigma_range): "
+            "choose levels inside"
+        )
 
 
 def check_output(output: object, x: Tensor, sigma: Tensor | float) -> Tensor:

@@ -14,7 +14,8 @@ from scorelab import VE, DiscreteVP, clipped, sigmas, variational_bound
 from scorelab.distributions import Gaussian
 from scorelab.likelihood import log_likelihood
 from scorelab.likelihood.bound import _Chain, gaussian_kl, log_bin_mass
-from scorelab.samplers import Ancestral
+from scorelab.noise import Noise
+from scorelab.samplers import DDIM, Ancestral
 from scorelab.samplers.base import Counted
 
 LOG2 = math.log(2)
@@ -152,7 +153,9 @@ def test_whole_chains_weigh_what_the_closed_forms_average(variance):
     x0, levels = d.sample(1, generator(3)).expand(20_000, 2), sigmas.geometric(12, sigma_min=0.1, sigma_max=10.0)
     options = {"data_std": 1.0, "sampler": Ancestral(variance)}
     closed = variational_bound(d.score, x0, levels, generator=generator(1), **options).log_prob
-    chain = _Chain(Counted(d.score), x0, levels.tolist(), options["sampler"], generator(2), math.hypot(10.0, 1.0))
+    chain = _Chain(
+        Counted(d.score), x0, levels.tolist(), options["sampler"], Noise(generator(2)), math.hypot(10.0, 1.0)
+    )
     single = chain.log_weight - chain.decode(None, None, (-1, 1))
     error = math.hypot(float(closed.std()), float(single.std())) / math.sqrt(len(x0))
     assert float(closed.mean() - single.mean()) == pytest.approx(0.0, abs=4 * error)
@@ -172,15 +175,74 @@ def test_bits_of_values_in_bins():
     assert float(found.log_prob.mean()) < math.log(0.5) + 3 * float(found.log_prob.std()) / math.sqrt(1000)
 
 
-def test_bad_input_is_refused():
-    d, x = mixture(), randn(3, 2)
-    with pytest.raises(ValueError, match="draws = 0"):
-        variational_bound(d.score, x, [2.0, 1.0], draws=0)
-    with pytest.raises(ValueError, match="spacing = -1"):
-        variational_bound(d.score, x, [2.0, 1.0], spacing=-1.0)
-    with pytest.raises(ValueError, match="strictly descending"):
-        variational_bound(d.score, x, [1.0, 2.0])
-    with pytest.raises(ValueError, match="x0 is not finite at 3 of 3"):
-        variational_bound(d.score, x * math.nan, [2.0, 1.0])
-    with pytest.raises(TypeError, match="score_and_variance"):
-        variational_bound(d.score, x, [2.0, 1.0], Ancestral("learned"))
+def test_learned_variance_decodes_between_both():
+    """v = 1 is the forward variance, v = 0 the posterior variance of the step before, scaled to where x0 lives."""
+    d, levels = mixture(), sigmas.geometric(9, sigma_min=0.1, sigma_max=10.0).tolist()
+    x0 = d.sample(50, generator(3))
+
+    class Learned:
+        def __init__(self, v: float) -> None:
+            self.v = v
+
+        def __call__(self, x, sigma):
+            return d.score(x, sigma)
+
+        def score_and_variance(self, x, sigma):
+            return d.score(x, sigma), torch.full_like(x, self.v)
+
+    def bound(score, variance, **options):
+        return variational_bound(score, x0, levels, Ancestral(variance), generator=generator(1), **options).log_prob
+
+    torch.testing.assert_close(bound(Learned(1.0), "learned"), bound(d.score, "forward"))
+    a, b = levels[-2], levels[-1]
+    # beta tilde of the second step: alpha_1^2 times the unscaled variance
+    std = math.sqrt(b**2 * (1 - b**2 / a**2) / (1 + b**2))
+    torch.testing.assert_close(bound(Learned(0.0), "learned"), bound(d.score, "posterior", decoder_std=std))
+
+
+def test_divergences_of_very_unequal_gaussians_in_single_precision():
+    for ratio in (1e-6, 1e-3, 0.999, 1.0, 1e3):
+        exact = math.expm1(2 * math.log(ratio)) / 2 - math.log(ratio) + 0.5 * (0.3 / 2.0) ** 2
+        difference = torch.tensor(0.3)
+        for std in (2.0 * ratio, torch.tensor(2.0 * ratio)):
+            assert float(gaussian_kl(difference, std, 2.0)) == pytest.approx(exact, rel=2e-6)
+
+
+def test_no_rows():
+    assert variational_bound(mixture().score, torch.zeros(0, 2, dtype=F64), [2.0, 1.0]).log_prob.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"draws": 0}, ValueError, "draws is 0"),
+        ({"draws": 2.5}, ValueError, "draws is 2.5"),
+        ({"spacing": -1.0}, ValueError, "spacing is -1"),
+        ({"decoder_std": 0.0}, ValueError, "decoder_std is 0"),
+        ({"data_std": math.nan}, ValueError, "data_std is nan"),
+        ({"sigmas": [1.0, 2.0]}, ValueError, "strictly descending"),
+        ({"x0": torch.full((3, 2), math.nan)}, ValueError, "x0 is not finite at 3 of 3"),
+        ({"x0": torch.zeros(3, 2).half()}, TypeError, "off by nats"),
+        ({"x0": torch.full((3, 2), 200.0), "spacing": 1.0}, ValueError, r"x0 spans \[200, 200\] but .* \[-1, 1\]"),
+        ({"spacing": 1.0, "data_range": (1.0, -1.0)}, ValueError, "expected .low, high."),
+        ({"sampler": Ancestral("learned")}, TypeError, "score_and_variance"),
+        ({"sampler": DDIM()}, TypeError, "expected scorelab.samplers.Ancestral"),
+        ({"generator": 3}, TypeError, "generator is int"),
+        ({"score": lambda x, s: x * math.nan}, ValueError, "the bound is not finite at 3 of 3"),
+    ],
+)
+def test_bad_input_is_refused(options, error, message):
+    given = {"score": mixture().score, "x0": torch.zeros(3, 2, dtype=F64), "sigmas": [2.0, 1.0], **options}
+    with pytest.raises(error, match=message):
+        variational_bound(**given)
+
+
+def test_levels_that_the_score_does_not_know_are_refused():
+    class Known:
+        sigma_range = (0.5, 2.0)
+
+        def __call__(self, x, sigma):
+            return -x
+
+    with pytest.raises(ValueError, match="sigma_range"):
+        variational_bound(Known(), torch.zeros(3, 2), [5.0, 1.0])

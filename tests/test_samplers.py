@@ -325,6 +325,7 @@ PREDICTORS = {
     "ancestral": Ancestral(),
     "reverse sde": ReverseSDE(VE(0.001, 100)),
     "reverse diffusion": ReverseDiffusion(VE(0.001, 100)),
+    "unipc": UniPC(2),
     "ode": ProbabilityFlow(1e-4, 1e-4),
 }
 CORRECTORS = {"none": None, "langevin": LangevinCorrector(0.1), "annealed": AnnealedCorrector(0.1, steps=2)}

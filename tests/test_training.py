@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 import signal
 import subprocess
@@ -158,6 +159,88 @@ def test_non_finite_losses_stop_before_any_weight_changes():
     with pytest.raises(NonFiniteError, match=r"step 2: the loss is not finite at sigma = "):
         trainer.advance()
     assert all(torch.equal(v, kept[k]) for k, v in trainer.model.state_dict().items())
+
+
+def test_non_finite_steps_are_left_out_up_to_a_limit():
+    """Weights stay what they were, the next step is the one after; past the limit it is an error."""
+    config = small(training__skip_nonfinite=2)
+    trainer = Trainer(build(config), config)
+    trainer.advance()
+    before = [p.detach().clone() for p in trainer.parameters]
+    objective, losses_of = trainer.experiment.objective, type(trainer.experiment.objective).losses
+
+    def broken(score, noised):
+        found = losses_of(objective, score, noised)
+        return found._replace(loss=found.loss + torch.tensor([math.nan, *[0.0] * (len(found.loss) - 1)]))
+
+    object.__setattr__(objective, "losses", broken)
+    for step in (1, 2):
+        with pytest.warns(RuntimeWarning, match=rf"step {step} is skipped: the loss is not finite at sigma = .*\(1 of"):
+            assert trainer.advance() is None
+    with pytest.raises(NonFiniteError, match="step 3: .* 2 steps were skipped before"):
+        trainer.advance()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    object.__delattr__(objective, "losses")
+    assert trainer.advance().step == 4
+
+
+def test_accumulation_changes_nothing_but_rounding():
+    options = {"training__batch_size": 24, "model__dropout": 0.0}
+    whole, parts = small(**options), small(training__accumulate=4, **options)
+    a, b = Trainer(build(whole), whole), Trainer(build(parts), parts)
+    for _ in range(3):
+        x, y = a.advance(), b.advance()
+        assert y.loss == pytest.approx(x.loss, rel=1e-5)
+        assert y.gradient_norm == pytest.approx(x.gradient_norm, rel=1e-4)
+    with pytest.raises(ValueError, match="accumulate is 5 for a batch_size of 24; expected a divisor"):
+        build(small(training__accumulate=5, **options))
+
+
+def test_old_checkpoints_are_removed(tmp_path):
+    options = {"training__checkpoint_every": 1, "training__keep_last": 2, "training__keep_every": 3}
+    folder = tmp_path / "checkpoints"
+    train(small(8, **options), tmp_path, progress=False)
+    assert sorted(p.name[-2:] for p in folder.iterdir()) == ["03", "06", "07", "08"]
+    # what a killed process left behind is swept away
+    shutil.copytree(folder / "step_00000006", folder / ".removing_step_00000006")
+    train(small(9, **options), tmp_path, progress=False)
+    assert sorted(p.name[-2:] for p in folder.iterdir()) == ["03", "06", "08", "09"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
+    command = [sys.executable, "-m", "scorelab.cli", "train", "--config", "configs/digits/ncsn.py"]
+    command += ["--config.training.steps=100000", "--config.training.log_every=1", "--workdir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    step = checkpoint.verify(checkpoint.latest(tmp_path / "run" / "checkpoints"))
+    assert step >= 3
+    assert f"stopped and saved at step {step}; the same command goes on from there" in said
+    assert "Traceback" not in said
+
+
+def test_a_full_disk_costs_no_checkpoint(tmp_path):
+    """A limit on the size of files stands for a disk that fills up while a checkpoint is written."""
+    train(small(2), tmp_path, progress=False)
+    folder = tmp_path / "checkpoints"
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, kept[1]))
+        with pytest.raises(OSError, match="checkpoint of step 4 could not be written .*; earlier ones are kept"):
+            train(small(4), tmp_path, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    train(small(4), tmp_path, progress=False)
+    assert checkpoint.verify(folder / "step_00000004") == 4
 
 
 def test_no_checkpoint_holds_a_non_finite_weight(tmp_path):

@@ -6,6 +6,7 @@ Bad input ends with one line on standard error and exit code 2.
 from __future__ import annotations
 
 import ast
+import signal
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -42,9 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         if arguments[0] not in commands:
             raise ValueError(f"unknown command {arguments[0]!r}; {nearest_name(arguments[0], commands)}")
         commands[arguments[0]](arguments)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        said = str(stop) or "interrupted: the same command goes on from the last checkpoint"
+        print(f"scorelab: {said}", file=sys.stderr)
+        return 128 + int(getattr(stop, "signal", signal.SIGINT))
     except (ValueError, TypeError, KeyError, AttributeError, OSError, flags.Error) as error:
         if isinstance(error, (TypeError, KeyError, AttributeError)) and not _is_input_error(error):
             raise

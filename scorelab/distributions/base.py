@@ -71,7 +71,7 @@ class Distribution(ABC):
 
     def _enter(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
         check_batch(x, shape=self.data_shape)
-        flat = x.reshape(len(x), -1)
+        flat = x.flatten(1)
         level = broadcast(sigma, flat).to(x)
         if not isinstance(sigma, Tensor) and not 0 <= sigma < float("inf"):
             raise ValueError(f"sigma is {sigma:g}; expected a finite noise level >= 0")

@@ -4,8 +4,8 @@
     score = sum_k r_k (m_k - x) / v_k,           r = softmax_k [log w_k - n/2 log v_k - ||x - m_k||^2 / (2 v_k)]
 
 Squared distances are differences squared where that is affordable. For many centres of high dimension they come from
-one matrix product. Where the product's rounding, divided by a small v, would be felt, those of the nearest centres
-are then recomputed by differences.
+one matrix product and those of the nearest centres are then recomputed by differences: near a centre the product's
+rounding, divided by a small v, would be felt.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ __all__ = ["Empirical", "GaussianMixture"]
 
 _REFINED = 16
 _VANISHED = 70.0
-_FELT = 1e-8
-"""The largest rounding error of a log responsibility that is left as it is."""
 
 
 class GaussianMixture(Distribution):
@@ -71,19 +69,13 @@ class GaussianMixture(Distribution):
         noise = randn((n, self.means.shape[1]), self.means, generator)
         return (self.means[pick] + std * noise).reshape(n, *self.data_shape)
 
-    def _squared_distances(self, x: Tensor, var: Tensor) -> Tensor:
+    def _squared_distances(self, x: Tensor) -> Tensor:
         means = self.means.to(x)
         if self._is_direct:
             return (x.unsqueeze(1) - means).square().sum(-1)
         centre = means.mean(0)
         y, m = x - centre, means - centre
-        m2, y2 = m.square().sum(1), y.square().sum(1, keepdim=True)
-        d2 = torch.addmm(m2, y, m.T, alpha=-2) + y2
-        # on other devices the look would be a synchronisation
-        if x.device.type == "cpu" and len(x):
-            rounding = torch.finfo(x.dtype).eps * (m2.max() + y2.detach().max()) / var.min()
-            if float(rounding) < _FELT:
-                return d2
+        d2 = torch.addmm(m.square().sum(1), y, m.T, alpha=-2) + y.square().sum(1, keepdim=True)
         near = d2.detach().topk(min(_REFINED, len(means)), largest=False).indices
         exact = (x.unsqueeze(1) - means[near]).square().sum(-1)
         return d2.scatter(1, near, exact)
@@ -93,7 +85,7 @@ class GaussianMixture(Distribution):
         if self._is_pointed and not bool((sigma > 0).all()):
             raise ValueError("a mixture of std 0 (a data set) has no density at sigma = 0; expected sigma > 0")
         var = self.std.to(x) ** 2 + sigma**2
-        d2 = self._squared_distances(x, var)
+        d2 = self._squared_distances(x)
         logits = self.weights.to(x).log() - d2 / (2 * var)
         if self.std.ndim:
             logits = logits - 0.5 * x.shape[1] * torch.log(var)

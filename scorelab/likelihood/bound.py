@@ -26,9 +26,9 @@ from itertools import pairwise
 
 import torch
 
-from scorelab.checks import check_batch, check_finite, check_sigmas, level
-from scorelab.likelihood.ode import normal_log_prob
-from scorelab.noise import fresh_generator, randn
+from scorelab.checks import check_finite, check_known, check_range, check_sigmas, level
+from scorelab.likelihood.ode import check_density_batch, normal_log_prob
+from scorelab.noise import Noise, PerSampleNoise
 from scorelab.samplers.base import Counted
 from scorelab.samplers.stochastic import Ancestral
 from scorelab.typing import ScoreFn, Tensor
@@ -48,6 +48,9 @@ class VariationalBound:
     nfe: int
 
 
+_REMEDY = "check the score function, or take levels that fall less at once"
+
+
 def _sum(x: Tensor) -> Tensor:
     total: Tensor = x.flatten(1).sum(1)
     return total
@@ -59,14 +62,21 @@ def _tensor(value: Tensor | float, like: Tensor) -> Tensor:
 
 def gaussian_kl(difference: Tensor, std: Tensor | float, other: Tensor | float) -> Tensor:
     """KL(N(m, std^2) || N(m + difference, other^2)) in nats for every number."""
-    ratio = _tensor(std / other, difference)
-    # r - 1 - log r of the ratio of variances, without cancellation near 1
-    excess = (ratio - 1) * (ratio + 1)
-    return 0.5 * (excess - torch.log1p(excess) + (difference / other).square())
+    ratio = std / other
+    # r - 1 - log r of the ratio of variances, by u = log r: right for ratios of any size
+    if isinstance(ratio, Tensor):
+        u = 2 * ratio.log()
+        excess: Tensor | float = torch.expm1(u) - u
+    else:
+        excess = math.expm1(2 * math.log(ratio)) - 2 * math.log(ratio)
+    return 0.5 * (excess + (difference / other).square())
 
 
 def log_bin_mass(gap: Tensor, std: Tensor | float, spacing: float, below: Tensor, above: Tensor) -> Tensor:
-    """log of the mass of N(0, std^2) within half a ``spacing`` of ``gap``; of all below or above it where so marked."""
+    """log of the mass of N(0, std^2) within half a ``spacing`` of ``gap``; of all below or above it where so marked.
+
+    In single precision a digit is lost for every factor of ten by which std exceeds the spacing.
+    """
     upper = torch.where(above, math.inf, (gap + 0.5 * spacing) / std)
     lower = torch.where(below, -math.inf, (gap - 0.5 * spacing) / std)
     # mirrored to the left tail, where logarithms of the distribution function keep their digits
@@ -77,12 +87,30 @@ def log_bin_mass(gap: Tensor, std: Tensor | float, spacing: float, below: Tensor
     return mass
 
 
-def _check(x0: Tensor, sigmas: Tensor | Iterable[float], draws: int, spacing: float | None) -> list[float]:
-    check_batch(x0, "x0")
-    check_finite(x0, "x0")
+def _check(
+    score: ScoreFn,
+    x0: Tensor,
+    sigmas: Tensor | Iterable[float],
+    sampler: Ancestral,
+    draws: int,
+    numbers: dict[str, float | None],
+    data_range: tuple[float, float],
+) -> list[float]:
+    """The positive levels; errors for everything that can't be used."""
+    check_density_batch(x0, "x0")
+    if not isinstance(sampler, Ancestral):
+        raise TypeError(f"sampler is {sampler!r}; expected scorelab.samplers.Ancestral(), whose chain has a density")
+    if not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"draws is {draws!r}; expected a whole number >= 1")
+    for name, value in numbers.items():
+        if value is not None and not (0 < value < math.inf or (name == "data_std" and value == 0)):
+            raise ValueError(f"{name} is {value:g}; expected a positive number")
+    if numbers["spacing"] is not None:
+        if not data_range[0] < data_range[1]:
+            raise ValueError(f"data_range is {data_range}; expected (low, high) of the values x0 may take")
+        check_range(x0, data_range, "x0")
     levels = [s for s in check_sigmas(sigmas) if s > 0]
-    if draws < 1 or (spacing is not None and not 0 < spacing < math.inf):
-        raise ValueError(f"draws = {draws}, spacing = {spacing}; expected draws >= 1 and a positive spacing, or None")
+    check_known(score, levels[-1], levels[0])
     return levels
 
 
@@ -97,31 +125,36 @@ def variational_bound(
     data_range: tuple[float, float] = (-1.0, 1.0),
     decoder_std: float | None = None,
     draws: int = 1,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | PerSampleNoise | None = None,
 ) -> VariationalBound:
     """A lower bound on log p(x0) in nats, for clean data x0 (B, *D), of what ``Ancestral`` generates over ``sigmas``.
 
     data_std: the chain starts from N(0, (sigma_T^2 + data_std^2) I); 1 is N(0, I) of DDPM's scaled coordinates.
     spacing: None for the log-density of continuous x0; else x0 lies on values that far apart in ``data_range`` and the
     decoder gives the mass of bins, open at both ends (2/255 for k/127.5 - 1). decoder_std: of the last step, by default
-    from the sampler's forward variance (learned: between that and the posterior variance of the step before). draws: K;
-    1 averages closed forms of the divergences over one chain, more weigh whole chains and tighten the bound.
+    from the sampler's forward variance; guided-diffusion takes the posterior variance of the step before, and learned
+    variance, here too, lies between both. draws: K; 1 averages closed forms of the divergences over one chain, more
+    weigh whole chains and tighten the bound.
 
     bits/dim are ``-log_prob / (D log 2)``. Raises ValueError for shapes, levels or counts that don't fit.
     """
-    levels = _check(x0, sigmas, draws, spacing)
-    counted, generator = Counted(score), fresh_generator() if generator is None else generator
+    numbers = {"spacing": spacing, "data_std": data_std, "decoder_std": decoder_std}
+    levels = _check(score, x0, sigmas, sampler, draws, numbers, data_range)
+    counted, noise = Counted(score), Noise(generator)
     weights = []
     with torch.no_grad():
         for _ in range(draws):
-            chain = _Chain(counted, x0, levels, sampler, generator, math.hypot(levels[0], data_std))
+            chain = _Chain(counted, x0, levels, sampler, noise, math.hypot(levels[0], data_std))
             decoder = chain.decode(decoder_std, spacing, data_range)
             if draws == 1:
                 steps = torch.stack(chain.divergences) if chain.divergences else x0.new_zeros(0, len(x0))
                 prior = _sum(gaussian_kl(x0, levels[0], chain.prior_std))
-                return VariationalBound(-(prior + steps.sum(0) + decoder), prior, steps, decoder, counted.nfe)
+                bound = -(prior + steps.sum(0) + decoder)
+                check_finite(bound, "the bound", _REMEDY)
+                return VariationalBound(bound, prior, steps, decoder, counted.nfe)
             weights.append(chain.log_weight - decoder)
         log_prob = torch.logsumexp(torch.stack(weights), 0) - math.log(draws)
+    check_finite(log_prob, "the bound", _REMEDY)
     return VariationalBound(log_prob, None, None, None, counted.nfe)
 
 
@@ -134,11 +167,11 @@ class _Chain:
         x0: Tensor,
         levels: list[float],
         sampler: Ancestral,
-        generator: torch.Generator,
+        noise: Noise,
         prior_std: float,
     ) -> None:
         self.score, self.x0, self.levels, self.sampler, self.prior_std = score, x0, levels, sampler, prior_std
-        z = randn(tuple(x0.shape), x0, generator)
+        z = noise(x0)
         x = x0 + levels[0] * z
         self.log_weight = normal_log_prob(x, prior_std) - normal_log_prob(levels[0] * z, levels[0])
         self.divergences = []
@@ -146,7 +179,7 @@ class _Chain:
             mean, std = sampler.transition(score, x, a, b)
             true_mean, true_std = x0 + (b / a) ** 2 * (x - x0), math.sqrt(sampler.variances(a, b)[0])
             self.divergences.append(_sum(gaussian_kl(true_mean - mean, true_std, std)))
-            z = randn(tuple(x0.shape), x0, generator)
+            z = noise(x0)
             x = true_mean + true_std * z
             self.log_weight = self.log_weight + _sum(
                 0.5 * z**2 - 0.5 * ((x - mean) / std) ** 2 - _tensor(std / true_std, x).log()

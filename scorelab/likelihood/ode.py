@@ -104,13 +104,18 @@ def _draw(divergence: str, probes: int, kind: str, x: Tensor, generator: torch.G
     }
 
 
-def _check(x: Tensor, sigma_min: float, sigma_max: float) -> None:
-    check_batch(x)
+def check_density_batch(x: Tensor, what: str = "x") -> None:
+    """Refuse what has no density worth the name: no batch, half precision, NaN."""
+    check_batch(x, what)
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"x has dtype {x.dtype}; expected float32 or float64: a density in half precision is off by nats"
+            f"{what} has dtype {x.dtype}; expected float32 or float64: a density in half precision is off by nats"
         )
-    check_finite(x, "x")
+    check_finite(x, what)
+
+
+def _check(x: Tensor, sigma_min: float, sigma_max: float) -> None:
+    check_density_batch(x)
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"sigma_min = {sigma_min:g}, sigma_max = {sigma_max:g}; expected 0 < sigma_min < sigma_max")
 

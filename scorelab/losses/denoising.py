@@ -75,6 +75,18 @@ class Losses(NamedTuple):
     sigma: Tensor
 
 
+class Noised(NamedTuple):
+    """Targets (B, *D), noise levels (B,) and noise (B, *D): the network sees clean + sigma noise."""
+
+    clean: Tensor
+    sigma: Tensor
+    noise: Tensor
+
+    def rows(self, rows: slice) -> Noised:
+        """Some of the samples."""
+        return Noised(self.clean[rows], self.sigma[rows], self.noise[rows])
+
+
 @dataclass(frozen=True)
 class Denoising:
     """Denoising score matching over a distribution of noise levels: ``objective(score, x0, generator)``.
@@ -99,6 +111,14 @@ class Denoising:
 
     def __call__(self, score: ScoreFn, x0: Tensor, generator: torch.Generator, batch_size: int | None = None) -> Losses:
         """Losses (batch_size,) of a batch x0 (count(batch_size), *D); batch_size is by default all of it."""
+        return self.losses(score, self.noised(x0, generator, batch_size))
+
+    def losses(self, score: ScoreFn, noised: Noised) -> Losses:
+        """Losses of what ``noised`` drew, or of some of its rows."""
+        return Losses(denoising_loss(score, noised.clean, noised.sigma, noised.noise, self.weight), noised.sigma)
+
+    def noised(self, x0: Tensor, generator: torch.Generator, batch_size: int | None = None) -> Noised:
+        """Levels, noise and targets of a batch: everything that is random in its loss."""
         count = len(x0) if batch_size is None else batch_size
         place = torch.arange(count, device=generator.device)
         jitter = torch.rand(count, generator=generator, dtype=x0.dtype, device=generator.device)
@@ -110,7 +130,7 @@ class Denoising:
             # the loss rebuilds x from both: x0 + sigma noise is unchanged
             clean = posterior_mean(x, sigma, x0)
             noise = (x - clean) / level
-        return Losses(denoising_loss(score, clean, sigma, noise, self.weight), sigma)
+        return Noised(clean, sigma, noise)
 
 
 def posterior_mean(x: Tensor, sigma: Tensor, x0: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scorelab.checks import check_batch, check_finite, check_output, check_sigmas, level, rows
+from scorelab.checks import check_batch, check_finite, check_known, check_output, check_sigmas, level, rows
 from scorelab.noise import Noise, PerSampleNoise
 from scorelab.predictions import denoise_from_score
 from scorelab.typing import ScoreFn, Shape, Tensor
@@ -223,13 +223,7 @@ def drive(
     grid = _grid(sigmas, sampler)
     if sampler.every_level and grid[-1] > 0:
         grid.append(0.0)
-    low, high = getattr(score, "sigma_range", (0.0, float("inf")))
-    used = [s for s in grid if s > 0]
-    if used[0] > high * (1 + 1e-4) or used[-1] < low * (1 - 1e-4):
-        raise ValueError(
-            f"sigmas span [{used[-1]:g}, {used[0]:g}] but this score knows [{low:g}, {high:g}] (its sigma_range): "
-            "choose levels inside"
-        )
+    check_known(score, min(s for s in grid if s > 0), grid[0])
     noise = Noise(generator, reuse=not differentiable)
     if device is None and not isinstance(x, Tensor):
         device = getattr(score, "device", None)

@@ -2,11 +2,12 @@
 
 from scorelab.training.config import Experiment, build, build_sampling, default_config, load_data
 from scorelab.training.ema import EMA
-from scorelab.training.engine import NonFiniteError, Trainer, train
+from scorelab.training.engine import Interrupted, NonFiniteError, Trainer, train
 
 __all__ = [
     "EMA",
     "Experiment",
+    "Interrupted",
     "NonFiniteError",
     "Trainer",
     "build",

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from scorelab.models import ScoreModel
 from scorelab.typing import Tensor
 
-__all__ = ["latest", "read", "verify", "write"]
+__all__ = ["latest", "prune", "read", "sweep", "verify", "write"]
 
 
 def _digest(path: Path) -> str:
@@ -48,8 +49,25 @@ def write(folder: Path, step: int, model: ScoreModel, ema: dict[str, Tensor], tr
             )
     place = folder / f"step_{step:08d}"
     aside = folder / f".writing_{place.name}"
-    if aside.exists():
-        shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _fill(aside, step, model, ema, training)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # a full disk gets its space back
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(
+            f"the checkpoint of step {step} could not be written ({error}); earlier ones are kept: make room, then the "
+            "same command goes on from the last"
+        ) from error
+    if place.exists():
+        shutil.rmtree(place)
+    aside.rename(place)
+    _sync(folder)
+    return place
+
+
+def _fill(aside: Path, step: int, model: ScoreModel, ema: dict[str, Tensor], training: dict[str, Any]) -> None:
+    """All files of a checkpoint, synced."""
     model.save(aside)
     save_file({k: v.contiguous().cpu() for k, v in ema.items()}, aside / "ema.safetensors")
     torch.save(training, aside / "training.pt")
@@ -58,11 +76,22 @@ def write(folder: Path, step: int, model: ScoreModel, ema: dict[str, Tensor], tr
     (aside / "manifest.json").write_text(json.dumps({"step": step, "files": manifest}, indent=1) + "\n")
     for path in [*files, aside / "manifest.json", aside]:
         _sync(path)
-    if place.exists():
-        shutil.rmtree(place)
-    aside.rename(place)
-    _sync(folder)
-    return place
+
+
+def sweep(folder: Path) -> None:
+    """Remove what was being written or removed when a run was killed."""
+    for left in [*folder.glob(".writing_*"), *folder.glob(".removing_*")]:
+        shutil.rmtree(left)
+
+
+def prune(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Remove all but the last ``keep_last`` checkpoints (0: keep all) and those of multiples of ``keep_every``."""
+    places = sorted(p for p in folder.glob("step_*") if p.is_dir())
+    for place in places[:-keep_last] if keep_last else []:
+        if not keep_every or int(place.name[5:]) % keep_every:
+            # what is half removed must not look like a checkpoint
+            removed = place.rename(folder / f".removing_{place.name}")
+            shutil.rmtree(removed)
 
 
 def latest(folder: Path) -> Path | None:

@@ -82,7 +82,11 @@ def default_config() -> ConfigDict:
                 "sigmas": "process",
                 "weighting": "sigma2",  # sigma2 | snr | x0 | edm | min_snr | likelihood
                 "stable_target": 0,  # size of the reference batch, 0: the plain denoising target
+                "accumulate": 1,  # parts a batch is worked through in, for memory
+                "skip_nonfinite": 0,  # how many steps with a loss or gradient that is not finite are left out
                 "checkpoint_every": 500,
+                "keep_last": 3,  # checkpoints, 0: all
+                "keep_every": 0,  # and those of multiples of this step, 0: none besides
                 "log_every": 50,
             },
             "sampling": {
@@ -156,9 +160,16 @@ def build(config: ConfigDict) -> Experiment:
     Raises ValueError for a value that is not known or does not fit, naming the key.
     """
     m, t = config.model, config.training
-    for key in ("steps", "batch_size", "checkpoint_every", "log_every"):
+    for key in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
         if t[key] < 1:
             raise ValueError(f"training.{key} is {t[key]}; expected at least 1")
+    for key in ("skip_nonfinite", "keep_last", "keep_every"):
+        if t[key] < 0:
+            raise ValueError(f"training.{key} is {t[key]}; expected 0 or more")
+    if t.batch_size % t.accumulate:
+        raise ValueError(
+            f"training.accumulate is {t.accumulate} for a batch_size of {t.batch_size}; expected a divisor of it"
+        )
     data = load_data(config)
     sigma_data = sigma_data_of(data.reference())
     process = build_process(config)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import signal
+import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ from typing import Any
 
 import torch
 from ml_collections import ConfigDict
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from scorelab.checks import check_range
@@ -28,11 +31,41 @@ from scorelab.training import checkpoint
 from scorelab.training.config import Experiment, build
 from scorelab.training.ema import EMA
 
-__all__ = ["NonFiniteError", "Trainer", "claim", "train"]
+__all__ = ["Interrupted", "NonFiniteError", "Trainer", "claim", "train"]
 
 
 class NonFiniteError(ValueError):
     """The loss or a gradient is not finite."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by ``signal`` and saved at ``step``."""
+
+    def __init__(self, signal: int, step: int) -> None:
+        super().__init__(f"stopped and saved at step {step}; the same command goes on from there")
+        self.signal, self.step = signal, step
+
+
+class _Signals:
+    """While it is entered, the first SIGINT or SIGTERM is only noted (``caught``), and the second acts as ever."""
+
+    def __init__(self) -> None:
+        self.caught = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        # handlers can be set in the main thread only
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.caught = number
+        self.__exit__()
 
 
 @dataclass(frozen=True)
@@ -62,7 +95,7 @@ class Trainer:
         self.optimiser = torch.optim.Adam(parameters, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
         self.parameters = parameters
         self.ema = EMA(parameters, o.ema)
-        self.step = 0
+        self.step = self.skipped = 0
         self._random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
 
     def _lr(self) -> float:
@@ -76,7 +109,10 @@ class Trainer:
         return torch.random.fork_rng() if self._random else nullcontext()
 
     def advance(self, measure: bool = True) -> Metrics | None:
-        """One step; raises NonFiniteError, before any weight is changed, naming the step and the noise level."""
+        """One step; None where nothing was measured, or the step skipped.
+
+        Raises NonFiniteError, before any weight is changed, naming the step and the noise levels.
+        """
         c, objective = self.config, self.experiment.objective
         size = c.training.batch_size
         x0 = self.experiment.data.batch(c.seed, self.step, objective.count(size)).to(self.model.device)
@@ -86,30 +122,44 @@ class Trainer:
         with self._seeded():
             if self._random:
                 torch.manual_seed(counter_generator(c.seed, self.step, 5).initial_seed())
-            losses, sigma = objective(self.model, x0, counter_generator(c.seed, self.step, 4), size)
-        loss = losses.mean()
-        self.optimiser.zero_grad()
-        torch.autograd.backward(loss)
+            noised = objective.noised(x0, counter_generator(c.seed, self.step, 4), size)
+            self.optimiser.zero_grad()
+            parts, part = [], size // c.training.accumulate
+            for first in range(0, size, part):
+                found = objective.losses(self.model, noised.rows(slice(first, first + part))).loss
+                torch.autograd.backward(found.sum() / size)
+                parts.append(found.detach())
+        losses, sigma = torch.cat(parts), noised.sigma
         limit = c.optim.clip if c.optim.clip > 0 else math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        # a loss that is not finite makes this sum so, too: one look at the device for both
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit) + 0 * losses.sum())
         if not math.isfinite(norm):
-            broken = ~torch.isfinite(losses)
-            where = (
-                f"the loss is not finite at sigma = {float(sigma[broken][0]):.4g}"
-                if broken.any()
-                else "a gradient is not finite"
-            )
-            raise NonFiniteError(
-                f"step {self.step}: {where}; nothing was changed or written after the last checkpoint: lower optim.lr "
-                f"(now {lr:g}) or check the data"
-            )
+            self._skip(losses, sigma, lr)
+            return None
         self.optimiser.step()
         self.ema.update()
         self.step += 1
         if not measure:
             return None
-        low, middle, high = (float(p.mean()) for p in losses.detach()[sigma.argsort()].tensor_split(3))
-        return Metrics(self.step, float(loss.detach()), low, middle, high, norm, lr, self.ema.initial_share)
+        low, middle, high = (float(p.mean()) for p in losses[sigma.argsort()].tensor_split(3))
+        return Metrics(self.step, float(losses.mean()), low, middle, high, norm, lr, self.ema.initial_share)
+
+    def _skip(self, losses: Tensor, sigma: Tensor, lr: float) -> None:
+        """Leave this step out, or raise NonFiniteError if that was done too often."""
+        broken = ~torch.isfinite(losses)
+        where = "a gradient is not finite"
+        if broken.any():
+            levels = sigma[broken]
+            span = f"{float(levels.min()):.4g} to {float(levels.max()):.4g}"
+            where = f"the loss is not finite at sigma = {span} ({len(levels)} of {len(losses)} samples)"
+        if self.skipped >= self.config.training.skip_nonfinite:
+            raise NonFiniteError(
+                f"step {self.step}: {where}; nothing was changed or written after the last checkpoint: lower optim.lr "
+                f"(now {lr:g}) or check the data" + (f"; {self.skipped} steps were skipped before" * (self.skipped > 0))
+            )
+        warnings.warn(f"step {self.step} is skipped: {where}", RuntimeWarning, stacklevel=3)
+        self.skipped += 1
+        self.step += 1
 
     def averaged(self) -> ScoreModel:
         """A copy of the model with the averaged weights, in evaluation mode; the trained one is not touched."""
@@ -121,6 +171,7 @@ class Trainer:
         """Write a checkpoint of this step into ``folder``."""
         training = {
             "step": self.step,
+            "skipped": self.skipped,
             "optimiser": self.optimiser.state_dict(),
             "ema_count": self.ema.count,
             "ema_initial_share": self.ema.initial_share,
@@ -135,7 +186,7 @@ class Trainer:
         for parameter, average in zip(self.ema.parameters, self.ema.average, strict=True):
             average.copy_(averages[names[id(parameter)]])
         self.optimiser.load_state_dict(training["optimiser"])
-        self.step, self.ema.count = training["step"], training["ema_count"]
+        self.step, self.skipped, self.ema.count = training["step"], training["skipped"], training["ema_count"]
         self.ema.initial_share = training["ema_initial_share"]
 
 
@@ -171,7 +222,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
             recorded = json.loads(settings.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{settings} is damaged ({error}); repair it or choose another --workdir") from error
-        free = ["sampling.", "training.checkpoint_every", "training.log_every"]
+        free = ["sampling.", "training.checkpoint_every", "training.log_every", "training.keep_"]
         if config.optim.schedule == "constant":
             free.append("training.steps")
         changed = [d for d in _differences(recorded, _plain(config)) if not d.startswith(tuple(free))]
@@ -205,7 +256,8 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
     """Train an experiment to ``training.steps`` in a run directory, resuming from its last checkpoint if it has one.
 
     Returns the model with averaged weights. Writes config.json, metrics.jsonl and checkpoints/. Raises ValueError for
-    bad settings, another experiment's directory or a damaged checkpoint, and NonFiniteError.
+    bad settings, another experiment's directory or a damaged checkpoint, NonFiniteError, and Interrupted once it has
+    saved where SIGINT or SIGTERM stopped it (a second signal stops at once).
     """
     workdir = Path(workdir)
     experiment = build(config)
@@ -215,6 +267,7 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
     claim(workdir, config)
     folder, log = workdir / "checkpoints", workdir / "metrics.jsonl"
     folder.mkdir(exist_ok=True)
+    checkpoint.sweep(folder)
     last = checkpoint.latest(folder)
     if last is not None:
         trainer.restore(last)
@@ -222,8 +275,8 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
     t = config.training
     began = time.perf_counter()
     bar = tqdm(total=t.steps, initial=trainer.step, desc="training", unit="step", disable=not progress)
-    with bar, log.open("a") as metrics:
-        while trainer.step < t.steps:
+    with bar, log.open("a") as metrics, _Signals() as signals:
+        while trainer.step < t.steps and not signals.caught:
             due = (trainer.step + 1) % t.log_every == 0 or trainer.step + 1 == t.steps
             row = trainer.advance(measure=due)
             bar.update()
@@ -231,6 +284,9 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
                 metrics.write(json.dumps({**row.__dict__, "seconds": time.perf_counter() - began}) + "\n")
                 metrics.flush()
                 bar.set_postfix(loss=f"{row.loss:.4f}", refresh=False)
-            if trainer.step % t.checkpoint_every == 0 or trainer.step == t.steps:
+            if trainer.step % t.checkpoint_every == 0 or trainer.step == t.steps or signals.caught:
                 trainer.save(folder)
+                checkpoint.prune(folder, t.keep_last, t.keep_every)
+        if signals.caught and trainer.step < t.steps:
+            raise Interrupted(signals.caught, trainer.step)
     return trainer.averaged()

@@ -1,6 +1,7 @@
 """Data as batches: images and arrays in files, scikit-learn's digits, and the 2-D targets."""
 
-from scorelab.data.files import FORMATS, Files, load, read_idx
+from scorelab.data.decoding import Files
+from scorelab.data.files import FORMATS, load, read_idx
 from scorelab.data.sources import Arrays, Drawn, Images, Source, digits
 
 __all__ = ["FORMATS", "Arrays", "Drawn", "Files", "Images", "Source", "digits", "load", "read_idx"]

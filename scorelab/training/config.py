@@ -20,7 +20,7 @@ from scorelab.nn import MLP, UNet
 from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
 from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP, cosine_betas, linear_betas
 from scorelab.samplers import DDIM, Ancestral, AnnealedLangevin, Euler, Heun, ProbabilityFlow, ReverseSDE, Sampler
-from scorelab.typing import Tensor
+from scorelab.typing import Shape, Tensor
 
 __all__ = ["Experiment", "build", "build_sampling", "default_config", "load_data", "sigma_data_of"]
 
@@ -154,12 +154,7 @@ def build_process(config: ConfigDict) -> Process:
     return DiscreteVP(linear_betas(c.steps) if name == "ddpm" else cosine_betas(c.steps))
 
 
-def build(config: ConfigDict) -> Experiment:
-    """All parts; weights are drawn from ``config.seed`` without touching global random state.
-
-    Raises ValueError for a value that is not known or does not fit, naming the key.
-    """
-    m, t = config.model, config.training
+def _check_training(t: ConfigDict) -> None:
     for key in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
         if t[key] < 1:
             raise ValueError(f"training.{key} is {t[key]}; expected at least 1")
@@ -170,33 +165,60 @@ def build(config: ConfigDict) -> Experiment:
         raise ValueError(
             f"training.accumulate is {t.accumulate} for a batch_size of {t.batch_size}; expected a divisor of it"
         )
-    data = load_data(config)
-    sigma_data = sigma_data_of(data.reference())
-    process = build_process(config)
+
+
+def _network(m: ConfigDict, data_shape: Shape, seed: int) -> torch.nn.Module:
+    """The network of ``config.model``, with weights drawn from ``seed``."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        if _choose(m.net, ("unet", "mlp"), "model.net") == "unet":
-            positional = m.label == "index"
-            net: torch.nn.Module = UNet(
-                data.data_shape,
-                width=m.width,
-                multipliers=tuple(m.multipliers),
-                blocks=m.blocks,
-                attention=tuple(m.attention),
-                head=m.head,
-                dropout=m.dropout,
-                embedding="positional" if positional else "fourier",
-            )
-        else:
-            net = MLP(data.data_shape, width=m.width, depth=m.depth, features=m.features)
+        torch.manual_seed(seed)
+        if _choose(m.net, ("unet", "mlp"), "model.net") == "mlp":
+            return MLP(data_shape, width=m.width, depth=m.depth, features=m.features)
+        return UNet(
+            data_shape,
+            width=m.width,
+            multipliers=tuple(m.multipliers),
+            blocks=m.blocks,
+            attention=tuple(m.attention),
+            head=m.head,
+            dropout=m.dropout,
+            embedding="positional" if m.label == "index" else "fourier",
+        )
+
+
+def _levels(kind: str, process: Process, sequence: Tensor, sigma_data: float) -> levels.SigmaDistribution:
+    """Which noise levels training visits, ``training.sigmas``."""
+    _choose(kind, ("process", "log_uniform", "tapered", "sequence"), "training.sigmas")
+    low, high = process.sigma_range
+    if kind == "sequence":
+        return levels.FromSigmas(sequence)
+    if kind == "log_uniform":
+        return levels.LogUniform(low, high)
+    if kind == "tapered":
+        return levels.Tapered(low, 2 * sigma_data, high)
+    return (
+        levels.FromSigmas(process.step_sigmas.flip(0))
+        if isinstance(process, DiscreteVP)
+        else levels.FromProcess(process)
+    )
+
+
+def build(config: ConfigDict) -> Experiment:
+    """All parts; weights are drawn from ``config.seed`` without touching global random state.
+
+    Raises ValueError for a value that is not known or does not fit, naming the key.
+    """
+    m, t = config.model, config.training
+    _check_training(t)
+    data = load_data(config)
+    sigma_data, process = sigma_data_of(data.reference()), build_process(config)
+    net = _network(m, data.data_shape, config.seed)
     prediction = (
         edm(sigma_data)
         if m.prediction == "edm"
         else _PREDICTIONS[_choose(m.prediction, (*_PREDICTIONS, "edm"), "model.prediction")]
     )
-    sequence = levels.geometric(
-        config.sampling.levels, sigma_min=process.sigma_range[0], sigma_max=process.sigma_range[1]
-    )
+    low, high = process.sigma_range
+    sequence = levels.geometric(config.sampling.levels, sigma_min=low, sigma_max=high)
     label: Any = _choose(m.label, ("log_sigma", "time", "index"), "model.label")
     scale: Any = _choose(m.input_scale, ("process", "unit_variance"), "model.input_scale")
     if isinstance(net, MLP):
@@ -213,18 +235,7 @@ def build(config: ConfigDict) -> Experiment:
         label=label,
         levels=None if isinstance(process, DiscreteVP) or label != "index" else sequence,
     )
-    kind = _choose(t.sigmas, ("process", "log_uniform", "tapered", "sequence"), "training.sigmas")
-    if kind == "sequence":
-        distribution: levels.SigmaDistribution = levels.FromSigmas(sequence)
-    elif kind == "log_uniform":
-        distribution = levels.LogUniform(*process.sigma_range)
-    elif kind == "tapered":
-        low, high = process.sigma_range
-        distribution = levels.Tapered(low, 2 * sigma_data, high)
-    elif isinstance(process, DiscreteVP):
-        distribution = levels.FromSigmas(process.step_sigmas.flip(0))
-    else:
-        distribution = levels.FromProcess(process)
+    distribution = _levels(t.sigmas, process, sequence, sigma_data)
     weight = weighting(t.weighting, sigma_data=sigma_data, sigmas=distribution)
     return Experiment(data, model, Denoising(distribution, weight, t.stable_target))
 

@@ -24,7 +24,7 @@ from scorelab.predictions import edm
 from scorelab.samplers import calibrate
 from scorelab.training import Trainer, build
 
-NFE, STARTS = 10, 64
+NFE, STARTS, TRIALS, ITERATIONS = 10, 64, 100, 60
 
 
 def load(path: Path) -> ModuleType:
@@ -63,7 +63,17 @@ def main() -> None:
         low, high = model.sigma_range
         x = high * PerSampleNoise(0)(torch.empty(STARTS, *model.data_shape))
         for method in ("least_squares", "gradient"):
-            found = calibrate(model, x, nfe=NFE, sigma_min=low, sigma_max=high, method=method, progress=True)
+            found = calibrate(
+                model,
+                x,
+                nfe=NFE,
+                sigma_min=low,
+                sigma_max=high,
+                method=method,
+                trials=TRIALS,
+                iterations=ITERATIONS,
+                progress=True,
+            )
             rows[f"{name}, {method}"] = found.report
             print(name, method, found.report, flush=True)
             (RESULTS / "calibration.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -33,10 +33,10 @@ ratios vary from run to run, errors don't."""
 SOLVERS = """## Error against NFE, deterministic solvers
 
 The measure is the root mean square over dimensions between a sample and the ODE's solution from the same start (400
-steps of RK4, then denoised), averaged over starts (4,096; 1,024 on digits). "Best uncalibrated" is the best of
-scorelab's solvers on 6 grids, "best peer" the best row of all installed libraries; ratios are to the best peer. The
-calibrated sampler is fitted to other starts (512; 960 on digits): by least squares, which only evaluates the score, and
-from there by descent.
+steps of RK4, then denoised), averaged over starts (4,096; 1,024 on digits and for the network). "Best uncalibrated" is
+the best of scorelab's solvers on 6 grids, "best peer" the best row of all installed libraries; ratios are to the best
+peer. The calibrated sampler is fitted to other starts (512; 960 on digits): by least squares, which only evaluates the
+score, and from there by descent.
 
 ![Error against NFE](../benchmarks/results/solvers.png)"""
 STOCHASTIC = """## Distance of distributions against NFE, stochastic samplers
@@ -51,9 +51,9 @@ Seconds of `sample` over seconds of as many bare calls of the score under `no_gr
 rounds that time both in turns."""
 CALIBRATION = """## Fitting a sampler to an image model
 
-10 evaluations, 64 starts, the defaults of `calibrate`. digits: the experiment `configs/digits/ncsn.py` after 700 steps.
-fashion_mnist: a U-Net of 28x28 images with random weights, for the cost alone. Errors are held out; the uncalibrated
-ones are exponential Adams-Bashforth's of order 3 on Karras's grid."""
+10 evaluations, 64 starts, 100 grids tried, 60 steps of descent. digits: the experiment `configs/digits/ncsn.py` after
+700 steps. fashion_mnist: a U-Net of 28x28 images with random weights, for the cost alone. Errors are held out; the
+uncalibrated ones are exponential Adams-Bashforth's of order 3 on Karras's grid."""
 LARGE = """## Large requests
 
 `sample(..., memory=...)` with noise per sample, 5 evaluations: points by an MLP, images of 8x8 by a U-Net. Peak: the

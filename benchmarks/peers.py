@@ -30,6 +30,7 @@ def submodule(package: str, name: str) -> ModuleType:
     assert spec.submodule_search_locations is not None
     shell = types.ModuleType(package)
     shell.__path__ = list(spec.submodule_search_locations)
+    shell.__spec__ = spec
     absent = {key: types.ModuleType(key) for key in ("torchvision", "torchvision.transforms")}
     absent["torchvision.transforms"].functional = None  # type: ignore[attr-defined]
     kept = {key: sys.modules.get(key) for key in absent}

@@ -204,6 +204,8 @@ def plot(results: dict[str, dict[str, dict[str, float]]]) -> None:
                 known, [found[str(n)] for n in known], "s--", label=f"scorelab, calibrated ({method.replace('_', ' ')})"
             )
         ax.set(title=name, xlabel="NFE", ylabel="RMS error against the exact ODE")
+        ax.set_xticks(NFE, [str(n) for n in NFE])
+        ax.minorticks_off()
         ax.legend(fontsize=7)
     made.savefig(RESULTS / "solvers.png")
 

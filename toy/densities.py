@@ -13,7 +13,7 @@ from toy.common import Gallery, Trained, parse
 
 GRID = 64
 POINTS = 4000
-TOLERANCE, PICTURE_TOLERANCE = 1e-4, 1e-3
+TOLERANCE, PICTURE_TOLERANCE = 1e-4, 3e-4
 
 
 def learnt_density(trained: Trained, extent: tuple[float, float, float, float], n: int = GRID) -> torch.Tensor:

@@ -161,4 +161,6 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
     """', did you mean ...?' with the closest known name, or the list of them."""
     known = sorted(names)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(known[:20])}" + (f", ... ({len(known)} in all)" if len(known) > 20 else "")

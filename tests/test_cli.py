@@ -49,6 +49,7 @@ def test_sample_writes_a_grid_single_images_and_arrays_in_the_data_range(run, tm
     assert values.min() >= 0
     assert 1 < values.max() <= 16
     assert main(["sample", f"--workdir={run}", "--n=3", f"--out={tmp_path / 'single'}"]) == 0
+    assert main(["sample", f"--workdir={run}", "--n=0"]) == 2
     with Image.open(tmp_path / "single" / "000002.png") as image:
         expected = np.round(values[2, 0] / 16 * 255)
         assert np.abs(np.asarray(image) - expected).max() <= 1

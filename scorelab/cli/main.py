@@ -150,7 +150,7 @@ def _values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def _sample(arguments: list[str]) -> None:
-    values = _run_flags({"n": 0}, {"out": None, "sampler": None})
+    values = _run_flags({"n": None}, {"out": None, "sampler": None})
     flags.DEFINE_bool("raw", False, "take the raw weights instead of the averaged ones", flag_values=values)
     _parse(arguments, values)
     workdir = _workdir(values)
@@ -158,8 +158,8 @@ def _sample(arguments: list[str]) -> None:
     from scorelab.cli.sampling import check_out, sample_run, write_samples
 
     n, seed, step = (int(values[name].value or 0) for name in ("n", "seed", "step"))
-    if n < 0:
-        raise ValueError(f"--n is {n}; expected a positive number of samples")
+    if n < 0 or values["n"].value == 0:
+        raise ValueError(f"--n is {n}; expected a positive number of samples, or none for the experiment's own")
     sampler = Path(values["sampler"].value) if values["sampler"].value else None
     if values["out"].value:
         check_out(Path(values["out"].value))
@@ -175,7 +175,7 @@ def _workdir(values: flags.FlagValues) -> Path:
     return Path(str(values["workdir"].value))
 
 
-def _run_flags(numbers: dict[str, int], texts: dict[str, str | None]) -> flags.FlagValues:
+def _run_flags(numbers: dict[str, int | None], texts: dict[str, str | None]) -> flags.FlagValues:
     """Flags of a command on a run: --workdir, --seed, --step, and its own."""
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     for name, default in {"seed": 0, "step": 0, **numbers}.items():

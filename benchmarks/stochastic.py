@@ -26,7 +26,7 @@ from scorelab.plotting import figure
 from scorelab.samplers import DDIM, Churn, Euler, ReverseSDE, Sampler, SDEDPMSolver, StochasticHeun
 
 NFE = (5, 10, 20, 40, 80)
-COUNTS, SEEDS = {"gmm2d": 4096, "digits": 1024}, 4
+COUNTS, SEEDS = {"gmm2d": 4096, "digits": 512}, 4
 Run = Callable[[torch.Tensor, int, int], torch.Tensor]
 # evaluations a step
 SAMPLERS: dict[str, tuple[Sampler, int]] = {
@@ -140,9 +140,11 @@ def plot(results: dict[str, dict[str, dict[str, float]]]) -> None:
 
 
 def main() -> None:
-    results = {name: measure(name) for name in COUNTS}
-    (RESULTS / "stochastic.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(results)
+    results = {}
+    for name in COUNTS:
+        results[name] = measure(name)
+        (RESULTS / "stochastic.json").write_text(json.dumps(results, indent=1) + "\n")
+        plot(results)
 
 
 if __name__ == "__main__":

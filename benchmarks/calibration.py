@@ -3,13 +3,14 @@
 digits           the U-Net of configs/digits/ncsn.py after 700 steps, 8x8
 fashion_mnist    a U-Net of 28x28 with random weights: fitting costs the same whatever the weights
 
-python -m benchmarks.calibration
+python -m benchmarks.calibration [digits] [fashion_mnist]
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -57,9 +58,13 @@ def fashion_mnist() -> ScoreModel:
 
 
 def main() -> None:
-    rows: dict[str, dict[str, float]] = {}
-    for name, make in (("digits", digits), ("fashion_mnist", fashion_mnist)):
-        model = make()
+    results = RESULTS / "calibration.json"
+    models = {"digits": digits, "fashion_mnist": fashion_mnist}
+    chosen = sys.argv[1:] or list(models)
+    # what is not chosen keeps its rows
+    rows: dict[str, dict[str, float]] = json.loads(results.read_text()) if sys.argv[1:] else {}
+    for name in chosen:
+        model = models[name]()
         low, high = model.sigma_range
         x = high * PerSampleNoise(0)(torch.empty(STARTS, *model.data_shape))
         for method in ("least_squares", "gradient"):
@@ -76,7 +81,7 @@ def main() -> None:
             )
             rows[f"{name}, {method}"] = found.report
             print(name, method, found.report, flush=True)
-            (RESULTS / "calibration.json").write_text(json.dumps(rows, indent=1) + "\n")
+            results.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,17 @@ noise on every device.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from scorelab.typing import Tensor
+from scorelab.typing import Shape, Tensor
 
-__all__ = ["Noise", "PerSampleNoise", "fresh_generator", "randn"]
+__all__ = ["Noise", "PerSampleNoise", "counted", "counter_generator", "fresh_generator", "randn"]
 
+_BLOCK = 2**14
+"""Numbers that a generator of ``counted`` draws, about."""
 _AHEAD = 2**12
 """Numbers drawn at once for a sample, about: enough that a call costs little beside them."""
 _CALLS = 64
@@ -25,6 +28,32 @@ def randn(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> T
     """Standard normal noise of the given shape, in the dtype and on the device of ``like``."""
     noise = torch.randn(shape, generator=generator, dtype=like.dtype, device=generator.device)
     return noise.to(like.device)
+
+
+def counter_generator(*counters: int) -> torch.Generator:
+    """A CPU generator that depends on these counters alone."""
+    seed = 0
+    for counter in counters:
+        # splitmix64: neighbouring counters give unrelated seeds
+        seed = (seed + counter + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        seed ^= seed >> 31
+    return torch.Generator().manual_seed(seed)
+
+
+def counted(draw: Callable[..., Tensor], shape: Shape, rows: range, *counters: int) -> Tensor:
+    """``draw`` (torch.randn or torch.rand) for these rows of a batch of samples of ``shape``, on the CPU.
+
+    A row follows from the counters and its place alone, whichever rows are asked for beside it: blocks of rows, whose
+    size is a function of the shape, have a generator each.
+    """
+    size = max(1, _BLOCK // math.prod(shape))
+    parts = []
+    for k in range(rows.start // size, -(-rows.stop // size)):
+        block = draw((size, *shape), generator=counter_generator(*counters, k), dtype=torch.float32)
+        parts.append(block[max(0, rows.start - k * size) : rows.stop - k * size])
+    return torch.cat(parts)
 
 
 def fresh_generator(device: torch.device | str = "cpu") -> torch.Generator:

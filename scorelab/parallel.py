@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from scorelab.typing import Tensor
 
-__all__ = ["gather", "join", "rows_within", "shard", "world"]
+__all__ = ["gather", "join", "most", "rows_within", "shard", "world"]
 
 
 def join() -> torch.device:
@@ -59,6 +59,15 @@ def gather(x: Tensor, count: int) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(size)]
     distributed.all_gather(parts, padded)
     return torch.cat([p[: count * (i + 1) // size - count * i // size] for i, p in enumerate(parts)])
+
+
+def most(*values: float) -> list[float]:
+    """The largest of every process's value, for each value; by way of the CPU."""
+    if world()[1] == 1:
+        return list(values)
+    found = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return found.tolist()
 
 
 class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -33,6 +33,8 @@ from scorelab.training import (
     default_config,
     train,
 )
+from scorelab.training.optim import learning_rate
+from scorelab.training.watch import TIMINGS
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,6 +45,7 @@ def small(steps: int = 6, **changes):
     c.process.sigma_max = 10.0
     c.training.steps, c.training.batch_size = steps, 700  # 1797 digits: epochs end inside batches
     c.training.checkpoint_every, c.training.log_every = 2, 1
+    c.training.validate_every = c.training.sample_every = 0
     for key, value in changes.items():
         group, name = key.split("__")
         c[group][name] = value
@@ -54,7 +57,8 @@ def same_files(a: Path, b: Path) -> None:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     one, two = (torch.load(p / "training.pt", weights_only=True) for p in (a, b))
     assert one["step"] == two["step"]
-    assert one["ema_count"] == two["ema_count"]
+    assert one["averages"] == two["averages"]
+    assert torch.equal(one["sums"], two["sums"])
     for key, state in one["optimiser"]["state"].items():
         for name, value in state.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(two["optimiser"]["state"][key][name]))
@@ -62,7 +66,7 @@ def same_files(a: Path, b: Path) -> None:
 
 def rows(workdir: Path) -> list[dict]:
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in found]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in found]
 
 
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):
@@ -130,19 +134,17 @@ def test_ema_warms_up_and_never_touches_the_weights():
 
 def test_learning_rate_and_clipping():
     c = small(10, optim__warmup=4, optim__lr=1.0, optim__schedule="cosine", optim__clip=1e-3)
-    trainer = Trainer(build(c), c)
     found = []
     for step in range(10):
-        trainer.step = step
-        found.append(trainer._lr())
+        found.append(learning_rate(c.optim, step, 10))
     assert found == pytest.approx([min(1, (i + 1) / 4) * 0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(10)])
 
 
 class Broken(Arrays):
     """Digits of which one turns NaN at the third step."""
 
-    def batch(self, seed, step, size):
-        x0 = super().batch(seed, step, size)
+    def batch(self, seed, step, size, rows=None):
+        x0 = super().batch(seed, step, size, rows)
         if step == 2:
             x0[5] = math.nan
         return x0
@@ -253,7 +255,11 @@ def test_no_checkpoint_holds_a_non_finite_weight(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest", "no manifest"])
-def test_damaged_checkpoints_are_refused_and_kept(tmp_path, damage):
+def test_damage_costs_the_steps_since_the_checkpoint_before(tmp_path, damage):
+    """It is set aside, and the run goes on from the one before; without one it is refused and kept."""
+    whole = tmp_path / "whole"
+    train(small(4), whole, progress=False)
+    tmp_path = tmp_path / "run"
     train(small(2), tmp_path, progress=False)
     place = tmp_path / "checkpoints" / "step_00000002"
     file = place / "model.safetensors"
@@ -269,12 +275,17 @@ def test_damaged_checkpoints_are_refused_and_kept(tmp_path, damage):
     else:
         (place / "manifest.json").unlink()
     before = sorted(p.name for p in place.iterdir())
-    with pytest.raises(ValueError, match="step_00000002.*remove this directory"):
+    with pytest.raises(ValueError, match=r"step_00000002.*no earlier one is whole: remove .*checkpoints to begin anew"):
         train(small(4), tmp_path, progress=False)
     assert sorted(p.name for p in place.iterdir()) == before
-    shutil.rmtree(place)
-    train(small(2), tmp_path, progress=False)
-    assert checkpoint.verify(place) == 2
+    place.rename(place.with_name("step_00000003"))
+    shutil.copytree(whole / "checkpoints" / "step_00000002", place)
+    with pytest.warns(
+        RuntimeWarning, match=r"step_00000003.*set aside as damaged_step_00000003, and step_00000002 taken"
+    ):
+        train(small(4), tmp_path, progress=False)
+    assert sorted(p.name for p in (place.parent / "damaged_step_00000003").iterdir()) == before
+    same_files(*(p / "checkpoints" / "step_00000004" for p in (tmp_path, whole)))
 
 
 def test_what_was_being_written_is_never_taken_for_a_checkpoint(tmp_path):

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     c.model.width, c.model.multipliers, c.model.blocks = 32, (1, 2), 1
     c.training.sigmas = "sequence"
     c.training.steps, c.training.batch_size = 2500, 64
-    c.optim.lr, c.optim.schedule, c.optim.ema = 2e-3, "cosine", 0.995
+    c.optim.lr, c.optim.schedule, c.optim.ema = 2e-3, "cosine", (0.995,)
     c.sampling.sampler, c.sampling.grid, c.sampling.levels = "annealed_langevin", "geometric", 20
     c.sampling.steps, c.sampling.step_size = 10, 7e-4
     return c

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from scorelab.cli.sampling import load_run, own_score
+from scorelab.cli.sampling import load_run
 from scorelab.likelihood import bits_per_dim, log_likelihood
 from scorelab.noise import PerSampleNoise, randn
 from scorelab.samplers import calibrate
-from scorelab.training import load_data
+from scorelab.training import load_data, own_score
 from scorelab.typing import Tensor
 
 __all__ = ["calibrate_run", "likelihood_run"]

@@ -22,7 +22,7 @@ __all__ = ["main"]
 
 _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir runs/x [--config.optim.lr=1e-3] [--dry_run]
        scorelab sample --workdir runs/x [--n 64] [--seed 0] [--out FILE.png|FILE.npz|DIRECTORY] [--sampler FILE.json]
-                       [--step STEP] [--raw]
+                       [--step STEP] [--weights ema|model|ema_0.9999|ema_power_0.1]
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
        scorelab likelihood --workdir runs/x [--n 64] [--levels 16] [--divergence hutchinson] [--probes 1]"""
 
@@ -100,13 +100,14 @@ def _train(arguments: list[str]) -> None:
         "config", None, "the experiment, a Python file", flag_values=values, sys_argv=["scorelab", *arguments[1:]]
     )
     flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
+    flags.DEFINE_bool("accept_changes", False, "go on with settings that differ from the run's", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print the experiment and its cost, and train nothing", flag_values=values)
     _check_keys(arguments)
     _parse(arguments, values)
     config = holder.value
     if config is None:
         raise ValueError("--config is missing; expected a config file, e.g. --config configs/digits/ncsn.py")
-    from scorelab.cli.report import dry_run
+    from scorelab.cli.dry_run import dry_run
     from scorelab.training import train
 
     if values["dry_run"].value:
@@ -114,7 +115,7 @@ def _train(arguments: list[str]) -> None:
         return
     if not values["workdir"].value:
         raise ValueError("--workdir is missing; expected a directory for the run, e.g. --workdir runs/digits")
-    train(config, values["workdir"].value)
+    train(config, values["workdir"].value, accept_changes=bool(values["accept_changes"].value))
     print(f"trained to step {config.training.steps}; sample with: scorelab sample --workdir {values['workdir'].value}")
 
 
@@ -150,8 +151,7 @@ def _values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def _sample(arguments: list[str]) -> None:
-    values = _run_flags({"n": None}, {"out": None, "sampler": None})
-    flags.DEFINE_bool("raw", False, "take the raw weights instead of the averaged ones", flag_values=values)
+    values = _run_flags({"n": None}, {"out": None, "sampler": None, "weights": "ema"})
     _parse(arguments, values)
     workdir = _workdir(values)
     from scorelab import parallel
@@ -163,7 +163,7 @@ def _sample(arguments: list[str]) -> None:
     sampler = Path(values["sampler"].value) if values["sampler"].value else None
     if values["out"].value:
         check_out(Path(values["out"].value))
-    run = sample_run(workdir, n=n, seed=seed, step=step, raw=bool(values["raw"].value), sampler=sampler)
+    run = sample_run(workdir, n=n, seed=seed, step=step, weights=str(values["weights"].value), sampler=sampler)
     out = Path(values["out"].value) if values["out"].value else workdir / "samples" / f"step_{run.step:08d}.png"
     if parallel.world()[0] == 0:
         print(write_samples(run, out))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +11,16 @@ import numpy as np
 import torch
 from ml_collections import ConfigDict
 from PIL import Image
+from safetensors.torch import load_file
 
 from scorelab import parallel
-from scorelab.adapters import clipped
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
-from scorelab.samplers import Calibrated, sample
-from scorelab.training import build_sampling, checkpoint
-from scorelab.typing import ScoreFn, Tensor
+from scorelab.plotting.pictures import are_images, picture_bytes, tiled
+from scorelab.training import Snapshot, checkpoint, reconstruct, sample_model
+from scorelab.typing import Tensor
 
-__all__ = ["RunSamples", "check_out", "load_run", "own_score", "sample_model", "sample_run", "write_samples"]
+__all__ = ["RunSamples", "check_out", "load_run", "sample_run", "write_samples"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,12 @@ class RunSamples:
     step: int
 
 
-def load_run(workdir: Path, *, step: int = 0, raw: bool = False) -> tuple[ConfigDict, ScoreModel, int]:
-    """Config, model and step of a run's checkpoint (0: the last); ValueError if it is missing or damaged."""
+def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[ConfigDict, ScoreModel, int]:
+    """Config, model and step of a run's checkpoint (0: the last); ValueError if it is missing or damaged.
+
+    ``weights``: "model" for the raw ones, "ema" for the first average, "ema_0.9999" or "ema_power_0.1" for another; a
+    power-function average of a width that is not stored is made from those that are, in all checkpoints up to the step.
+    """
     settings, folder = workdir / "config.json", workdir / "checkpoints"
     if not settings.is_file():
         raise ValueError(f"{workdir} holds no config.json; expected the directory of a run: scorelab train makes one")
@@ -41,55 +46,58 @@ def load_run(workdir: Path, *, step: int = 0, raw: bool = False) -> tuple[Config
         there = ", ".join(str(int(p.name[5:])) for p in sorted(folder.glob("step_*"))) or "none"
         raise ValueError(f"{workdir} has no checkpoint{f' of step {step}' if step else ''}; steps there: {there}")
     found = checkpoint.verify(place)
-    model = ScoreModel.load(place, weights="model.safetensors" if raw else "ema.safetensors")
-    return ConfigDict(json.loads(settings.read_text())), model, found
+    config, width = ConfigDict(json.loads(settings.read_text())), weights.removeprefix("ema_power_")
+    stored = sorted(p.stem for p in place.glob("*.safetensors"))
+    if weights in stored:
+        return config, ScoreModel.load(place, weights=f"{weights}.safetensors"), found
+    if width == weights:
+        raise ValueError(
+            f"{place} holds no weights {weights!r}; expected {', '.join(stored)}, or ema_power_ and a width"
+        )
+    model = ScoreModel.load(place)
+    averages, error = reconstruct(_snapshots(folder, found), _as_width(width))
+    if error > 0.3:
+        warnings.warn(
+            f"the stored averages can't make up one of width {width} (relative error {error:.2g}): keep more "
+            "checkpoints (training.keep_every) or take a width nearer to optim.ema_power",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    model.net.load_state_dict(averages)
+    return config, model, found
 
 
-def own_score(model: ScoreModel, config: ConfigDict) -> ScoreFn:
-    """The model, with its denoised sample clamped to the data's range where the experiment says so."""
-    return clipped(model, -1.0, 1.0) if config.sampling.clip and model.data_range is not None else model
+def _as_width(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"the width of an average is {text!r}; expected a number such as ema_power_0.1") from error
 
 
-def sample_model(
-    model: ScoreModel,
-    config: ConfigDict,
-    n: int,
-    generator: torch.Generator | PerSampleNoise,
-    *,
-    sampler: Path | None = None,
-    progress: bool = True,
-) -> Tensor:
-    """n samples with the experiment's own sampler and batch size, or with a calibrated sampler's file."""
-    noise_levels, own = build_sampling(config, model)
-    return sample(
-        own_score(model, config),
-        (n, *model.data_shape),
-        noise_levels if sampler is None else None,
-        own if sampler is None else Calibrated.load(sampler),
-        generator=generator,
-        progress=progress,
-        batch_size=config.sampling.batch_size,
-        sharded=isinstance(generator, PerSampleNoise),
-    )
+def _snapshots(folder: Path, step: int) -> list[Snapshot]:
+    """The power-function averages of all checkpoints up to a step."""
+    found = []
+    for place in checkpoint.places(folder):
+        files = sorted(place.glob("ema_power_*.safetensors"))
+        if files and checkpoint.verify(place) <= step:
+            counts = torch.load(place / "training.pt", weights_only=True)["averages"]
+            found += [
+                Snapshot(counts[f.stem]["count"], float(f.stem.removeprefix("ema_power_")), load_file(f)) for f in files
+            ]
+    return found
 
 
 def sample_run(
-    workdir: Path, *, n: int = 0, seed: int = 0, step: int = 0, raw: bool = False, sampler: Path | None = None
+    workdir: Path, *, n: int = 0, seed: int = 0, step: int = 0, weights: str = "ema", sampler: Path | None = None
 ) -> RunSamples:
-    """Samples of a run's checkpoint, averaged weights unless ``raw``; sample i depends on (seed, i) alone.
+    """Samples of a run's checkpoint and ``weights`` (see ``load_run``); sample i depends on (seed, i) alone.
 
     Under torchrun every process makes its share and returns all of them.
     """
-    config, model, found = load_run(workdir, step=step, raw=raw)
+    config, model, found = load_run(workdir, step=step, weights=weights)
     model.to(parallel.join())
     count = n or config.sampling.samples
     return RunSamples(sample_model(model, config, count, PerSampleNoise(seed), sampler=sampler), model, found)
-
-
-def _bytes(x: Tensor) -> np.ndarray:
-    """uint8 (B, H, W) or (B, H, W, 3) of images in [-1, 1], rounded."""
-    levels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    return levels[:, 0].numpy() if levels.shape[1] == 1 else levels.permute(0, 2, 3, 1).numpy()
 
 
 def check_out(out: Path) -> None:
@@ -101,7 +109,7 @@ def check_out(out: Path) -> None:
 def write_samples(run: RunSamples, out: Path) -> str:
     """Write ``.npz`` (values in data_range), one PNG grid, or a directory of PNGs; says what was written."""
     check_out(out)
-    images = len(run.model.data_shape) == 3 and run.model.data_shape[0] in (1, 3)
+    images = are_images(run.model.data_shape)
     out = out.with_suffix(".npz") if not images and out.suffix == ".png" else out
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
@@ -113,14 +121,9 @@ def write_samples(run: RunSamples, out: Path) -> str:
     elif not images:
         raise ValueError(f"samples of shape {run.model.data_shape} are no images; write them to a .npz file")
     elif out.suffix == ".png":
-        pictures = _bytes(run.x)
-        columns = round(len(pictures) ** 0.5)
-        empty = np.zeros((-len(pictures) % columns, *pictures.shape[1:]), np.uint8)
-        tiles = np.concatenate([pictures, empty])
-        lines = [np.concatenate(list(tiles[i : i + columns]), 1) for i in range(0, len(tiles), columns)]
-        Image.fromarray(np.concatenate(lines)).save(out)
+        Image.fromarray(tiled(run.x)).save(out)
     else:
         out.mkdir(exist_ok=True)
-        for i, picture in enumerate(_bytes(run.x)):
+        for i, picture in enumerate(picture_bytes(run.x)):
             Image.fromarray(picture).save(out / f"{i:06d}.png")
     return f"{len(run.x)} samples of step {run.step}: {out}"

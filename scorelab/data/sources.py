@@ -1,4 +1,5 @@
-"""Where batches come from. A batch is a function of (seed, step) alone, so a resumed run sees the same data.
+"""Where batches come from. A batch is a function of (seed, step) alone, and each of its rows of its place besides: a
+resumed run sees the same data, and so do several processes that share a batch.
 
 Images are float32 (B, C, H, W) in [-1, 1] inside; ``data_range`` records the range outside.
 """
@@ -11,36 +12,29 @@ import torch
 
 from scorelab.checks import check_batch, check_finite, check_range
 from scorelab.distributions import Distribution
+from scorelab.noise import counted, counter_generator
 from scorelab.typing import Shape, Tensor
 
-__all__ = ["Arrays", "Drawn", "Images", "Source", "Stored", "counter_generator", "digits"]
-
-
-def counter_generator(*counters: int) -> torch.Generator:
-    """A CPU generator that depends on these counters alone."""
-    seed = 0
-    for counter in counters:
-        # splitmix64: neighbouring counters give unrelated seeds
-        seed = (seed + counter + 0x9E3779B97F4A7C15) & (2**64 - 1)
-        seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        seed ^= seed >> 31
-    return torch.Generator().manual_seed(seed)
+__all__ = ["Arrays", "Drawn", "Images", "Source", "Stored", "digits"]
 
 
 class Source(ABC):
-    """``batch(seed, step, size)`` gives x0 (size, *data_shape)."""
+    """``batch(seed, step, size)`` gives x0 (size, *data_shape), or only some rows of it."""
 
     data_shape: Shape
     data_range: tuple[float, float] | None = None
 
     @abstractmethod
-    def batch(self, seed: int, step: int, size: int) -> Tensor:
-        """The batch of a training step."""
+    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Tensor:
+        """The batch of a training step, or these rows of it."""
 
     @abstractmethod
     def reference(self) -> Tensor:
         """Data to take statistics of, (N, *data_shape)."""
+
+    def hold_out(self, count: int) -> Tensor:
+        """Samples (count, *data_shape) that no batch will hold from now on; ValueError if there are too few."""
+        raise ValueError(f"{type(self).__name__} has fresh samples at every step; expected data.validation = 0")
 
 
 class Stored(Source):
@@ -55,25 +49,42 @@ class Stored(Source):
             raise ValueError(f"{len(labels)} labels for {count} samples; expected one each")
         self.count, self.labels = count, labels
         self._order: tuple[tuple[int, int], Tensor] | None = None
+        self._trained: Tensor | None = None
 
     def __len__(self) -> int:
         return self.count
 
-    def indices(self, seed: int, step: int, size: int) -> Tensor:
-        """Which samples a step's batch holds, (size,)."""
-        first = step * size
-        places = torch.arange(first, first + size)
-        epochs = places // len(self)
-        parts = [
-            self._epoch(seed, e)[places[epochs == e] % len(self)] for e in range(int(epochs[0]), int(epochs[-1]) + 1)
-        ]
-        return torch.cat(parts)
+    @abstractmethod
+    def take(self, index: Tensor) -> Tensor:
+        """These samples, as they are stored."""
 
-    def _epoch(self, seed: int, epoch: int) -> Tensor:
-        if self._order is None or self._order[0] != (seed, epoch):
-            order = torch.randperm(len(self), generator=counter_generator(seed, epoch, 1))
-            self._order = (seed, epoch), order
-        return self._order[1]
+    def hold_out(self, count: int) -> Tensor:
+        if not 0 < count < len(self):
+            raise ValueError(f"data.validation is {count} of {len(self)} samples; expected fewer than there are")
+        order = torch.randperm(len(self), generator=counter_generator(0, 0, 7))
+        self._trained, self._order = order[count:], None
+        return self.take(order[:count])
+
+    def indices(self, seed: int, step: int, size: int, rows: range | None = None) -> Tensor:
+        """Which samples a step's batch holds, (size,), or these rows of it."""
+        count = len(self) if self._trained is None else len(self._trained)
+        rows = range(size) if rows is None else rows
+        places = torch.arange(step * size + rows.start, step * size + rows.stop)
+        epochs = places // count
+        found = torch.cat(
+            [
+                self._epoch(seed, e, count)[places[epochs == e] % count]
+                for e in range(int(epochs[0]), int(epochs[-1]) + 1)
+            ]
+        )
+        return found if self._trained is None else self._trained[found]
+
+    def _epoch(self, seed: int, epoch: int, count: int) -> Tensor:
+        known = self._order
+        if known is None or known[0] != (seed, epoch):
+            known = (seed, epoch), torch.randperm(count, generator=counter_generator(seed, epoch, 1))
+            self._order = known
+        return known[1]
 
 
 def _refuse_constant(x: Tensor) -> None:
@@ -100,8 +111,11 @@ class Arrays(Stored):
         self.x0, self.data_range = x0, data_range
         self.data_shape = tuple(x0.shape[1:])
 
-    def batch(self, seed: int, step: int, size: int) -> Tensor:
-        return self.x0[self.indices(seed, step, size)]
+    def take(self, index: Tensor) -> Tensor:
+        return self.x0[index]
+
+    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Tensor:
+        return self.take(self.indices(seed, step, size, rows))
 
     def reference(self) -> Tensor:
         return self.x0
@@ -124,19 +138,22 @@ class Images(Stored):
         self.pixels, self.flip, self.dequantise = pixels, flip, dequantise
         self.data_shape, self.data_range = tuple(pixels.shape[1:]), (0.0, 255.0)
 
-    def batch(self, seed: int, step: int, size: int) -> Tensor:
-        x = self.pixels[self.indices(seed, step, size)].float()
-        generator = counter_generator(seed, step, 6)
+    def take(self, index: Tensor) -> Tensor:
+        return self.pixels[index].float().mul_(1 / 127.5).sub_(1)
+
+    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Tensor:
+        rows = range(size) if rows is None else rows
+        x = self.pixels[self.indices(seed, step, size, rows)].float()
         if self.flip:
-            flipped = torch.rand(size, generator=generator) < 0.5
+            flipped = counted(torch.rand, (1,), rows, seed, step, 6).flatten() < 0.5
             x[flipped] = x[flipped].flip(-1)
         if self.dequantise:
-            return x.add_(torch.rand(x.shape, generator=generator)).mul_(1 / 128).sub_(1)
+            return x.add_(counted(torch.rand, self.data_shape, rows, seed, step, 8)).mul_(1 / 128).sub_(1)
         return x.mul_(1 / 127.5).sub_(1)
 
     def reference(self) -> Tensor:
         some = torch.arange(0, len(self), max(1, len(self) // 10_000))
-        return self.pixels[some].float().mul_(1 / 127.5).sub_(1)
+        return self.take(some)
 
 
 class Drawn(Source):
@@ -146,8 +163,9 @@ class Drawn(Source):
         self.distribution = distribution
         self.data_shape = distribution.data_shape
 
-    def batch(self, seed: int, step: int, size: int) -> Tensor:
-        return self.distribution.sample(size, counter_generator(seed, step, 2))
+    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Tensor:
+        x = self.distribution.sample(size, counter_generator(seed, step, 2))
+        return x if rows is None else x[rows.start : rows.stop]
 
     def reference(self) -> Tensor:
         return self.distribution.sample(10_000, counter_generator(0, 0, 3))

@@ -111,19 +111,20 @@ class Denoising:
 
     def __call__(self, score: ScoreFn, x0: Tensor, generator: torch.Generator, batch_size: int | None = None) -> Losses:
         """Losses (batch_size,) of a batch x0 (count(batch_size), *D); batch_size is by default all of it."""
-        return self.losses(score, self.noised(x0, generator, batch_size))
-
-    def losses(self, score: ScoreFn, noised: Noised) -> Losses:
-        """Losses of what ``noised`` drew, or of some of its rows."""
-        return Losses(denoising_loss(score, noised.clean, noised.sigma, noised.noise, self.weight), noised.sigma)
-
-    def noised(self, x0: Tensor, generator: torch.Generator, batch_size: int | None = None) -> Noised:
-        """Levels, noise and targets of a batch: everything that is random in its loss."""
         count = len(x0) if batch_size is None else batch_size
+        sigma = self.levels(count, generator).to(x0)
+        noise = randn((count, *x0.shape[1:]), x0, generator)
+        return self.losses(score, self.noised(x0[:count], sigma, noise, x0))
+
+    def levels(self, count: int, generator: torch.Generator) -> Tensor:
+        """Noise levels of a batch, (count,), ascending: sample i has one in part i of ``count`` of probability."""
         place = torch.arange(count, device=generator.device)
-        jitter = torch.rand(count, generator=generator, dtype=x0.dtype, device=generator.device)
-        sigma = self.sigmas(((place + jitter) / count).to(x0))
-        clean, noise = x0[:count], randn((count, *x0.shape[1:]), x0, generator)
+        return self.sigmas((place + torch.rand(count, generator=generator, device=generator.device)) / count)
+
+    def noised(self, clean: Tensor, sigma: Tensor, noise: Tensor, x0: Tensor) -> Noised:
+        """What ``losses`` takes, from some samples (n, *D), their levels (n,) and noise, and the batch x0 they are of,
+        from which the stable target is made.
+        """
         if self.reference:
             level = broadcast(sigma, clean)
             x = clean + level * noise
@@ -131,6 +132,10 @@ class Denoising:
             clean = posterior_mean(x, sigma, x0)
             noise = (x - clean) / level
         return Noised(clean, sigma, noise)
+
+    def losses(self, score: ScoreFn, noised: Noised) -> Losses:
+        """Losses of noised samples."""
+        return Losses(denoising_loss(score, noised.clean, noised.sigma, noised.noise, self.weight), noised.sigma)
 
 
 def posterior_mean(x: Tensor, sigma: Tensor, x0: Tensor) -> Tensor:

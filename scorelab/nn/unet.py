@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+from scorelab.nn.dropout import Dropout
 from scorelab.nn.embedding import FourierEmbedding, PositionalEmbedding
 from scorelab.typing import Tensor
 
@@ -33,7 +35,7 @@ class _Block(nn.Module):
         conv = _CONV[rank]
         self.norm1, self.conv1 = _norm(channels), conv(channels, out, 3, padding=1)
         self.embed = nn.Linear(embedding, out)
-        self.norm2, self.dropout, self.conv2 = _norm(out), nn.Dropout(dropout), conv(out, out, 3, padding=1)
+        self.norm2, self.dropout, self.conv2 = _norm(out), Dropout(dropout), conv(out, out, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         self.skip = conv(channels, out, 1) if channels != out else nn.Identity()
 
@@ -154,6 +156,14 @@ class UNet(nn.Module):
         self.norm, self.last = _norm(now), conv(now, channels, 3, padding=1)
         nn.init.zeros_(self.last.weight)
         self.blocks = blocks
+        self.activation_checkpointing = False
+
+    def _run(self, stage: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+        """A stage; with ``activation_checkpointing`` its activations are computed again in the backward pass."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            found: Tensor = checkpoint(stage, h, embedding, use_reentrant=False)
+            return found
+        return stage(h, embedding)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
         embedding = self.embed(label.to(x.dtype))
@@ -165,15 +175,15 @@ class UNet(nn.Module):
         h = self.first(x)
         kept = [h]
         for i, stage in enumerate(self.down):
-            h = stage(h, embedding)
+            h = self._run(stage, h, embedding)
             kept.append(h)
             if (i + 1) % self.blocks == 0 and (i + 1) // self.blocks <= len(self.shrink):
                 h = self.shrink[i // self.blocks](h)
                 kept.append(h)
         for stage in self.middle:
-            h = stage(h, embedding)
+            h = self._run(stage, h, embedding)
         for i, stage in enumerate(self.up):
-            h = stage(torch.cat([h, kept.pop()], 1), embedding)
+            h = self._run(stage, torch.cat([h, kept.pop()], 1), embedding)
             if (i + 1) % (self.blocks + 1) == 0 and kept:
                 h = self.grow[i // (self.blocks + 1)](functional.interpolate(h, size=kept[-1].shape[2:]))
         out: Tensor = self.last(functional.silu(self.norm(h)))

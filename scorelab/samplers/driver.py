@@ -78,11 +78,11 @@ def sample(
     only for a sampler that brings its own (Calibrated). generator: source of all randomness, freshly seeded if None; a
     PerSampleNoise makes sample i depend on (seed, i) alone. callback: called with every Step. differentiable:
     keep the graph. debug: look for NaN at every step instead of once at the end. batch_size: run the request in parts
-    of this many rows, so that memory stays bounded; memory: in parts whose tensors take about this many bytes, found by
-    the sampler's first step with 4 and with 8 rows. sharded: under torchrun, after ``parallel.join()``, every process
-    makes its share of the rows and returns all; the noise must be a PerSampleNoise's. A score with ``rows(index)`` is
-    restricted to each part, any other must not be bound to the rows of a batch. Parts see other noise than a whole
-    batch does, but from PerSampleNoise.
+    of this many rows, so that memory stays bounded; memory: in parts that take about this many bytes, found by the
+    tensors of the sampler's first step with 4 and with 8 rows. sharded: under torchrun, after ``parallel.join()``,
+    every process makes its share of the rows and returns all; the noise must be a PerSampleNoise's. A score with
+    ``rows(index)`` is restricted to each part, any other must not be bound to the rows of a batch. Parts see other
+    noise than a whole batch does, but from PerSampleNoise.
 
     Raises ValueError or TypeError for shapes, levels, dtypes or a score output that don't fit, for levels outside the
     score's ``sigma_range``, and for samples that are not finite (which are named).
@@ -143,7 +143,8 @@ def _in_parts(
     size = max(count, 1) if batch_size is None else batch_size
     if memory is not None and count > 8:
         beside = generator.stream_bytes if isinstance(generator, PerSampleNoise) else 0
-        size = min(size, parallel.rows_within(memory, tried, beside))
+        # what kernels use inside themselves and what the allocator keeps of freed memory was measured to double it
+        size = min(size, parallel.rows_within(memory // 2, tried, beside))
     if size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     bar = tqdm(_parts(score, x, generator, mine, size), disable=not progress, desc="sampling", unit="part")

@@ -1,18 +1,24 @@
-"""Training: configuration, engine, EMA and checkpoints."""
+"""Training: configuration, engine, averages of weights, run directories and checkpoints."""
 
-from scorelab.training.config import Experiment, build, build_sampling, default_config, load_data
-from scorelab.training.ema import EMA
-from scorelab.training.engine import Interrupted, NonFiniteError, Trainer, train
+from scorelab.training.config import Experiment, build, default_config, load_data
+from scorelab.training.ema import EMA, Snapshot, reconstruct
+from scorelab.training.engine import NonFiniteError, Trainer
+from scorelab.training.run import Interrupted, train
+from scorelab.training.sampling import build_sampling, own_score, sample_model
 
 __all__ = [
     "EMA",
     "Experiment",
     "Interrupted",
     "NonFiniteError",
+    "Snapshot",
     "Trainer",
     "build",
     "build_sampling",
     "default_config",
     "load_data",
+    "own_score",
+    "reconstruct",
+    "sample_model",
     "train",
 ]

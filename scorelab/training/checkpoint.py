@@ -1,8 +1,9 @@
 """Checkpoints that appear whole or not at all.
 
-A checkpoint is a directory ``step_XXXXXXXX``: model.json, model.safetensors and ema.safetensors (which
-``ScoreModel.load`` reads), training.pt (optimiser and counters, loadable with weights_only=True) and manifest.json with
-the size and SHA-256 of each file. It is written beside its place, synced, and renamed.
+A checkpoint is a directory ``step_XXXXXXXX``: model.json, model.safetensors and a file for each average of the weights
+(which ``ScoreModel.load`` reads; ema.safetensors is the first), training.pt (optimiser and counters, loadable with
+weights_only=True) and manifest.json with the size and SHA-256 of each file. It is written beside its place, synced, and
+renamed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from scorelab.models import ScoreModel
 from scorelab.typing import Tensor
 
-__all__ = ["latest", "prune", "read", "sweep", "verify", "write"]
+__all__ = ["latest", "place_of", "places", "prune", "read", "sound", "sweep", "verify", "write"]
 
 
 def _digest(path: Path) -> str:
@@ -40,18 +43,27 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write(folder: Path, step: int, model: ScoreModel, ema: dict[str, Tensor], training: dict[str, Any]) -> Path:
+Averages = dict[str, dict[str, Tensor]]
+"""State dicts of averages by their names; the first is the one to sample with."""
+
+
+def place_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step_{step:08d}"
+
+
+def write(folder: Path, step: int, model: ScoreModel, averages: Averages, training: dict[str, Any]) -> Path:
     """Write ``folder/step_XXXXXXXX``; refuses (ValueError) to write a weight that is not finite."""
-    for name, value in [*model.net.state_dict().items(), *ema.items()]:
+    for name, value in [*model.net.state_dict().items(), *(item for a in averages.values() for item in a.items())]:
         if not bool(torch.isfinite(value).all()):
             raise ValueError(
                 f"weight {name} is not finite at step {step}: nothing written, earlier checkpoints are kept"
             )
-    place = folder / f"step_{step:08d}"
+    place = place_of(folder, step)
     aside = folder / f".writing_{place.name}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        _fill(aside, step, model, ema, training)
+        _fill(aside, step, model, averages, training)
     except (OSError, SafetensorError, RuntimeError) as error:
         # a full disk gets its space back
         shutil.rmtree(aside, ignore_errors=True)
@@ -66,10 +78,11 @@ def write(folder: Path, step: int, model: ScoreModel, ema: dict[str, Tensor], tr
     return place
 
 
-def _fill(aside: Path, step: int, model: ScoreModel, ema: dict[str, Tensor], training: dict[str, Any]) -> None:
+def _fill(aside: Path, step: int, model: ScoreModel, averages: Averages, training: dict[str, Any]) -> None:
     """All files of a checkpoint, synced."""
     model.save(aside)
-    save_file({k: v.contiguous().cpu() for k, v in ema.items()}, aside / "ema.safetensors")
+    for file, state in zip(_files(averages), averages.values(), strict=True):
+        save_file({k: v.contiguous().cpu() for k, v in state.items()}, aside / file)
     torch.save(training, aside / "training.pt")
     files = sorted(p for p in aside.iterdir())
     manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
@@ -84,10 +97,19 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(left)
 
 
+def _files(names: Iterable[str]) -> list[str]:
+    """The file of each average: the first is ema.safetensors whatever its name."""
+    return [f"{name}.safetensors" if i else "ema.safetensors" for i, name in enumerate(names)]
+
+
+def places(folder: Path) -> list[Path]:
+    """All checkpoints, by their steps."""
+    return sorted(p for p in folder.glob("step_*") if p.is_dir()) if folder.is_dir() else []
+
+
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:
     """Remove all but the last ``keep_last`` checkpoints (0: keep all) and those of multiples of ``keep_every``."""
-    places = sorted(p for p in folder.glob("step_*") if p.is_dir())
-    for place in places[:-keep_last] if keep_last else []:
+    for place in places(folder)[:-keep_last] if keep_last else []:
         if not keep_every or int(place.name[5:]) % keep_every:
             # what is half removed must not look like a checkpoint
             removed = place.rename(folder / f".removing_{place.name}")
@@ -96,33 +118,66 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> None:
 
 def latest(folder: Path) -> Path | None:
     """The checkpoint of the highest step, None if there is none."""
-    found = sorted(p for p in folder.glob("step_*") if p.is_dir()) if folder.is_dir() else []
+    found = places(folder)
     return found[-1] if found else None
+
+
+def sound(folder: Path) -> Path | None:
+    """The last checkpoint that is whole, None if there is none at all.
+
+    Damaged ones after it are set aside, as ``damaged_step_...``, with a warning. Raises ValueError, and touches
+    nothing, if there are some and none is whole.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for place in reversed(places(folder)):
+        try:
+            verify(place)
+        except ValueError as error:
+            damaged.append((place, str(error)))
+            continue
+        for bad, why in damaged:
+            kept = folder / f"damaged_{bad.name}"
+            shutil.rmtree(kept, ignore_errors=True)
+            bad.rename(kept)
+            warnings.warn(
+                f"{why}; it is set aside as {kept.name}, and {place.name} taken", RuntimeWarning, stacklevel=2
+            )
+        return place
+    if damaged:
+        raise ValueError(
+            f"{damaged[0][1]}; no earlier one is whole: remove {folder} to begin anew, or choose another --workdir"
+        )
+    return None
 
 
 def verify(place: Path) -> int:
     """The step of a checkpoint whose files are all there and unchanged; ValueError naming the first that is not."""
-    remedy = "remove this directory to go on from the checkpoint before it"
     manifest = place / "manifest.json"
     if not manifest.is_file():
-        raise ValueError(f"checkpoint {place} holds no manifest.json, it is missing or half-written; {remedy}")
+        raise ValueError(f"checkpoint {place} holds no manifest.json, it is missing or half-written")
     try:
         recorded = json.loads(manifest.read_text())
-        files = recorded["files"].items()
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise ValueError(f"checkpoint {place} has a damaged manifest.json ({error}); {remedy}") from error
-    for name, entry in files:
+        step, files = int(recorded["step"]), recorded["files"].items()
+        sizes = {name: (entry["bytes"], entry["sha256"]) for name, entry in files}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"checkpoint {place} has a damaged manifest.json ({error})") from error
+    for name, (count, digest) in sizes.items():
         path = place / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        if not path.is_file() or path.stat().st_size != count:
             size = path.stat().st_size if path.is_file() else "no"
-            raise ValueError(f"checkpoint {place}: {name} has {size} bytes, expected {entry['bytes']}; {remedy}")
-        if _digest(path) != entry["sha256"]:
-            raise ValueError(f"checkpoint {place}: the checksum of {name} is not the recorded one; {remedy}")
-    return int(recorded["step"])
+            raise ValueError(f"checkpoint {place}: {name} has {size} bytes, expected {count}")
+        if _digest(path) != digest:
+            raise ValueError(f"checkpoint {place}: the checksum of {name} is not the recorded one")
+    return step
 
 
-def read(place: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Network weights, averaged weights and training state of a verified checkpoint."""
+def read(place: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], Averages, dict[str, Any]]:
+    """Network weights, the averages of these names and the training state of a verified checkpoint."""
     verify(place)
     training = torch.load(place / "training.pt", weights_only=True, map_location="cpu")
-    return load_file(place / "model.safetensors"), load_file(place / "ema.safetensors"), training
+    there = list(training["averages"])
+    files = dict(zip(there, _files(there), strict=True))
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise ValueError(f"checkpoint {place} has the averages {', '.join(there)}, not {', '.join(missing)}")
+    return load_file(place / "model.safetensors"), {n: load_file(place / files[n]) for n in names}, training

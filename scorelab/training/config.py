@@ -19,10 +19,9 @@ from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
 from scorelab.nn import MLP, UNet
 from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
 from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP, cosine_betas, linear_betas
-from scorelab.samplers import DDIM, Ancestral, AnnealedLangevin, Euler, Heun, ProbabilityFlow, ReverseSDE, Sampler
 from scorelab.typing import Shape, Tensor
 
-__all__ = ["Experiment", "build", "build_sampling", "default_config", "load_data", "sigma_data_of"]
+__all__ = ["Experiment", "build", "choose", "default_config", "load_data", "sigma_data_of"]
 
 
 def default_config() -> ConfigDict:
@@ -41,6 +40,8 @@ def default_config() -> ConfigDict:
                 "dequantise": False,  # uniform noise within a grey level
                 "skip_bad": False,  # leave out files that can't be used
                 "cache": "",  # a folder for decoded images that do not fit in memory
+                "workers": 0,  # threads that make batches ahead: where a GPU would wait for them
+                "validation": 0,  # samples kept out of training, for training.validate_every
             },
             "model": {
                 "net": "unet",  # unet | mlp
@@ -65,14 +66,19 @@ def default_config() -> ConfigDict:
                 "steps": 1000,
             },
             "optim": {
+                "name": "adam",  # adam | adamw
                 "lr": 2e-4,
                 "beta1": 0.9,
                 "beta2": 0.999,
                 "eps": 1e-8,
+                "weight_decay": 0.0,
                 "warmup": 100,
-                "schedule": "constant",  # constant | cosine (to 0 at training.steps)
-                "clip": 1.0,
-                "ema": 0.999,
+                # constant | cosine (to 0 at training.steps) | inverse_sqrt (lr sqrt(decay_from/step) after decay_from)
+                "schedule": "constant",
+                "decay_from": 10_000,
+                "clip": 1.0,  # of the gradient's norm, 0 or None: none
+                "ema": (0.999,),  # decays of the averages of the weights; sampling takes the first
+                "ema_power": (),  # relative widths of power-function averages, such as (0.05, 0.1)
             },
             "training": {
                 "steps": 1000,
@@ -82,12 +88,18 @@ def default_config() -> ConfigDict:
                 "sigmas": "process",
                 "weighting": "sigma2",  # sigma2 | snr | x0 | edm | min_snr | likelihood
                 "stable_target": 0,  # size of the reference batch, 0: the plain denoising target
+                "precision": "auto",  # auto | fp32 | bf16
+                "channels_last": "auto",  # auto | yes | no: how images lie in memory
+                "compile": False,  # torch.compile the network: minutes of start, faster steps
+                "activation_checkpointing": False,  # activations are computed again in the backward pass, for memory
                 "accumulate": 1,  # parts a batch is worked through in, for memory
                 "skip_nonfinite": 0,  # how many steps with a loss or gradient that is not finite are left out
                 "checkpoint_every": 500,
                 "keep_last": 3,  # checkpoints, 0: all
                 "keep_every": 0,  # and those of multiples of this step, 0: none besides
                 "log_every": 50,
+                "validate_every": 500,  # loss at fixed noise, 0: never
+                "sample_every": 1000,  # samples, as `scorelab sample` writes them, 0: never
             },
             "sampling": {
                 "sampler": "heun",  # annealed_langevin | ancestral | ddim | euler | heun | reverse_sde | ode
@@ -110,8 +122,6 @@ def default_config() -> ConfigDict:
 
 _PROCESSES = ("ve", "vp", "subvp", "cosine", "flow", "ddpm", "ddpm_cosine")
 _PREDICTIONS = {"x0": X0, "eps": EPS, "score": SCORE, "v": V, "flow": FLOW}
-_GRIDS = ("karras", "geometric", "log_linear", "process", "steps")
-_SAMPLERS = ("annealed_langevin", "ancestral", "ddim", "euler", "heun", "reverse_sde", "ode")
 
 
 @dataclass
@@ -121,9 +131,12 @@ class Experiment:
     data: Source
     model: ScoreModel
     objective: Denoising
+    held_out: Tensor | None = None
+    """Samples that training does not see, ``data.validation`` of them."""
 
 
-def _choose(value: str, names: tuple[str, ...], key: str) -> str:
+def choose(value: str, names: tuple[str, ...], key: str) -> str:
+    """A value of a key that is one of ``names``; ValueError with the nearest if it is not."""
     if value not in names:
         raise ValueError(f"{key} is {value!r}; {nearest_name(value, names)}")
     return value
@@ -144,7 +157,7 @@ def load_data(config: ConfigDict) -> Source:
 def build_process(config: ConfigDict) -> Process:
     """The process of ``config.process``."""
     c = config.process
-    name = _choose(c.name, _PROCESSES, "process.name")
+    name = choose(c.name, _PROCESSES, "process.name")
     if name == "ve":
         return VE(c.sigma_min, c.sigma_max)
     if name in ("vp", "subvp"):
@@ -154,11 +167,15 @@ def build_process(config: ConfigDict) -> Process:
     return DiscreteVP(linear_betas(c.steps) if name == "ddpm" else cosine_betas(c.steps))
 
 
-def _check_training(t: ConfigDict) -> None:
+def _check_training(config: ConfigDict) -> None:
+    t = config.training
+    for key in ("workers", "validation"):
+        if config.data[key] < 0:
+            raise ValueError(f"data.{key} is {config.data[key]}; expected 0 or more")
     for key in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
         if t[key] < 1:
             raise ValueError(f"training.{key} is {t[key]}; expected at least 1")
-    for key in ("skip_nonfinite", "keep_last", "keep_every"):
+    for key in ("skip_nonfinite", "keep_last", "keep_every", "validate_every", "sample_every"):
         if t[key] < 0:
             raise ValueError(f"training.{key} is {t[key]}; expected 0 or more")
     if t.batch_size % t.accumulate:
@@ -171,7 +188,7 @@ def _network(m: ConfigDict, data_shape: Shape, seed: int) -> torch.nn.Module:
     """The network of ``config.model``, with weights drawn from ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if _choose(m.net, ("unet", "mlp"), "model.net") == "mlp":
+        if choose(m.net, ("unet", "mlp"), "model.net") == "mlp":
             return MLP(data_shape, width=m.width, depth=m.depth, features=m.features)
         return UNet(
             data_shape,
@@ -187,7 +204,7 @@ def _network(m: ConfigDict, data_shape: Shape, seed: int) -> torch.nn.Module:
 
 def _levels(kind: str, process: Process, sequence: Tensor, sigma_data: float) -> levels.SigmaDistribution:
     """Which noise levels training visits, ``training.sigmas``."""
-    _choose(kind, ("process", "log_uniform", "tapered", "sequence"), "training.sigmas")
+    choose(kind, ("process", "log_uniform", "tapered", "sequence"), "training.sigmas")
     low, high = process.sigma_range
     if kind == "sequence":
         return levels.FromSigmas(sequence)
@@ -208,19 +225,19 @@ def build(config: ConfigDict) -> Experiment:
     Raises ValueError for a value that is not known or does not fit, naming the key.
     """
     m, t = config.model, config.training
-    _check_training(t)
+    _check_training(config)
     data = load_data(config)
     sigma_data, process = sigma_data_of(data.reference()), build_process(config)
     net = _network(m, data.data_shape, config.seed)
     prediction = (
         edm(sigma_data)
         if m.prediction == "edm"
-        else _PREDICTIONS[_choose(m.prediction, (*_PREDICTIONS, "edm"), "model.prediction")]
+        else _PREDICTIONS[choose(m.prediction, (*_PREDICTIONS, "edm"), "model.prediction")]
     )
     low, high = process.sigma_range
     sequence = levels.geometric(config.sampling.levels, sigma_min=low, sigma_max=high)
-    label: Any = _choose(m.label, ("log_sigma", "time", "index"), "model.label")
-    scale: Any = _choose(m.input_scale, ("process", "unit_variance"), "model.input_scale")
+    label: Any = choose(m.label, ("log_sigma", "time", "index"), "model.label")
+    scale: Any = choose(m.input_scale, ("process", "unit_variance"), "model.input_scale")
     if isinstance(net, MLP):
         scale, label = Constant(1 / sigma_data), LogSigma(sigma_data)
     elif scale == "unit_variance":
@@ -237,33 +254,5 @@ def build(config: ConfigDict) -> Experiment:
     )
     distribution = _levels(t.sigmas, process, sequence, sigma_data)
     weight = weighting(t.weighting, sigma_data=sigma_data, sigmas=distribution)
-    return Experiment(data, model, Denoising(distribution, weight, t.stable_target))
-
-
-def build_sampling(config: ConfigDict, model: ScoreModel) -> tuple[Tensor, Sampler]:
-    """The noise levels and the sampler of ``config.sampling``."""
-    c, process = config.sampling, model.process
-    low, high = model.sigma_range
-    ends = {"sigma_min": c.sigma_min or low, "sigma_max": c.sigma_max or high}
-    name = _choose(c.sampler, _SAMPLERS, "sampling.sampler")
-    grid = _choose(c.grid, _GRIDS, "sampling.grid")
-    if grid == "steps":
-        if not isinstance(process, DiscreteVP):
-            raise ValueError(
-                "sampling.grid='steps' takes DDPM's own steps; expected process.name 'ddpm' or 'ddpm_cosine'"
-            )
-        noise_levels = levels.from_betas(process.betas, c.levels)
-    elif grid == "process":
-        noise_levels = levels.from_process(process, c.levels)
-    else:
-        noise_levels = getattr(levels, grid)(c.levels, **ends)
-    samplers: dict[str, Sampler] = {
-        "annealed_langevin": AnnealedLangevin(c.steps, c.step_size),
-        "ancestral": Ancestral(c.variance, process),
-        "ddim": DDIM(c.eta),
-        "euler": Euler(),
-        "heun": Heun(),
-        "reverse_sde": ReverseSDE(process),
-        "ode": ProbabilityFlow(),
-    }
-    return noise_levels, samplers[name]
+    held_out = data.hold_out(config.data.validation) if config.data.validation else None
+    return Experiment(data, model, Denoising(distribution, weight, t.stable_target), held_out)

@@ -1,151 +1,194 @@
-"""The training loop: Adam with warm-up and clipping, EMA, metrics, checkpoints, exact resuming.
+"""One training step after another: gradients, clipping, Adam, averages; alone, or with the processes of torchrun.
 
-Everything random in step n (data order, noise levels, noise, dropout) follows from (seed, n), so a run that is resumed
-from a checkpoint is bit for bit the run that was never interrupted.
+Everything random in step n follows from (seed, n) and the place in the batch, dropout from (seed, n, process), so a run
+that is resumed from a checkpoint is bit for bit the run that was never interrupted, and several processes that share a
+batch do what one would, up to float summation.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import signal
-import threading
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch.nn.parallel import DistributedDataParallel
 
-from scorelab.checks import check_range
-from scorelab.data.sources import counter_generator
+from scorelab import parallel
+from scorelab.losses.denoising import Noised
 from scorelab.models import ScoreModel
+from scorelab.noise import counter_generator
 from scorelab.training import checkpoint
-from scorelab.training.config import Experiment, build
-from scorelab.training.ema import EMA
+from scorelab.training.batches import Batches
+from scorelab.training.config import Experiment
+from scorelab.training.ema import averages_of
+from scorelab.training.optim import learning_rate, optimiser
+from scorelab.training.precision import autocast, lay_out, settled_precision
 
-__all__ = ["Interrupted", "NonFiniteError", "Trainer", "claim", "train"]
+__all__ = ["BINS", "Metrics", "NonFiniteError", "Trainer"]
+
+BINS = 5
+"""Parts of equal probability that the noise levels of training are told apart in."""
 
 
 class NonFiniteError(ValueError):
     """The loss or a gradient is not finite."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by ``signal`` and saved at ``step``."""
-
-    def __init__(self, signal: int, step: int) -> None:
-        super().__init__(f"stopped and saved at step {step}; the same command goes on from there")
-        self.signal, self.step = signal, step
-
-
-class _Signals:
-    """While it is entered, the first SIGINT or SIGTERM is only noted (``caught``), and the second acts as ever."""
-
-    def __init__(self) -> None:
-        self.caught = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        # handlers can be set in the main thread only
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.caught = number
-        self.__exit__()
-
-
 @dataclass(frozen=True)
 class Metrics:
-    """What one step measured: mean loss, its mean in each third of the noise levels, gradient norm, learning rate."""
+    """Of the steps since the last measure: mean loss, also by noise level beside the zero predictor's and the levels
+    (geometric means); of this step: the norm of the gradient before clipping, the learning rate, and the share of the
+    initial weights in each average.
+    """
 
     step: int
     loss: float
-    loss_low: float
-    loss_middle: float
-    loss_high: float
+    loss_bins: list[float]
+    zero_bins: list[float]
+    sigma_bins: list[float]
     gradient_norm: float
     lr: float
-    ema_initial_share: float
+    initial_share: dict[str, float]
 
 
 class Trainer:
-    """Trains an experiment in memory, one ``advance`` a step; ``state`` and ``restore`` carry it over."""
+    """Trains an experiment in memory, one ``advance`` a step; ``save`` and ``restore`` carry it over.
+
+    Under torchrun, after ``parallel.join()``, every process has its share of each batch.
+    """
 
     def __init__(self, experiment: Experiment, config: ConfigDict) -> None:
         self.experiment, self.config = experiment, config
-        self.model = experiment.model.train()
-        o = config.optim
-        if o.schedule not in ("constant", "cosine"):
-            raise ValueError(f"optim.schedule is {o.schedule!r}; expected 'constant' or 'cosine'")
-        parameters = list(self.model.parameters())
-        self.optimiser = torch.optim.Adam(parameters, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
-        self.parameters = parameters
-        self.ema = EMA(parameters, o.ema)
+        self.model, t = experiment.model.train(), config.training
+        self.rank, self.processes = parallel.world()
+        self.precision = settled_precision(t.precision, self.model)
+        lay_out(self.model, self.precision, t.channels_last)
+        self.parameters = list(self.model.parameters())
+        self.optimiser = optimiser(self.parameters, config.optim)
+        self.averages = averages_of(self.parameters, tuple(config.optim.ema), tuple(config.optim.ema_power))
+        self.ema = self.averages[0]
         self.step = self.skipped = 0
+        device, rows = self.model.device, parallel.shard(t.batch_size)
+        self.batches = Batches(
+            experiment.data,
+            experiment.objective,
+            seed=config.seed,
+            size=t.batch_size,
+            rows=rows,
+            device=device,
+            workers=config.data.workers,
+        )
+        self._part = -(-len(rows) // t.accumulate)
         self._random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
+        # row i of a batch has its level in part i of as many of equal probability
+        self._bins = nn.functional.one_hot(torch.tensor(rows) * BINS // t.batch_size, BINS).float().to(device)
+        self._sums = torch.zeros(4, BINS, device=device)
+        if t.activation_checkpointing:
+            self._checkpoint_activations()
+        if t.compile:
+            self.model.net.compile()
+        self._network: Callable[[Tensor, Tensor], Tensor] = self.model
+        if self.processes > 1:
+            self._network = DistributedDataParallel(
+                self.model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+            )
 
-    def _lr(self) -> float:
-        o, steps = self.config.optim, self.config.training.steps
-        warm = min(1.0, (self.step + 1) / o.warmup) if o.warmup > 0 else 1.0
-        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / steps))) if o.schedule == "cosine" else 1.0
-        return float(o.lr * warm * fall)
+    def _checkpoint_activations(self) -> None:
+        if not hasattr(self.model.net, "activation_checkpointing"):
+            raise ValueError(
+                f"training.activation_checkpointing is for networks that know it; {type(self.model.net).__name__} "
+                "does not: leave it False"
+            )
+        self.model.net.activation_checkpointing = True  # type: ignore[assignment]
 
-    def _seeded(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
         """Dropout draws from global state: seed it for this step, and put it back afterwards."""
-        return torch.random.fork_rng() if self._random else nullcontext()
+        if not self._random:
+            yield
+            return
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            seed = counter_generator(self.config.seed, self.step, 5, self.rank).initial_seed()
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                torch.cuda.manual_seed(seed)
+            yield
+
+    def _gradients(self, noised: Noised) -> Tensor:
+        """Losses of this process's rows, and the whole batch's mean gradient in the parameters."""
+        size, rows = self.config.training.batch_size, len(noised.sigma)
+        found = []
+        self.optimiser.zero_grad()
+        with self._seeded():
+            for first in range(0, rows, self._part):
+                some = Noised(*(x[first : first + self._part] for x in noised))
+                last = first + self._part >= rows
+                waiting = self._network.no_sync() if isinstance(self._network, DistributedDataParallel) else None
+                with nullcontext() if waiting is None or last else waiting:
+                    with autocast(self.model.device, self.precision):
+                        loss = self.experiment.objective.losses(self._network, some).loss
+                    # processes' gradients are averaged
+                    torch.autograd.backward(loss.sum() * (self.processes / size))
+                found.append(loss.detach())
+        return torch.cat(found)
 
     def advance(self, measure: bool = True) -> Metrics | None:
         """One step; None where nothing was measured, or the step skipped.
 
         Raises NonFiniteError, before any weight is changed, naming the step and the noise levels.
         """
-        c, objective = self.config, self.experiment.objective
-        size = c.training.batch_size
-        x0 = self.experiment.data.batch(c.seed, self.step, objective.count(size)).to(self.model.device)
-        lr = self._lr()
+        c = self.config
+        noised = self.batches.at(self.step)
+        lr = learning_rate(c.optim, self.step, c.training.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        with self._seeded():
-            if self._random:
-                torch.manual_seed(counter_generator(c.seed, self.step, 5).initial_seed())
-            noised = objective.noised(x0, counter_generator(c.seed, self.step, 4), size)
-            self.optimiser.zero_grad()
-            parts, part = [], size // c.training.accumulate
-            for first in range(0, size, part):
-                found = objective.losses(self.model, noised.rows(slice(first, first + part))).loss
-                torch.autograd.backward(found.sum() / size)
-                parts.append(found.detach())
-        losses, sigma = torch.cat(parts), noised.sigma
-        limit = c.optim.clip if c.optim.clip > 0 else math.inf
+        losses = self._gradients(noised)
+        limit = c.optim.clip if c.optim.clip else math.inf
+        total = nn.utils.clip_grad_norm_(self.parameters, limit)
         # a loss that is not finite makes this sum so, too: one look at the device for both
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit) + 0 * losses.sum())
-        if not math.isfinite(norm):
-            self._skip(losses, sigma, lr)
+        norm = float(total + 0 * losses.sum())
+        if parallel.most(not math.isfinite(norm))[0]:
+            self._skip(losses, noised.sigma, lr)
             return None
         self.optimiser.step()
-        self.ema.update()
+        for average in self.averages:
+            average.update()
         self.step += 1
-        if not measure:
-            return None
-        low, middle, high = (float(p.mean()) for p in losses[sigma.argsort()].tensor_split(3))
-        return Metrics(self.step, float(losses.mean()), low, middle, high, norm, lr, self.ema.initial_share)
+        zero = self.experiment.objective.weight(noised.sigma)
+        values = torch.stack([losses, zero, noised.sigma.log(), torch.ones_like(losses)])
+        self._sums += (values.unsqueeze(2) * self._bins).sum(1)
+        return self._measured(norm, lr) if measure else None
+
+    def _measured(self, norm: float, lr: float) -> Metrics:
+        """The means of what was summed since the last measure, which ends here."""
+        sums = self._sums.clone()
+        if self.processes > 1:
+            torch.distributed.all_reduce(sums)
+        self._sums.zero_()
+        loss, zero, log_sigma, count = sums.double().cpu() if sums.device.type != "mps" else sums.cpu().double()
+        return Metrics(
+            self.step,
+            float(loss.sum() / count.sum()),
+            (loss / count).tolist(),
+            (zero / count).tolist(),
+            (log_sigma / count).exp().tolist(),
+            norm,
+            lr,
+            {a.name: a.initial_share for a in self.averages},
+        )
 
     def _skip(self, losses: Tensor, sigma: Tensor, lr: float) -> None:
         """Leave this step out, or raise NonFiniteError if that was done too often."""
+        size = self.config.training.batch_size
+        losses, sigma = parallel.gather(losses, size), parallel.gather(sigma, size)
         broken = ~torch.isfinite(losses)
         where = "a gradient is not finite"
         if broken.any():
@@ -162,131 +205,40 @@ class Trainer:
         self.step += 1
 
     def averaged(self) -> ScoreModel:
-        """A copy of the model with the averaged weights, in evaluation mode; the trained one is not touched."""
+        """A copy of the model with the (first) averaged weights, in evaluation mode; the trained one is not touched."""
         copied = copy.deepcopy(self.model)
         copied.net.load_state_dict(self.ema.weights(self.model.net))
         return copied.requires_grad_(False).eval()
 
     def save(self, folder: Path) -> Path:
-        """Write a checkpoint of this step into ``folder``."""
-        training = {
-            "step": self.step,
-            "skipped": self.skipped,
-            "optimiser": self.optimiser.state_dict(),
-            "ema_count": self.ema.count,
-            "ema_initial_share": self.ema.initial_share,
-        }
-        return checkpoint.write(folder, self.step, self.model, self.ema.weights(self.model.net), training)
+        """Write a checkpoint of this step into ``folder``; of several processes the first writes."""
+        sums = parallel.gather(self._sums[None], self.processes).cpu()
+        place = checkpoint.place_of(folder, self.step)
+        if self.rank == 0:
+            training = {
+                "step": self.step,
+                "skipped": self.skipped,
+                "optimiser": self.optimiser.state_dict(),
+                "averages": {a.name: {"count": a.count, "initial_share": a.initial_share} for a in self.averages},
+                "sums": sums,
+            }
+            averages = {a.name: a.weights(self.model.net) for a in self.averages}
+            checkpoint.write(folder, self.step, self.model, averages, training)
+        parallel.most(0)
+        return place
 
     def restore(self, place: Path) -> None:
-        """Continue from a checkpoint; ValueError if it is damaged."""
-        weights, averages, training = checkpoint.read(place)
+        """Continue from a checkpoint; ValueError if it is damaged, or if an average is not in it."""
+        weights, averages, training = checkpoint.read(place, [a.name for a in self.averages])
         self.model.net.load_state_dict(weights)
-        names = {id(p): name for name, p in self.model.net.named_parameters()}
-        for parameter, average in zip(self.ema.parameters, self.ema.average, strict=True):
-            average.copy_(averages[names[id(parameter)]])
+        for average in self.averages:
+            average.load(self.model.net, averages[average.name])
+            found = training["averages"][average.name]
+            average.count, average.initial_share = found["count"], found["initial_share"]
         self.optimiser.load_state_dict(training["optimiser"])
-        self.step, self.skipped, self.ema.count = training["step"], training["skipped"], training["ema_count"]
-        self.ema.initial_share = training["ema_initial_share"]
-
-
-def _plain(config: ConfigDict) -> dict[str, Any]:
-    """The resolved config as JSON writes it back (tuples become lists)."""
-    return json.loads(config.to_json())  # type: ignore[no-any-return]
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{prefix}{key}: {a!r} there, {b!r} now"
-
-
-def claim(workdir: Path, config: ConfigDict) -> None:
-    """Make ``workdir`` this experiment's run directory, or check that it is.
-
-    Raises ValueError, leaving all as it was, if it holds anything else. How often to write and how to sample may
-    change, and so may training.steps under a constant learning rate.
-    """
-    settings = workdir / "config.json"
-    if not settings.is_file():
-        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-            raise ValueError(
-                f"{workdir} is not empty and holds no config.json; expected a new directory or a run's own"
-            )
-        workdir.mkdir(parents=True, exist_ok=True)
-    else:
-        try:
-            recorded = json.loads(settings.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{settings} is damaged ({error}); repair it or choose another --workdir") from error
-        free = ["sampling.", "training.checkpoint_every", "training.log_every", "training.keep_"]
-        if config.optim.schedule == "constant":
-            free.append("training.steps")
-        changed = [d for d in _differences(recorded, _plain(config)) if not d.startswith(tuple(free))]
-        if changed:
-            raise ValueError(
-                f"{workdir} belongs to another experiment ({'; '.join(changed)}): choose another --workdir"
-            )
-    aside = settings.with_suffix(".writing")
-    aside.write_text(json.dumps(_plain(config), indent=1) + "\n")
-    aside.replace(settings)
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Drop metrics past ``step``: the resumed run writes them again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break  # the line that was being written when the run was killed
-        if row["step"] <= step:
-            kept.append(line)
-    aside = path.with_suffix(".writing")
-    aside.write_text("".join(line + "\n" for line in kept))
-    aside.replace(path)
-
-
-def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> ScoreModel:
-    """Train an experiment to ``training.steps`` in a run directory, resuming from its last checkpoint if it has one.
-
-    Returns the model with averaged weights. Writes config.json, metrics.jsonl and checkpoints/. Raises ValueError for
-    bad settings, another experiment's directory or a damaged checkpoint, NonFiniteError, and Interrupted once it has
-    saved where SIGINT or SIGTERM stopped it (a second signal stops at once).
-    """
-    workdir = Path(workdir)
-    experiment = build(config)
-    trainer = Trainer(experiment, config)
-    if experiment.data.data_range is not None:
-        check_range(experiment.data.batch(config.seed, 0, config.training.batch_size), (-1.0, 1.0), "the first batch")
-    claim(workdir, config)
-    folder, log = workdir / "checkpoints", workdir / "metrics.jsonl"
-    folder.mkdir(exist_ok=True)
-    checkpoint.sweep(folder)
-    last = checkpoint.latest(folder)
-    if last is not None:
-        trainer.restore(last)
-    _keep_until(log, trainer.step)
-    t = config.training
-    began = time.perf_counter()
-    bar = tqdm(total=t.steps, initial=trainer.step, desc="training", unit="step", disable=not progress)
-    with bar, log.open("a") as metrics, _Signals() as signals:
-        while trainer.step < t.steps and not signals.caught:
-            due = (trainer.step + 1) % t.log_every == 0 or trainer.step + 1 == t.steps
-            row = trainer.advance(measure=due)
-            bar.update()
-            if row is not None:
-                metrics.write(json.dumps({**row.__dict__, "seconds": time.perf_counter() - began}) + "\n")
-                metrics.flush()
-                bar.set_postfix(loss=f"{row.loss:.4f}", refresh=False)
-            if trainer.step % t.checkpoint_every == 0 or trainer.step == t.steps or signals.caught:
-                trainer.save(folder)
-                checkpoint.prune(folder, t.keep_last, t.keep_every)
-        if signals.caught and trainer.step < t.steps:
-            raise Interrupted(signals.caught, trainer.step)
-    return trainer.averaged()
+        self.step, self.skipped = training["step"], training["skipped"]
+        sums = training["sums"]
+        if len(sums) != self.processes:
+            # it was saved by another number of processes
+            sums = torch.cat([sums.sum(0, keepdim=True), torch.zeros(self.processes - 1, *sums.shape[1:])])
+        self._sums.copy_(sums[self.rank])

@@ -1,0 +1,31 @@
+"""Images in [-1, 1] as pixels, one by one or as one picture."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from scorelab.typing import Shape, Tensor
+
+__all__ = ["are_images", "picture_bytes", "tiled"]
+
+
+def are_images(data_shape: Shape) -> bool:
+    """Whether samples of this shape can be shown: gray or colour images."""
+    return len(data_shape) == 3 and data_shape[0] in (1, 3)
+
+
+def picture_bytes(x: Tensor) -> np.ndarray:
+    """uint8 (B, H, W) or (B, H, W, 3) of images (B, 1 or 3, H, W) in [-1, 1], rounded."""
+    levels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    return levels[:, 0].numpy() if levels.shape[1] == 1 else levels.permute(0, 2, 3, 1).numpy()
+
+
+def tiled(x: Tensor) -> np.ndarray:
+    """uint8 (H, W) or (H, W, 3): images (B, 1 or 3, H, W) in [-1, 1] side by side, about as many lines as columns."""
+    pictures = picture_bytes(x)
+    columns = round(len(pictures) ** 0.5)
+    empty = np.zeros((-len(pictures) % columns, *pictures.shape[1:]), np.uint8)
+    tiles = np.concatenate([pictures, empty])
+    lines = [np.concatenate(list(tiles[i : i + columns]), 1) for i in range(0, len(tiles), columns)]
+    return np.concatenate(lines)

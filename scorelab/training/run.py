@@ -1,0 +1,180 @@
+"""A run directory: who owns it, going on from its last whole checkpoint, saving on signals, and the loop.
+
+It holds config.json (resolved), metrics.jsonl, samples/ and checkpoints/, and TensorBoard's events.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from scorelab import parallel
+from scorelab.checks import check_range
+from scorelab.models import ScoreModel
+from scorelab.training import checkpoint
+from scorelab.training.config import build, default_config
+from scorelab.training.engine import Trainer
+from scorelab.training.precision import settled_precision
+from scorelab.training.watch import Watch
+
+__all__ = ["Interrupted", "claim", "train"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by ``signal`` and saved at ``step``."""
+
+    def __init__(self, signal: int, step: int) -> None:
+        super().__init__(f"stopped and saved at step {step}; the same command goes on from there")
+        self.signal, self.step = signal, step
+
+
+class _Signals:
+    """While it is entered, the first SIGINT or SIGTERM is only noted (``caught``), and the second acts as ever."""
+
+    def __init__(self) -> None:
+        self.caught = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        # handlers can be set in the main thread only
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.caught = number
+        self.__exit__()
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    """The resolved config as JSON writes it back (tuples become lists)."""
+    return json.loads(config.to_json())  # type: ignore[no-any-return]
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], default: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Settings that differ; one that ``old`` does not know yet had its default value."""
+    for key in sorted(old.keys() | new.keys()):
+        a, b, c = old.get(key, default.get(key)), new.get(key), default.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, c if isinstance(c, dict) else {}, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}: {a!r} there, {b!r} now"
+
+
+def _recorded(workdir: Path) -> dict[str, Any] | None:
+    """The config that a run directory was made with; None if it is none yet. ValueError if it can't be one."""
+    settings = workdir / "config.json"
+    if not settings.is_file():
+        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+            raise ValueError(
+                f"{workdir} is not empty and holds no config.json; expected a new directory or a run's own"
+            )
+        return None
+    try:
+        found = json.loads(settings.read_text())
+    except ValueError as error:
+        raise ValueError(f"{settings} is damaged ({error}); repair it or choose another --workdir") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{settings} holds {found!r}; expected an experiment: repair it or choose another --workdir")
+    return found
+
+
+def claim(workdir: Path, config: ConfigDict, *, accept_changes: bool = False) -> None:
+    """Make ``workdir`` this experiment's run directory, or check that it is.
+
+    Raises ValueError, leaving all as it was, if it holds anything else. How often to write and how to sample may
+    change, and so may training.steps under a learning rate that does not depend on it, and with ``accept_changes`` all.
+    """
+    recorded, settings = _recorded(workdir), workdir / "config.json"
+    if recorded is not None and not accept_changes:
+        free = ["sampling.", "evaluation.", "data.workers", "data.cache", "training.activation_checkpointing"]
+        free += [f"training.{k}" for k in ("checkpoint_every", "log_every", "validate_every", "sample_every", "keep_")]
+        if config.optim.schedule != "cosine":
+            free.append("training.steps")
+        different = _differences(recorded, _plain(config), _plain(default_config()))
+        changed = [d for d in different if not d.startswith(tuple(free))]
+        if changed:
+            raise ValueError(
+                f"{workdir} belongs to another experiment ({'; '.join(changed)}): choose another --workdir, or go on "
+                "with the new settings by --accept_changes"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    aside = settings.with_suffix(".writing")
+    aside.write_text(json.dumps(_plain(config), indent=1) + "\n")
+    aside.replace(settings)
+
+
+def _resume(trainer: Trainer, workdir: Path, config: ConfigDict, accept_changes: bool) -> None:
+    """Claim the directory and go on from its last whole checkpoint, in all processes alike."""
+    folder, step = workdir / "checkpoints", -1
+    if trainer.rank == 0:
+        claim(workdir, config, accept_changes=accept_changes)
+        folder.mkdir(exist_ok=True)
+        checkpoint.sweep(folder)
+        found = checkpoint.sound(folder)
+        step = -1 if found is None else checkpoint.verify(found)
+    step = int(parallel.most(step)[0])
+    if step >= 0:
+        trainer.restore(checkpoint.place_of(folder, step))
+
+
+def train(
+    config: ConfigDict, workdir: str | Path, *, progress: bool = True, accept_changes: bool = False
+) -> ScoreModel:
+    """Train an experiment to ``training.steps`` in a run directory, going on from its last whole checkpoint if it has
+    one; under torchrun with all its processes, on the GPU if there is one.
+
+    Returns the model with averaged weights. Raises ValueError for bad settings, another experiment's directory (unless
+    ``accept_changes``) or checkpoints of which none is whole, NonFiniteError, OSError for a checkpoint that can't be
+    written, and Interrupted once it has saved where SIGINT or SIGTERM stopped it (a second signal stops at once).
+    """
+    workdir, config = Path(workdir), ConfigDict(config)
+    with _Signals() as signals:
+        device = parallel.join()
+        recorded = _recorded(workdir)
+        experiment = build(config)
+        experiment.model.to(device)
+        if config.training.precision == "auto":
+            # a run keeps the precision that it was begun in
+            known = (recorded or {}).get("training", {}).get("precision")
+            config.training.precision = known or settled_precision("auto", experiment.model)
+        trainer = Trainer(experiment, config)
+        if experiment.data.data_range is not None:
+            check_range(trainer.batches.data.batch(config.seed, 0, config.training.batch_size), (-1.0, 1.0), "batch 0")
+        _resume(trainer, workdir, config, accept_changes)
+        watch = Watch(trainer, workdir, progress)
+        try:
+            _loop(trainer, watch, workdir / "checkpoints", signals)
+        finally:
+            watch.close()
+            trainer.batches.close()
+    return trainer.averaged()
+
+
+def _loop(trainer: Trainer, watch: Watch, folder: Path, signals: _Signals) -> None:
+    t = trainer.config.training
+    stop = 0
+    while trainer.step < t.steps and not stop:
+        began = time.perf_counter()
+        due = (trainer.step + 1) % t.log_every == 0 or trainer.step + 1 == t.steps
+        metrics = trainer.advance(measure=due)
+        watch.stepped(metrics, time.perf_counter() - began)
+        watch.evaluate()
+        stop = int(parallel.most(signals.caught)[0])
+        if trainer.step % t.checkpoint_every == 0 or trainer.step == t.steps or stop:
+            trainer.save(folder)
+            if trainer.rank == 0:
+                checkpoint.prune(folder, t.keep_last, t.keep_every)
+    if stop and trainer.step < t.steps:
+        raise Interrupted(stop, trainer.step)

@@ -1,0 +1,90 @@
+"""Sampling as an experiment's config says: its noise levels, its sampler, its clipping."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from ml_collections import ConfigDict
+
+from scorelab import sigmas as levels
+from scorelab.adapters import clipped
+from scorelab.models import ScoreModel
+from scorelab.noise import PerSampleNoise
+from scorelab.processes import DiscreteVP
+from scorelab.samplers import (
+    DDIM,
+    Ancestral,
+    AnnealedLangevin,
+    Calibrated,
+    Euler,
+    Heun,
+    ProbabilityFlow,
+    ReverseSDE,
+    Sampler,
+    sample,
+)
+from scorelab.training.config import choose
+from scorelab.typing import ScoreFn, Tensor
+
+__all__ = ["build_sampling", "own_score", "sample_model"]
+
+_GRIDS = ("karras", "geometric", "log_linear", "process", "steps")
+_SAMPLERS = ("annealed_langevin", "ancestral", "ddim", "euler", "heun", "reverse_sde", "ode")
+
+
+def build_sampling(config: ConfigDict, model: ScoreModel) -> tuple[Tensor, Sampler]:
+    """The noise levels and the sampler of ``config.sampling``."""
+    c, process = config.sampling, model.process
+    low, high = model.sigma_range
+    ends = {"sigma_min": c.sigma_min or low, "sigma_max": c.sigma_max or high}
+    name = choose(c.sampler, _SAMPLERS, "sampling.sampler")
+    grid = choose(c.grid, _GRIDS, "sampling.grid")
+    if grid == "steps":
+        if not isinstance(process, DiscreteVP):
+            raise ValueError(
+                "sampling.grid='steps' takes DDPM's own steps; expected process.name 'ddpm' or 'ddpm_cosine'"
+            )
+        noise_levels = levels.from_betas(process.betas, c.levels)
+    elif grid == "process":
+        noise_levels = levels.from_process(process, c.levels)
+    else:
+        noise_levels = getattr(levels, grid)(c.levels, **ends)
+    samplers: dict[str, Sampler] = {
+        "annealed_langevin": AnnealedLangevin(c.steps, c.step_size),
+        "ancestral": Ancestral(c.variance, process),
+        "ddim": DDIM(c.eta),
+        "euler": Euler(),
+        "heun": Heun(),
+        "reverse_sde": ReverseSDE(process),
+        "ode": ProbabilityFlow(),
+    }
+    return noise_levels, samplers[name]
+
+
+def own_score(model: ScoreModel, config: ConfigDict) -> ScoreFn:
+    """The model, with its denoised sample clamped to the data's range where the experiment says so."""
+    return clipped(model, -1.0, 1.0) if config.sampling.clip and model.data_range is not None else model
+
+
+def sample_model(
+    model: ScoreModel,
+    config: ConfigDict,
+    n: int,
+    generator: torch.Generator | PerSampleNoise,
+    *,
+    sampler: Path | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """n samples with the experiment's own sampler and batch size, or with a calibrated sampler's file."""
+    noise_levels, own = build_sampling(config, model)
+    return sample(
+        own_score(model, config),
+        (n, *model.data_shape),
+        noise_levels if sampler is None else None,
+        own if sampler is None else Calibrated.load(sampler),
+        generator=generator,
+        progress=progress,
+        batch_size=config.sampling.batch_size,
+        sharded=isinstance(generator, PerSampleNoise),
+    )

@@ -1,0 +1,167 @@
+"""Watching a run: a progress bar, metrics.jsonl, TensorBoard, samples and a loss at fixed noise, as it goes.
+
+Rows of metrics.jsonl hold ``step`` and either what training measured, or ``validation_loss``, or the samples' mean and
+standard deviation per channel beside the data's. TensorBoard's events are written where the package is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from scorelab import parallel
+from scorelab.losses.denoising import Noised
+from scorelab.noise import PerSampleNoise, counted
+from scorelab.plotting.pictures import are_images, tiled
+from scorelab.training.engine import BINS, Metrics, Trainer
+from scorelab.training.sampling import sample_model
+from scorelab.typing import Tensor
+
+__all__ = ["TIMINGS", "Watch", "keep_until"]
+
+TIMINGS = ("seconds", "images_per_second", "data_share")
+"""Keys of metrics.jsonl that differ from run to run."""
+_FIXED = 512
+"""Samples that the loss at fixed noise takes, at most."""
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop metrics past ``step``: the resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the line that was being written when the run was killed
+        if row["step"] <= step:
+            kept.append(line)
+    aside = path.with_suffix(".writing")
+    aside.write_text("".join(line + "\n" for line in kept))
+    aside.replace(path)
+
+
+def _moments(x: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of every channel of (N, C, *sizes)."""
+    channels = x.double().transpose(0, 1).flatten(1)
+    return channels.mean(1).tolist(), channels.std(1).tolist()
+
+
+class Watch:
+    """What is written and shown of a run, by the first process; all of them evaluate."""
+
+    def __init__(self, trainer: Trainer, workdir: Path, progress: bool) -> None:
+        self.trainer, self.workdir = trainer, workdir
+        t, first = trainer.config.training, trainer.rank == 0
+        self._first = first
+        self._bar = tqdm(
+            total=t.steps, initial=trainer.step, desc="training", unit="step", disable=not (progress and first)
+        )
+        self._events: Any = None
+        if first:
+            keep_until(workdir / "metrics.jsonl", trainer.step)
+            if importlib.util.find_spec("tensorboard") is not None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._events = SummaryWriter(str(workdir), purge_step=trainer.step + 1)
+            self._metrics = (workdir / "metrics.jsonl").open("a")
+        self._began, self._spent, self._steps, self._told = time.perf_counter(), 0.0, 0, False
+        data = trainer.experiment.data.reference()
+        self._data_mean, self._data_std = _moments(data[:10_000])
+
+    def close(self) -> None:
+        """Close the bar and the files."""
+        self._bar.close()
+        if self._first:
+            self._metrics.close()
+        if self._events is not None:
+            self._events.close()
+
+    def stepped(self, metrics: Metrics | None, seconds: float) -> None:
+        """A step took ``seconds``; write what it measured."""
+        self._spent += seconds
+        self._steps += 1
+        self._bar.update()
+        if metrics is None:
+            return
+        size, waited = self.trainer.config.training.batch_size, self.trainer.batches.waited
+        speed, share = self._steps * size / max(self._spent, 1e-9), waited / max(self._spent, 1e-9)
+        self._write({**asdict(metrics), "images_per_second": speed, "data_share": share})
+        shown = {"loss": f"{metrics.loss:.4f}", "images/s": f"{speed:.0f}"}
+        self._bar.set_postfix(shown | ({"data": f"{share:.0%}"} if share > 0.1 else {}), refresh=False)
+        if share > 0.25 and not self._told and self._steps > 1:
+            self._bar.write(f"making batches takes {share:.0%} of the time: raise data.workers or use a faster disk")
+            self._told = True
+        self._spent, self._steps, self.trainer.batches.waited = 0.0, 0, 0.0
+
+    def evaluate(self) -> None:
+        """Loss at fixed noise and samples, where they are due."""
+        t, step = self.trainer.config.training, self.trainer.step
+        validate, draw = (bool(n) and (step % n == 0 or step == t.steps) for n in (t.validate_every, t.sample_every))
+        if not validate and not draw:
+            return
+        model = self.trainer.averaged()
+        if validate:
+            bins = self._fixed_noise_losses(model)
+            self._write({"step": step, "validation_loss": float(np.mean(bins)), "validation_bins": bins})
+        if draw:
+            config = self.trainer.config
+            x = sample_model(model, config, config.sampling.samples, PerSampleNoise(0), progress=False)
+            mean, std = _moments(x)
+            own = {"data_mean": self._data_mean, "data_std": self._data_std}
+            self._write({"step": step, "sample_mean": mean, "sample_std": std, **own})
+            if self._first:
+                self._show(x, step)
+
+    def _fixed_noise_losses(self, model: torch.nn.Module) -> list[float]:
+        """The mean loss in each part of the noise levels: held-out samples if there are any, always the same noise."""
+        e, size = self.trainer.experiment, self.trainer.config.training.batch_size
+        x0 = e.data.batch(0, 0, _FIXED) if e.held_out is None else e.held_out[:_FIXED]
+        # every part of the levels has as many samples
+        count = max(BINS, len(x0) // BINS * BINS)
+        x0 = x0.repeat(-(-count // len(x0)), *(1,) * (x0.ndim - 1))[:count]
+        levels = e.objective.sigmas((torch.arange(count) + 0.5) / count).to(x0)
+        noise = counted(torch.randn, tuple(x0.shape[1:]), range(count), 0, 10).to(x0)
+        mine, found = parallel.shard(count), []
+        with torch.no_grad():
+            for first in range(mine.start, mine.stop, size):
+                rows = slice(first, min(first + size, mine.stop))
+                some = Noised(*(x[rows].to(self.trainer.model.device) for x in (x0, levels, noise)))
+                found.append(e.objective.losses(model, some).loss)
+        losses = parallel.gather(torch.cat(found), count)
+        return losses.double().cpu().reshape(BINS, -1).mean(1).tolist()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if not self._first:
+            return
+        self._metrics.write(json.dumps({**row, "seconds": time.perf_counter() - self._began}) + "\n")
+        self._metrics.flush()
+        if self._events is None:
+            return
+        for key, value in row.items():
+            parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
+            for name, part in parts:
+                self._events.add_scalar(f"{key}/{name}", part, row["step"])
+            if isinstance(value, (int, float)) and key != "step":
+                self._events.add_scalar(key, value, row["step"])
+
+    def _show(self, x: Tensor, step: int) -> None:
+        folder = self.workdir / "samples"
+        folder.mkdir(exist_ok=True)
+        if not are_images(tuple(x.shape[1:])):
+            np.savez_compressed(folder / f"step_{step:08d}.npz", samples=x.cpu().numpy())
+            return
+        picture = tiled(x)
+        Image.fromarray(picture).save(folder / f"step_{step:08d}.png")
+        if self._events is not None:
+            self._events.add_image("samples", picture, step, dataformats="HW" if picture.ndim == 2 else "HWC")

@@ -10,6 +10,8 @@ from torch import nn
 from scorelab import VE, VP, DiscreteVP, ScoreModel, sample, sigmas
 from scorelab.models import Constant, LogSigma, UnitVariance
 from scorelab.nn import MLP, UNet
+from scorelab.nn.dropout import Dropout
+from scorelab.nn.unet import grown
 from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
 from scorelab.processes import linear_betas
 
@@ -211,3 +213,45 @@ def test_class_conditions_and_their_rows():
 def test_bad_input_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("sizes", [(6,), (4, 6), (3, 4, 2)])
+def test_growing_is_enlarging_and_convolving(sizes):
+    """In value and gradients, and also where the size is not just doubled."""
+    rank = len(sizes)
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](5, 7, 3, padding=1).double()
+    x = torch.randn(2, 5, *sizes, dtype=torch.float64, generator=generator()).requires_grad_()
+    for size in (tuple(2 * n for n in sizes), tuple(2 * n - 1 for n in sizes)):
+        a, b = grown(x, size, conv), conv(nn.functional.interpolate(x, size=size))
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        g = torch.randn(a.shape, dtype=a.dtype, generator=generator(1))
+        wanted = (x, conv.weight, conv.bias)
+        for mine, plain in zip(torch.autograd.grad(a, wanted, g), torch.autograd.grad(b, wanted, g), strict=True):
+            torch.testing.assert_close(mine, plain, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_by_random_bits(layout):
+    """Each element is kept with probability 1 - p, alone, and scaled so that the mean is exact; gradients likewise."""
+    p, x = 0.3, torch.ones(40, 25, 20, 20).to(memory_format=layout).requires_grad_()
+    layer = Dropout(p)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        y = layer(x)
+        torch.manual_seed(0)
+        again = layer(x)
+    assert torch.equal(y, again)
+    assert y.is_contiguous(memory_format=layout)
+    kept = (y > 0).double()
+    count = x.numel()
+    exact = 1 - round(p * 2**16) / 2**16
+    assert abs(float(kept.mean()) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / count)
+    torch.testing.assert_close(y[y > 0], torch.full_like(y[y > 0], 1 / exact))
+    # neighbours, in whatever order they were drawn, are independent
+    for axis in range(4):
+        a, b = kept.narrow(axis, 0, kept.shape[axis] - 1), kept.narrow(axis, 1, kept.shape[axis] - 1)
+        assert abs(float(((a - exact) * (b - exact)).mean())) < 5 * p * (1 - p) / math.sqrt(a.numel())
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    assert torch.equal(layer.eval()(x), x)
+    assert torch.equal(Dropout(1.0)(x), torch.zeros_like(x))

@@ -83,32 +83,6 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):
     assert [r["step"] for r in rows(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_process_resumes_bit_for_bit(tmp_path):
-    command = [sys.executable, "-m", "scorelab.cli", "train", "--config", str(ROOT / "configs/digits/ncsn.py")]
-    small_run = [
-        "--config.model.width=8",
-        "--config.model.blocks=1",
-        "--config.training.steps=12",
-        "--config.training.log_every=1",
-    ]
-    small_run += [
-        "--config.training.checkpoint_every=3",
-        "--config.training.batch_size=64",
-        "--config.model.dropout=0.1",
-    ]
-    killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, *small_run, "--workdir", str(killed)], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (killed / "checkpoints" / "step_00000003").is_dir():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    for workdir in (killed, tmp_path / "whole"):
-        subprocess.run([*command, *small_run, "--workdir", str(workdir)], cwd=ROOT, check=True, capture_output=True)
-    same_files(*(w / "checkpoints" / "step_00000012" for w in (killed, tmp_path / "whole")))
-    assert rows(killed) == rows(tmp_path / "whole")
-
-
 def test_training_leaves_global_random_state_alone(tmp_path):
     before = torch.random.get_rng_state()
     train(small(2), tmp_path, progress=False)

@@ -8,6 +8,8 @@ Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv:2006.11239.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -20,11 +22,31 @@ from scorelab.typing import Tensor
 __all__ = ["UNet"]
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
 
 
 def _norm(channels: int) -> nn.GroupNorm:
     groups = max(g for g in range(1, 33) if channels % g == 0 and channels // g >= min(4, channels))
     return nn.GroupNorm(groups, channels)
+
+
+def grown(x: Tensor, size: tuple[int, ...], conv: Any) -> Tensor:
+    """A convolution (kernel 3, padding 1) of x (B, C, *sizes) enlarged to ``size`` by its nearest neighbours.
+
+    Enlarging to twice the size and then convolving is one transposed convolution of stride 2, whose kernel of 4 is the
+    kernel of 3 convolved with (1, 1): in the plane 2.25 times fewer operations, and no enlarged x in memory.
+    """
+    rank = x.ndim - 2
+    if any(n != 2 * m for n, m in zip(size, x.shape[2:], strict=True)):
+        found: Tensor = conv(functional.interpolate(x, size=size))
+        return found
+    kernel: Tensor = conv.weight
+    for dim in range(2, 2 + rank):
+        zero = torch.zeros_like(kernel.narrow(dim, 0, 1))
+        kernel = torch.cat([kernel, zero], dim) + torch.cat([zero, kernel], dim)
+    kernel = kernel.flip(tuple(range(2, 2 + rank))).transpose(0, 1)
+    made: Tensor = _TRANSPOSED[rank](x, kernel, conv.bias, stride=2, padding=1)
+    return made
 
 
 class _Block(nn.Module):
@@ -185,6 +207,6 @@ class UNet(nn.Module):
         for i, stage in enumerate(self.up):
             h = self._run(stage, torch.cat([h, kept.pop()], 1), embedding)
             if (i + 1) % (self.blocks + 1) == 0 and kept:
-                h = self.grow[i // (self.blocks + 1)](functional.interpolate(h, size=kept[-1].shape[2:]))
+                h = grown(h, tuple(kept[-1].shape[2:]), self.grow[i // (self.blocks + 1)])
         out: Tensor = self.last(functional.silu(self.norm(h)))
         return out

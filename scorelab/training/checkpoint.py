@@ -52,9 +52,17 @@ def place_of(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def write(folder: Path, step: int, model: ScoreModel, averages: Averages, training: dict[str, Any]) -> Path:
+def write(
+    folder: Path,
+    step: int,
+    model: ScoreModel,
+    weights: dict[str, Tensor],
+    averages: Averages,
+    training: dict[str, Any],
+) -> Path:
     """Write ``folder/step_XXXXXXXX``; refuses (ValueError) to write a weight that is not finite."""
-    for name, value in [*model.net.state_dict().items(), *(item for a in averages.values() for item in a.items())]:
+    states = {"model.safetensors": weights, **dict(zip(_files(averages), averages.values(), strict=True))}
+    for name, value in (item for state in states.values() for item in state.items()):
         if not bool(torch.isfinite(value).all()):
             raise ValueError(
                 f"weight {name} is not finite at step {step}: nothing written, earlier checkpoints are kept"
@@ -63,7 +71,7 @@ def write(folder: Path, step: int, model: ScoreModel, averages: Averages, traini
     aside = folder / f".writing_{place.name}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        _fill(aside, step, model, averages, training)
+        _fill(aside, step, json.dumps(model.to_dict(), indent=1), states, training)
     except (OSError, SafetensorError, RuntimeError) as error:
         # a full disk gets its space back
         shutil.rmtree(aside, ignore_errors=True)
@@ -78,10 +86,11 @@ def write(folder: Path, step: int, model: ScoreModel, averages: Averages, traini
     return place
 
 
-def _fill(aside: Path, step: int, model: ScoreModel, averages: Averages, training: dict[str, Any]) -> None:
+def _fill(aside: Path, step: int, settings: str, states: Averages, training: dict[str, Any]) -> None:
     """All files of a checkpoint, synced."""
-    model.save(aside)
-    for file, state in zip(_files(averages), averages.values(), strict=True):
+    aside.mkdir()
+    (aside / "model.json").write_text(settings + "\n")
+    for file, state in states.items():
         save_file({k: v.contiguous().cpu() for k, v in state.items()}, aside / file)
     torch.save(training, aside / "training.pt")
     files = sorted(p for p in aside.iterdir())

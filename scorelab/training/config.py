@@ -92,6 +92,7 @@ def default_config() -> ConfigDict:
                 "channels_last": "auto",  # auto | yes | no: how images lie in memory
                 "compile": False,  # torch.compile the network: minutes of start, faster steps
                 "activation_checkpointing": False,  # activations are computed again in the backward pass, for memory
+                "fsdp": False,  # under torchrun: weights and all that goes with them are spread over the processes
                 "accumulate": 1,  # parts a batch is worked through in, for memory
                 "skip_nonfinite": 0,  # how many steps with a loss or gradient that is not finite are left out
                 "checkpoint_every": 500,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from scorelab.training.sharding import full_state, like
 from scorelab.typing import Tensor
 
 __all__ = ["EMA", "Snapshot", "averages_of", "power_exponent", "reconstruct"]
@@ -61,18 +62,21 @@ class EMA:
         self.initial_share *= decay
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """A state dict of the module with averages in place of its parameters; the module itself is not touched."""
+        """A state dict of the module with averages in place of its parameters; the module itself is not touched.
+
+        Of parameters spread over processes the averages are whole, and all processes must call.
+        """
         state = {k: v.detach().clone() for k, v in module.state_dict().items()}
         names = {id(p): name for name, p in module.named_parameters()}
         for parameter, average in zip(self.parameters, self.average, strict=True):
             state[names[id(parameter)]] = average.clone()
-        return state
+        return full_state(state)
 
     def load(self, module: nn.Module, state: dict[str, Tensor]) -> None:
         """Take the averages from a state dict of the module."""
         names = {id(p): name for name, p in module.named_parameters()}
         for parameter, average in zip(self.parameters, self.average, strict=True):
-            average.copy_(state[names[id(parameter)]])
+            average.copy_(like(state[names[id(parameter)]], average))
 
 
 def averages_of(parameters: list[nn.Parameter], decays: Sequence[float], widths: Sequence[float]) -> list[EMA]:
@@ -119,9 +123,9 @@ def reconstruct(
     norm = float(_products(at, wanted, at, wanted)[0, 0])
     error = max(0.0, float((share.T @ between @ share - 2 * share.T @ cross)[0, 0]) + norm)
     found: dict[str, Tensor] = {}
-    for name, like in order[-1].weights.items():
-        total = torch.zeros_like(like, dtype=torch.float64)
+    for name, last in order[-1].weights.items():
+        total = torch.zeros_like(last, dtype=torch.float64)
         for snapshot, weight in zip(order, share[:, 0].tolist(), strict=True):
             total += weight * snapshot.weights[name].double()
-        found[name] = total.to(like.dtype)
+        found[name] = total.to(last.dtype)
     return found, (error / norm) ** 0.5

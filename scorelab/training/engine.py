@@ -11,13 +11,15 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from scorelab import parallel
@@ -30,6 +32,7 @@ from scorelab.training.config import Experiment
 from scorelab.training.ema import averages_of
 from scorelab.training.optim import learning_rate, optimiser
 from scorelab.training.precision import autocast, lay_out, settled_precision
+from scorelab.training.sharding import full, full_state, like, spread
 
 __all__ = ["BINS", "Metrics", "NonFiniteError", "Trainer"]
 
@@ -69,13 +72,22 @@ class Trainer:
         self.model, t = experiment.model.train(), config.training
         self.rank, self.processes = parallel.world()
         self.precision = settled_precision(t.precision, self.model)
-        lay_out(self.model, self.precision, t.channels_last)
+        lay_out(self.model, self.precision, "no" if t.fsdp else t.channels_last)
+        if t.activation_checkpointing:
+            self._checkpoint_activations()
+        if t.fsdp and self.processes == 1:
+            raise ValueError("training.fsdp spreads weights over processes; expected several: start them with torchrun")
+        device = self.model.device
+        # what a copy of the model is made from when its weights are spread
+        self._whole = copy.deepcopy(self.model).cpu() if t.fsdp else None
+        if t.fsdp:
+            spread(self.model.net, device, self.processes)
         self.parameters = list(self.model.parameters())
         self.optimiser = optimiser(self.parameters, config.optim)
         self.averages = averages_of(self.parameters, tuple(config.optim.ema), tuple(config.optim.ema_power))
         self.ema = self.averages[0]
         self.step = self.skipped = 0
-        device, rows = self.model.device, parallel.shard(t.batch_size)
+        rows = parallel.shard(t.batch_size)
         self.batches = Batches(
             experiment.data,
             experiment.objective,
@@ -90,12 +102,10 @@ class Trainer:
         # row i of a batch has its level in part i of as many of equal probability
         self._bins = nn.functional.one_hot(torch.tensor(rows) * BINS // t.batch_size, BINS).float().to(device)
         self._sums = torch.zeros(4, BINS, device=device)
-        if t.activation_checkpointing:
-            self._checkpoint_activations()
         if t.compile:
             self.model.net.compile()
         self._network: Callable[[Tensor, Tensor], Tensor] = self.model
-        if self.processes > 1:
+        if self.processes > 1 and not t.fsdp:
             self._network = DistributedDataParallel(
                 self.model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
@@ -130,15 +140,21 @@ class Trainer:
         with self._seeded():
             for first in range(0, rows, self._part):
                 some = Noised(*(x[first : first + self._part] for x in noised))
-                last = first + self._part >= rows
-                waiting = self._network.no_sync() if isinstance(self._network, DistributedDataParallel) else None
-                with nullcontext() if waiting is None or last else waiting:
+                with self._exchanging(first + self._part >= rows):
                     with autocast(self.model.device, self.precision):
                         loss = self.experiment.objective.losses(self._network, some).loss
                     # processes' gradients are averaged
                     torch.autograd.backward(loss.sum() * (self.processes / size))
                 found.append(loss.detach())
         return torch.cat(found)
+
+    def _exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        """Processes average their gradients in the last part of a batch only."""
+        if isinstance(self.model.net, FSDPModule):
+            self.model.net.set_requires_gradient_sync(last)
+        elif isinstance(self._network, DistributedDataParallel) and not last:
+            return self._network.no_sync()
+        return nullcontext()
 
     def advance(self, measure: bool = True) -> Metrics | None:
         """One step; None where nothing was measured, or the step skipped.
@@ -154,7 +170,7 @@ class Trainer:
         limit = c.optim.clip if c.optim.clip else math.inf
         total = nn.utils.clip_grad_norm_(self.parameters, limit)
         # a loss that is not finite makes this sum so, too: one look at the device for both
-        norm = float(total + 0 * losses.sum())
+        norm = float(full(total) + 0 * losses.sum())
         if parallel.most(not math.isfinite(norm))[0]:
             self._skip(losses, noised.sigma, lr)
             return None
@@ -206,35 +222,40 @@ class Trainer:
 
     def averaged(self) -> ScoreModel:
         """A copy of the model with the (first) averaged weights, in evaluation mode; the trained one is not touched."""
-        copied = copy.deepcopy(self.model)
+        copied = copy.deepcopy(self.model if self._whole is None else self._whole)
         copied.net.load_state_dict(self.ema.weights(self.model.net))
-        return copied.requires_grad_(False).eval()
+        return copied.to(self.model.device).requires_grad_(False).eval()
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of this step into ``folder``; of several processes the first writes."""
         sums = parallel.gather(self._sums[None], self.processes).cpu()
-        place = checkpoint.place_of(folder, self.step)
+        weights, averages = (
+            full_state(self.model.net.state_dict()),
+            {a.name: a.weights(self.model.net) for a in self.averages},
+        )
+        training = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "optimiser": full_state(self.optimiser.state_dict()),
+            "averages": {a.name: {"count": a.count, "initial_share": a.initial_share} for a in self.averages},
+            "sums": sums,
+        }
         if self.rank == 0:
-            training = {
-                "step": self.step,
-                "skipped": self.skipped,
-                "optimiser": self.optimiser.state_dict(),
-                "averages": {a.name: {"count": a.count, "initial_share": a.initial_share} for a in self.averages},
-                "sums": sums,
-            }
-            averages = {a.name: a.weights(self.model.net) for a in self.averages}
-            checkpoint.write(folder, self.step, self.model, averages, training)
+            checkpoint.write(folder, self.step, self.model, weights, averages, training)
         parallel.most(0)
-        return place
+        return checkpoint.place_of(folder, self.step)
 
     def restore(self, place: Path) -> None:
         """Continue from a checkpoint; ValueError if it is damaged, or if an average is not in it."""
         weights, averages, training = checkpoint.read(place, [a.name for a in self.averages])
-        self.model.net.load_state_dict(weights)
+        own = self.model.net.state_dict()
+        self.model.net.load_state_dict({k: like(v, own[k]) for k, v in weights.items()})
         for average in self.averages:
             average.load(self.model.net, averages[average.name])
             found = training["averages"][average.name]
             average.count, average.initial_share = found["count"], found["initial_share"]
+        for parameter, moments in zip(self.parameters, training["optimiser"]["state"].values(), strict=True):
+            moments |= {k: like(v, parameter) for k, v in moments.items() if v.shape == parameter.shape}
         self.optimiser.load_state_dict(training["optimiser"])
         self.step, self.skipped = training["step"], training["skipped"]
         sums = training["sums"]

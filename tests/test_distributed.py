@@ -1,0 +1,100 @@
+"""Training by several processes, started by torchrun on the CPU (gloo)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scorelab.training import checkpoint, train
+from scorelab.training.watch import TIMINGS
+
+ROOT = Path(__file__).parent.parent
+
+# every process of torchrun runs this: a config, the directory, and after which step it is killed
+SCRIPT = """
+import os, signal, sys, threading, warnings
+sys.path.insert(0, {tests!r})
+from scorelab import training
+from scorelab.training import engine
+from test_distributed import config
+
+kind, workdir, die = sys.argv[1], sys.argv[2], int(sys.argv[3])
+advance = engine.Trainer.advance
+
+def counted(self, measure=True):
+    if self.step == die:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return advance(self, measure)
+
+engine.Trainer.advance = counted
+training.train(config(kind), workdir, progress=False)
+"""
+
+
+def config(kind: str):
+    """ "plain": nothing depends on the process; "full": workers, dropout, several averages and accumulation."""
+    from test_training import small
+
+    c = small(20)
+    c.model.dropout, c.training.precision, c.training.batch_size = 0.0, "fp32", 100
+    c.training.checkpoint_every, c.training.validate_every, c.data.validation = 10, 10, 50
+    if kind == "fsdp":
+        c.training.fsdp = True
+    if kind == "full":
+        c.model.dropout, c.data.workers, c.training.accumulate = 0.2, 2, 5
+        c.training.steps, c.training.batch_size, c.training.checkpoint_every = 12, 400, 3
+        c.optim.ema, c.optim.ema_power, c.optim.name = (0.9, 0.99), (0.1,), "adamw"
+    return c
+
+
+def launch(tmp_path: Path, kind: str, workdir: Path, processes: int, die: int = -1) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(ROOT / "tests")))
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launcher, str(script), kind, str(workdir), str(die)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def rows(workdir: Path) -> list[dict]:
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in found]
+
+
+@pytest.mark.parametrize("kind", ["plain", "fsdp"])
+def test_two_processes_do_what_one_does(tmp_path, kind):
+    """Loss after 20 steps within 1e-5, and the loss at fixed noise; so do weights that are spread over them."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(config("plain"), one, progress=False)
+    done = launch(tmp_path, kind, two, 2)
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(rows(one), rows(two), strict=True):
+        assert a["step"] == b["step"]
+        for key in a.keys() & {"loss", "validation_loss", "gradient_norm", "lr"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-5)
+    a, b = (load_file(p / "checkpoints" / "step_00000020" / "ema.safetensors") for p in (one, two))
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, processes):
+    """Killed in the middle of an epoch, with workers, dropout, three averages and accumulation on."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert launch(tmp_path, "full", whole, processes).returncode == 0
+    assert launch(tmp_path, "full", killed, processes, die=8).returncode != 0
+    assert checkpoint.verify(checkpoint.latest(killed / "checkpoints")) == 6
+    done = launch(tmp_path, "full", killed, processes)
+    assert done.returncode == 0, done.stderr
+    for file in sorted((whole / "checkpoints" / "step_00000012").glob("*.safetensors")):
+        assert file.read_bytes() == (killed / "checkpoints" / "step_00000012" / file.name).read_bytes(), file.name
+    assert rows(whole) == rows(killed)

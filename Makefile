@@ -6,7 +6,7 @@ BIN := .venv/bin
 .venv/.ready: setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "scorelab needs Python 3.10 or newer"'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,log,dev]'
 	touch $@
 
 demo: .venv/.ready
@@ -31,6 +31,7 @@ bench: .venv-bench/.ready
 	.venv-bench/bin/python -m benchmarks.overhead
 	.venv-bench/bin/python -m benchmarks.calibration
 	.venv-bench/bin/python -m benchmarks.large
+	.venv-bench/bin/python -m benchmarks.training
 	.venv-bench/bin/python -m benchmarks.report
 
 lint: .venv/.ready

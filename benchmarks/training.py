@@ -6,7 +6,7 @@ The peer's is the shortest loop that does the same, on a batch that is ready. Bo
 is the median over rounds. The convolution peak is what the 3x3 convolutions of this network's full resolution reach by
 themselves, forward and backward.
 
-    python -m benchmarks.training [--rounds 7]
+    python -m benchmarks.training [--rounds 7] [--precisions fp32,bf16]
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import UNet2DModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.solvers import RESULTS
+from scorelab.nn import UNet
 from scorelab.training import Trainer, build, default_config
 
 BATCH, SIZE, STEPS = 64, 32, 2
@@ -42,16 +45,11 @@ def config_of(precision: str, dropout: float) -> Any:
 
 
 def scorelab_step(precision: str, dropout: float) -> tuple[Callable[[], object], int]:
-    from scorelab.data import Arrays
-    from scorelab.training import config as configs
-
     c = config_of(precision, dropout)
-    data = Arrays(torch.rand(512, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0)), None, (0.0, 1.0))
-    load, configs.load_data = configs.load_data, lambda config: data
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        c.data.path = f"{folder}/images.npy"
+        np.save(c.data.path, np.random.default_rng(0).integers(0, 256, (512, SIZE, SIZE), dtype=np.uint8))
         trainer = Trainer(build(c), c)
-    finally:
-        configs.load_data = load
     return lambda: trainer.advance(measure=False), sum(p.numel() for p in trainer.parameters)
 
 
@@ -95,12 +93,10 @@ STEPPERS = {"scorelab": scorelab_step, "diffusers": diffusers_step}
 
 def flops() -> int:
     """Multiplications and additions of one step of the network, forward and backward."""
-    trainer = Trainer
-    c = config_of("fp32", 0.0)
-    c.data.source = "digits"
-    net = build(c).model.net
-    net = type(net)(**{**net.config, "data_shape": (1, SIZE, SIZE)})
-    assert trainer is not None
+    m = config_of("fp32", 0.0).model
+    net = UNet(
+        (1, SIZE, SIZE), width=m.width, multipliers=m.multipliers, blocks=m.blocks, attention=m.attention, head=m.head
+    )
     with FlopCounterMode(display=False) as counted:
         net(torch.randn(BATCH, 1, SIZE, SIZE), torch.rand(BATCH)).square().mean().backward()
     return int(counted.get_total_flops())
@@ -159,23 +155,30 @@ def compare(precision: str, dropout: float, rounds: int) -> dict[str, float]:
     return {"ratio": ratio, **rates, "parameters": counts["scorelab"]}
 
 
+def machine() -> str:
+    """What decides these numbers of a CPU."""
+    has = {"AVX-512": torch.cpu._is_avx512_supported(), "bf16 instructions": torch.cpu._is_avx512_bf16_supported()}
+    said = ", ".join(f"{'with' if there else 'without'} {name}" for name, there in has.items())
+    return f"Measured on a CPU {said}, {torch.get_num_threads()} threads."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no_memory", action="store_true")
+    parser.add_argument("--precisions", default="fp32,bf16")
     options = parser.parse_args()
     work, rows = flops(), {}
-    for precision in ("fp32", "bf16"):
+    for precision in options.precisions.split(","):
         most = peak(precision)
         for dropout in (0.0, 0.1):
             row = compare(precision, dropout, options.rounds)
             reached = work / BATCH * row["scorelab_images_per_second"] / 1e9
             row |= {"gflops": reached, "peak_gflops": most, "share_of_peak": reached / most}
-            if not options.no_memory:
-                row |= {f"{name}_mib": memory(name, precision, dropout) for name in STEPPERS}
+            row |= {f"{name}_mib": memory(name, precision, dropout) for name in STEPPERS}
             rows[f"{precision}, dropout {dropout:g}"] = row
             print(precision, dropout, {k: round(v, 3) for k, v in row.items()}, flush=True)
-    (RESULTS / "training.json").write_text(json.dumps(rows, indent=1) + "\n")
+            found = {"machine": machine(), "rows": rows}
+            (RESULTS / "training.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ def test_train_writes_a_run(run):
 
 def test_sample_writes_a_grid_single_images_and_arrays_in_the_data_range(run, tmp_path, capsys):
     assert main(["sample", "--workdir", str(run), "--n=5"]) == 0
-    assert "samples/step_00000003.png" in capsys.readouterr().out
-    with Image.open(run / "samples" / "step_00000003.png") as grid:
+    assert "samples/drawn_00000003.png" in capsys.readouterr().out
+    with Image.open(run / "samples" / "drawn_00000003.png") as grid:
         assert grid.size == (16, 24)
     assert main(["sample", f"--workdir={run}", "--n=3", f"--out={tmp_path / 'x.npz'}"]) == 0
     values = np.load(tmp_path / "x.npz")["samples"]
@@ -100,7 +100,7 @@ def test_points_are_trained_and_written_as_arrays(tmp_path):
     )
     assert main(["train", "--config", str(config), "--workdir", str(tmp_path / "run")]) == 0
     assert main(["sample", "--workdir", str(tmp_path / "run"), "--n=7"]) == 0
-    assert np.load(tmp_path / "run" / "samples" / "step_00000003.npz")["samples"].shape == (7, 2)
+    assert np.load(tmp_path / "run" / "samples" / "drawn_00000003.npz")["samples"].shape == (7, 2)
 
 
 def test_dry_run_prints_the_experiment_and_writes_nothing(tmp_path, capsys):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
+import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from digits_quality import judge
 
-from scorelab.cli.sampling import sample_model
 from scorelab.distributions import TARGETS
 from scorelab.evaluation import kl_to_model
-from scorelab.training import Trainer, build
+from scorelab.training import Trainer, build, sample_model, train
 from toy import langevin, samplers
 from toy.common import Gallery
 
@@ -88,3 +90,40 @@ def test_digits_read_as_digits(name):
     assert found["confidence"] >= 0.9
     assert found["least_share"] >= 0.03
     assert found["sample_percentile_1"] >= found["train_percentile_1"]
+
+
+def _train_to_the_end(workdir: str) -> None:
+    from test_training import small
+
+    torch.set_num_threads(1)
+    options = {"training__checkpoint_every": 1, "training__log_every": 2, "training__keep_last": 2, "data__workers": 1}
+    train(small(300, training__batch_size=40, training__accumulate=2, **options), workdir, progress=False)
+
+
+def test_a_run_that_is_killed_fifty_times_ends_as_if_it_had_not_been(tmp_path):
+    """SIGKILL at random moments, most of them while something is written: a checkpoint is made at every step."""
+    context, rng = multiprocessing.get_context("forkserver"), random.Random(0)
+    context.set_forkserver_preload(["scorelab.training", "sklearn.datasets"])
+    killed, kills = tmp_path / "killed", 0
+    while True:
+        child = context.Process(target=_train_to_the_end, args=(str(killed),))
+        child.start()
+        child.join(rng.uniform(0.3, 2.5) if kills < 50 else None)
+        if child.exitcode is not None:
+            assert child.exitcode == 0
+            if kills >= 50:
+                break
+            # it came to its end before it was killed often enough: once more from the beginning
+            shutil.rmtree(killed)
+            continue
+        child.kill()
+        child.join()
+        kills += 1
+    whole = tmp_path / "whole"
+    child = context.Process(target=_train_to_the_end, args=(str(whole),))
+    child.start()
+    child.join()
+    for name in ("model.safetensors", "ema.safetensors"):
+        a, b = (p / "checkpoints" / "step_00000300" / name for p in (killed, whole))
+        assert a.read_bytes() == b.read_bytes()
+    print(f"{kills} kills")

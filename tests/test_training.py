@@ -278,6 +278,16 @@ def test_another_experiments_directory_is_refused_and_left_alone(tmp_path):
         train(small(2, optim__lr=0.1), tmp_path, progress=False)
     assert (tmp_path / "config.json").read_bytes() == before
     train(small(3), tmp_path, progress=False)  # going on for longer is no other experiment
+    # nor is a setting that did not exist when the run began, at its default
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["optim"]["decay_from"], settings["training"]["fsdp"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    train(small(4), tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"optim.decay_from: 10000 there, 5 now.*--accept_changes"):
+        train(small(5, optim__decay_from=5), tmp_path, progress=False)
+    train(small(5, optim__lr=0.1), tmp_path, progress=False, accept_changes=True)
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["lr"] == 0.1
+    assert rows(tmp_path)[-1]["step"] == 5
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("precious")

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterable
 
 from scorelab.distributions import TARGETS
+from scorelab.plotting.page import write_page
 from toy import densities, fields, forward, langevin, samplers, schedules, trajectories, triangle
 from toy.common import Gallery, parse
-from toy.page import write_page
 
 Section = tuple[str, str, list, object]
 

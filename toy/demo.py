@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from scorelab.cli.sampling import load_run, sample_model
+from scorelab.cli.sampling import load_run
 from scorelab.data import digits
 from scorelab.evaluation import nearest_distances
 from scorelab.plotting import figure, image_grid
+from scorelab.plotting.page import write_page
+from scorelab.training import sample_model
 from toy import samplers
 from toy.__main__ import FIGURES, Section, draw_all, sections
 from toy.common import Gallery
-from toy.page import write_page
 
 TARGETS = ("two_modes", "ring", "swiss_roll", "checkerboard")
 OUT = Path("runs/demo")

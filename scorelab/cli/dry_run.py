@@ -41,8 +41,8 @@ def dry_run(config: ConfigDict) -> str:
     count = sum(p.numel() for p in model.parameters())
     t = config.training
     activations = activation_bytes(model.net, model.data_shape, t.batch_size)
-    # weights, gradients, two Adam moments and the averaged weights, float32
-    fixed = 5 * 4 * count
+    # weights, gradients, two Adam moments and the averages of the weights, float32
+    fixed = (4 + len(config.optim.ema) + len(config.optim.ema_power)) * 4 * count
     low, high = model.sigma_range
     return "\n".join(
         [

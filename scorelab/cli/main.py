@@ -1,4 +1,4 @@
-"""``scorelab train``, ``sample``, ``calibrate`` and ``likelihood``.
+"""``scorelab train``, ``sample``, ``calibrate``, ``likelihood`` and ``report``.
 
 Bad input ends with one line on standard error and exit code 2.
 """
@@ -26,6 +26,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab sample --workdir runs/x [--n 64] [--seed 0] [--out FILE.png|FILE.npz|DIRECTORY] [--sampler FILE.json]
                        [--step STEP] [--weights ema|model|ema_0.9999|ema_power_0.1]
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
+       scorelab report --workdir runs/x
        scorelab likelihood --workdir runs/x [--n 64] [--levels 16] [--divergence hutchinson] [--probes 1]"""
 
 
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         "sample": _sample,
         "calibrate": _calibrate,
         "likelihood": _likelihood,
+        "report": _report,
     }
     if not arguments or arguments[0] == "help" or not {"-h", "--help"}.isdisjoint(arguments):
         print(_USAGE)
@@ -105,10 +107,15 @@ def _train(arguments: list[str]) -> None:
     flags.DEFINE_bool("accept_changes", False, "go on with settings that differ from the run's", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print the experiment and its cost, and train nothing", flag_values=values)
     _check_keys(arguments)
-    _parse(arguments, values)
+    # ml_collections takes None for the text of a number
+    nothing = [a for a in arguments if a.startswith("--config.") and a.endswith("=None")]
+    _parse([a for a in arguments if a not in nothing], values)
     config = holder.value
     if config is None:
         raise ValueError("--config is missing; expected a config file, e.g. --config configs/digits/ncsn.py")
+    with config.ignore_type():
+        for argument in nothing:
+            config.update_from_flattened_dict({argument[len("--config.") : -len("=None")]: None})
     from scorelab import parallel
     from scorelab.cli.dry_run import dry_run
     from scorelab.training import train
@@ -144,7 +151,7 @@ def _check_keys(arguments: list[str]) -> None:
             name = argument[len("--config.") :].split("=")[0]
             if name not in known:
                 raise ValueError(f"unknown config key {name!r}; {nearest_name(name, known)}")
-            if isinstance(known[name], tuple) and "=" in argument:
+            if isinstance(known[name], tuple) and "=" in argument and not argument.endswith("=None"):
                 _check_tuple(name, argument.split("=", 1)[1])
 
 
@@ -179,7 +186,7 @@ def _sample(arguments: list[str]) -> None:
     if values["out"].value:
         check_out(Path(values["out"].value))
     run = sample_run(workdir, n=n, seed=seed, step=step, weights=str(values["weights"].value), sampler=sampler)
-    out = Path(values["out"].value) if values["out"].value else workdir / "samples" / f"step_{run.step:08d}.png"
+    out = Path(values["out"].value) if values["out"].value else workdir / "samples" / f"drawn_{run.step:08d}.png"
     if parallel.world()[0] == 0:
         print(write_samples(run, out))
 
@@ -224,6 +231,16 @@ def _likelihood(arguments: list[str]) -> None:
     kind, tolerance = str(values["divergence"].value), float(values["tolerance"].value or 0)
     options = {"n": n, "probes": probes, "levels": levels, "seed": seed, "step": step}
     print(likelihood_run(workdir, divergence=kind, tolerance=tolerance, **options))
+
+
+def _report(arguments: list[str]) -> None:
+    values = flags.FlagValues()  # type: ignore[no-untyped-call]
+    flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
+    _parse(arguments, values)
+    workdir = _workdir(values)
+    from scorelab.cli.report import report_run
+
+    print(report_run(workdir))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.plotting.pictures import are_images, picture_bytes, tiled
 from scorelab.training import Snapshot, checkpoint, reconstruct, sample_model
+from scorelab.training.run import recorded_config
 from scorelab.typing import Tensor
 
 __all__ = ["RunSamples", "check_out", "load_run", "sample_run", "write_samples"]
@@ -38,15 +38,17 @@ def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[Con
     ``weights``: "model" for the raw ones, "ema" for the first average, "ema_0.9999" or "ema_power_0.1" for another; a
     power-function average of a width that is not stored is made from those that are, in all checkpoints up to the step.
     """
-    settings, folder = workdir / "config.json", workdir / "checkpoints"
-    if not settings.is_file():
+    folder, recorded = workdir / "checkpoints", recorded_config(workdir) if workdir.is_dir() else None
+    if recorded is None:
         raise ValueError(f"{workdir} holds no config.json; expected the directory of a run: scorelab train makes one")
     place = folder / f"step_{step:08d}" if step else checkpoint.latest(folder)
     if place is None or not place.is_dir():
         there = ", ".join(str(int(p.name[5:])) for p in sorted(folder.glob("step_*"))) or "none"
         raise ValueError(f"{workdir} has no checkpoint{f' of step {step}' if step else ''}; steps there: {there}")
     found = checkpoint.verify(place)
-    config, width = ConfigDict(json.loads(settings.read_text())), weights.removeprefix("ema_power_")
+    config, width = ConfigDict(recorded), weights.removeprefix("ema_power_")
+    first = next(iter(torch.load(place / "training.pt", weights_only=True)["averages"]))
+    weights = "ema" if weights == first else weights
     stored = sorted(p.stem for p in place.glob("*.safetensors"))
     if weights in stored:
         return config, ScoreModel.load(place, weights=f"{weights}.safetensors"), found
@@ -56,7 +58,7 @@ def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[Con
         )
     model = ScoreModel.load(place)
     averages, error = reconstruct(_snapshots(folder, found), _as_width(width))
-    if error > 0.3:
+    if error > 0.05:
         warnings.warn(
             f"the stored averages can't make up one of width {width} (relative error {error:.2g}): keep more "
             "checkpoints (training.keep_every) or take a width nearer to optim.ema_power",
@@ -79,7 +81,8 @@ def _snapshots(folder: Path, step: int) -> list[Snapshot]:
     found = []
     for place in checkpoint.places(folder):
         files = sorted(place.glob("ema_power_*.safetensors"))
-        if files and checkpoint.verify(place) <= step:
+        if files and int(place.name[5:]) <= step:
+            checkpoint.verify(place)
             counts = torch.load(place / "training.pt", weights_only=True)["averages"]
             found += [
                 Snapshot(counts[f.stem]["count"], float(f.stem.removeprefix("ema_power_")), load_file(f)) for f in files

@@ -8,6 +8,8 @@ import json
 import math
 import os
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +121,12 @@ def _pixels(listing: Listing, files: Files) -> Iterator[tuple[str, np.ndarray]]:
             OSError,
             SyntaxError,
             ValueError,
+            KeyError,
+            # of archives: damaged, of an unknown compression, encrypted
+            zipfile.BadZipFile,
+            zlib.error,
+            NotImplementedError,
+            RuntimeError,
             EOFError,
             UnidentifiedImageError,
             Image.DecompressionBombError,

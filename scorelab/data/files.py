@@ -10,6 +10,7 @@ import gzip
 import importlib
 import json
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         raw = path.read_bytes()
         data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} can't be read ({error}); it is truncated or damaged: fetch it again") from error
     kind, rank = (data[2], data[3]) if len(data) >= 4 and data[:2] == b"\0\0" else (0, 0)
     if kind not in _IDX_TYPES or rank == 0 or len(data) < 4 + 4 * rank:

@@ -6,6 +6,7 @@ Images are float32 (B, C, H, W) in [-1, 1] inside; ``data_range`` records the ra
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -152,7 +153,9 @@ class Images(Stored):
         return x.mul_(1 / 127.5).sub_(1)
 
     def reference(self) -> Tensor:
-        some = torch.arange(0, len(self), max(1, len(self) // 10_000))
+        # 512 MiB at most
+        count = max(1, min(10_000, 2**27 // math.prod(self.data_shape)))
+        some = torch.arange(0, len(self), -(-len(self) // count))
         return self.take(some)
 
 

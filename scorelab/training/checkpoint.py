@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from scorelab.models import ScoreModel
 from scorelab.typing import Tensor
 
-__all__ = ["latest", "place_of", "places", "prune", "read", "sound", "sweep", "verify", "write"]
+__all__ = ["files_of", "latest", "place_of", "places", "prune", "read", "sound", "sweep", "verify", "write"]
 
 
 def _digest(path: Path) -> str:
@@ -61,7 +61,7 @@ def write(
     training: dict[str, Any],
 ) -> Path:
     """Write ``folder/step_XXXXXXXX``; refuses (ValueError) to write a weight that is not finite."""
-    states = {"model.safetensors": weights, **dict(zip(_files(averages), averages.values(), strict=True))}
+    states = {"model.safetensors": weights, **{file: averages[name] for name, file in files_of(averages).items()}}
     for name, value in (item for state in states.values() for item in state.items()):
         if not bool(torch.isfinite(value).all()):
             raise ValueError(
@@ -79,9 +79,11 @@ def write(
             f"the checkpoint of step {step} could not be written ({error}); earlier ones are kept: make room, then the "
             "same command goes on from the last"
         ) from error
+    before = folder / f".removing_{place.name}"
     if place.exists():
-        shutil.rmtree(place)
+        place.rename(before)
     aside.rename(place)
+    shutil.rmtree(before, ignore_errors=True)
     _sync(folder)
     return place
 
@@ -104,11 +106,6 @@ def sweep(folder: Path) -> None:
     """Remove what was being written or removed when a run was killed."""
     for left in [*folder.glob(".writing_*"), *folder.glob(".removing_*")]:
         shutil.rmtree(left)
-
-
-def _files(names: Iterable[str]) -> list[str]:
-    """The file of each average: the first is ema.safetensors whatever its name."""
-    return [f"{name}.safetensors" if i else "ema.safetensors" for i, name in enumerate(names)]
 
 
 def places(folder: Path) -> list[Path]:
@@ -180,13 +177,14 @@ def verify(place: Path) -> int:
     return step
 
 
-def read(place: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], Averages, dict[str, Any]]:
-    """Network weights, the averages of these names and the training state of a verified checkpoint."""
+def files_of(names: Iterable[str]) -> dict[str, str]:
+    """The file of each average: the first is ema.safetensors whatever its name."""
+    return {name: f"{name}.safetensors" if i else "ema.safetensors" for i, name in enumerate(names)}
+
+
+def read(place: Path) -> tuple[dict[str, Tensor], Averages, dict[str, Any]]:
+    """Network weights, averages by their names, and the training state of a verified checkpoint."""
     verify(place)
     training = torch.load(place / "training.pt", weights_only=True, map_location="cpu")
-    there = list(training["averages"])
-    files = dict(zip(there, _files(there), strict=True))
-    missing = [name for name in names if name not in files]
-    if missing:
-        raise ValueError(f"checkpoint {place} has the averages {', '.join(there)}, not {', '.join(missing)}")
-    return load_file(place / "model.safetensors"), {n: load_file(place / files[n]) for n in names}, training
+    files = files_of(training["averages"])
+    return load_file(place / "model.safetensors"), {n: load_file(place / f) for n, f in files.items()}, training

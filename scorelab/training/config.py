@@ -5,6 +5,7 @@ Every key an experiment may set stands in ``default_config``; ml_collections ref
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,37 @@ _PROCESSES = ("ve", "vp", "subvp", "cosine", "flow", "ddpm", "ddpm_cosine")
 _PREDICTIONS = {"x0": X0, "eps": EPS, "score": SCORE, "v": V, "flow": FLOW}
 
 
+_OPTIONAL = ("data.path", "data.size", "data.cache", "optim.clip", "sampling.sigma_min", "sampling.sigma_max")
+
+
+def check_types(config: ConfigDict, default: ConfigDict | None = None, prefix: str = "") -> None:
+    """Refuse (ValueError) a missing or unknown key, or a value of another type than the default's.
+
+    None stands for "none" where that means something: in _OPTIONAL.
+    """
+    default = default_config() if default is None else default
+    unknown = [k for k in config if k not in default]
+    if unknown:
+        raise ValueError(f"unknown config key {prefix}{unknown[0]}; {nearest_name(unknown[0], list(default))}")
+    for key, wanted in default.items():
+        name, value = f"{prefix}{key}", config.get(key)
+        if isinstance(wanted, ConfigDict):
+            if not isinstance(value, ConfigDict):
+                raise ValueError(f"config.{name} is {value!r}; expected the settings of default_config().{name}")
+            check_types(value, wanted, f"{name}.")
+        elif value is None and name in _OPTIONAL:
+            continue
+        elif isinstance(wanted, (tuple, list)):
+            if not isinstance(value, (tuple, list)) or any(
+                isinstance(v, bool) or not isinstance(v, (int, float)) for v in value
+            ):
+                raise ValueError(f"config.{name} is {value!r}; expected a tuple of numbers such as {wanted or (1, 2)}")
+        elif type(value) is not type(wanted) and not (isinstance(wanted, float) and type(value) is int):
+            raise ValueError(f"config.{name} is {value!r}; expected {type(wanted).__name__}, such as {wanted!r}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"config.{name} is {value!r}; expected a finite number")
+
+
 @dataclass
 class Experiment:
     """The parts of an experiment: data, a model with fresh weights, and the training objective."""
@@ -145,13 +177,17 @@ def choose(value: str, names: tuple[str, ...], key: str) -> str:
 
 def sigma_data_of(x0: Tensor) -> float:
     """Root mean square of the data about 0: the scale that preconditioning uses."""
-    return float(x0.double().square().mean().sqrt())
+    parts = torch.split(x0, 256)
+    return math.sqrt(math.fsum(float(part.double().square().sum()) for part in parts) / x0.numel())
 
 
 def load_data(config: ConfigDict) -> Source:
     """The data of ``config.data``."""
     c = config.data
-    files = Files(c.path, tuple(c.size), c.grayscale, c.flip, c.dequantise, c.skip_bad, c.cache)
+    size = tuple(c.size or ())
+    if len(size) not in (0, 2) or any(not isinstance(n, int) or n < 1 for n in size):
+        raise ValueError(f"data.size is {c.size!r}; expected (height, width), whole numbers, or () for the images' own")
+    files = Files(c.path or "", size, c.grayscale, c.flip, c.dequantise, c.skip_bad, c.cache or "")
     return load(c.source, files)
 
 
@@ -179,6 +215,11 @@ def _check_training(config: ConfigDict) -> None:
     for key in ("skip_nonfinite", "keep_last", "keep_every", "validate_every", "sample_every"):
         if t[key] < 0:
             raise ValueError(f"training.{key} is {t[key]}; expected 0 or more")
+    if t.keep_every % t.checkpoint_every:
+        raise ValueError(
+            f"training.keep_every is {t.keep_every}, of which few checkpoints are a multiple; expected a multiple of "
+            f"training.checkpoint_every, {t.checkpoint_every}"
+        )
     if t.batch_size % t.accumulate:
         raise ValueError(
             f"training.accumulate is {t.accumulate} for a batch_size of {t.batch_size}; expected a divisor of it"
@@ -188,7 +229,7 @@ def _check_training(config: ConfigDict) -> None:
 def _network(m: ConfigDict, data_shape: Shape, seed: int) -> torch.nn.Module:
     """The network of ``config.model``, with weights drawn from ``seed``."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         if choose(m.net, ("unet", "mlp"), "model.net") == "mlp":
             return MLP(data_shape, width=m.width, depth=m.depth, features=m.features)
         return UNet(
@@ -226,6 +267,7 @@ def build(config: ConfigDict) -> Experiment:
     Raises ValueError for a value that is not known or does not fit, naming the key.
     """
     m, t = config.model, config.training
+    check_types(config)
     _check_training(config)
     data = load_data(config)
     sigma_data, process = sigma_data_of(data.reference()), build_process(config)

@@ -110,7 +110,7 @@ def reconstruct(
     """The average of another width after ``count`` updates (by default those of the last stored), from stored ones.
 
     Also the relative error of its weighting: the L2 distance of the fitted function of time to the wanted one over the
-    norm of that. Least squares over all stored functions, as in the paper. Raises ValueError without snapshots.
+    norm of that. Least squares over all stored functions, with shares that sum to 1. Raises ValueError without any.
     """
     if not snapshots:
         raise ValueError("there are no stored power-function averages; set optim.ema_power and training.keep_every")
@@ -119,7 +119,10 @@ def reconstruct(
     g = np.array([power_exponent(s.relative_std) for s in order])
     at, wanted = np.array([t[-1] if count is None else float(count)]), np.array([power_exponent(relative_std)])
     between, cross = _products(t, g, t, g), _products(t, g, at, wanted)
-    share = np.linalg.lstsq(between, cross, rcond=1e-12)[0]
+    # as in the paper, but shares that sum to 1 (a heavy row): networks do not ignore the scale of their weights
+    heavy = 1e3 * float(np.abs(between).max())
+    rows = np.vstack([between, np.full((1, len(t)), heavy)])
+    share = np.linalg.lstsq(rows, np.vstack([cross, [[heavy]]]), rcond=1e-14)[0]
     norm = float(_products(at, wanted, at, wanted)[0, 0])
     error = max(0.0, float((share.T @ between @ share - 2 * share.T @ cross)[0, 0]) + norm)
     found: dict[str, Tensor] = {}

@@ -47,15 +47,15 @@ class NonFiniteError(ValueError):
 @dataclass(frozen=True)
 class Metrics:
     """Of the steps since the last measure: mean loss, also by noise level beside the zero predictor's and the levels
-    (geometric means); of this step: the norm of the gradient before clipping, the learning rate, and the share of the
-    initial weights in each average.
+    (geometric means; None where a part had no sample). Of this step: the norm of the gradient before clipping, the
+    learning rate, and the share of the initial weights in each average.
     """
 
     step: int
     loss: float
-    loss_bins: list[float]
-    zero_bins: list[float]
-    sigma_bins: list[float]
+    loss_bins: list[float | None]
+    zero_bins: list[float | None]
+    sigma_bins: list[float | None]
     gradient_norm: float
     lr: float
     initial_share: dict[str, float]
@@ -87,6 +87,11 @@ class Trainer:
         self.averages = averages_of(self.parameters, tuple(config.optim.ema), tuple(config.optim.ema_power))
         self.ema = self.averages[0]
         self.step = self.skipped = 0
+        if t.batch_size < self.processes * t.accumulate:
+            raise ValueError(
+                f"training.batch_size is {t.batch_size} for {self.processes} processes, accumulate = {t.accumulate}; "
+                "expected a row for each part of each process at least"
+            )
         rows = parallel.shard(t.batch_size)
         self.batches = Batches(
             experiment.data,
@@ -97,8 +102,6 @@ class Trainer:
             device=device,
             workers=config.data.workers,
         )
-        self._part = -(-len(rows) // t.accumulate)
-        self._random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
         # row i of a batch has its level in part i of as many of equal probability
         self._bins = nn.functional.one_hot(torch.tensor(rows) * BINS // t.batch_size, BINS).float().to(device)
         self._sums = torch.zeros(4, BINS, device=device)
@@ -107,8 +110,15 @@ class Trainer:
         self._network: Callable[[Tensor, Tensor], Tensor] = self.model
         if self.processes > 1 and not t.fsdp:
             self._network = DistributedDataParallel(
-                self.model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+                self.model,
+                [device.index] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
             )
+            # DDP settles the order of its sums in its first backward pass: let that be none of the run's, so that a
+            # run that goes on sums in the same order as one that never stopped
+            self._gradients(self.batches.at(0))
+            self.optimiser.zero_grad()
 
     def _checkpoint_activations(self) -> None:
         if not hasattr(self.model.net, "activation_checkpointing"):
@@ -121,30 +131,28 @@ class Trainer:
     @contextmanager
     def _seeded(self) -> Iterator[None]:
         """Dropout draws from global state: seed it for this step, and put it back afterwards."""
-        if not self._random:
-            yield
-            return
         device = self.model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             seed = counter_generator(self.config.seed, self.step, 5, self.rank).initial_seed()
             torch.default_generator.manual_seed(seed)
             if device.type == "cuda":
-                torch.cuda.manual_seed(seed)
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             yield
 
     def _gradients(self, noised: Noised) -> Tensor:
         """Losses of this process's rows, and the whole batch's mean gradient in the parameters."""
-        size, rows = self.config.training.batch_size, len(noised.sigma)
-        found = []
+        t, rows, found = self.config.training, len(noised.sigma), []
         self.optimiser.zero_grad()
         with self._seeded():
-            for first in range(0, rows, self._part):
-                some = Noised(*(x[first : first + self._part] for x in noised))
-                with self._exchanging(first + self._part >= rows):
+            # as many parts in every process, however many rows it has
+            for k in range(t.accumulate):
+                some = Noised(*(x[rows * k // t.accumulate : rows * (k + 1) // t.accumulate] for x in noised))
+                with self._exchanging(k == t.accumulate - 1):
                     with autocast(self.model.device, self.precision):
                         loss = self.experiment.objective.losses(self._network, some).loss
                     # processes' gradients are averaged
-                    torch.autograd.backward(loss.sum() * (self.processes / size))
+                    torch.autograd.backward(loss.sum() * (self.processes / t.batch_size))
                 found.append(loss.detach())
         return torch.cat(found)
 
@@ -167,7 +175,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         losses = self._gradients(noised)
-        limit = c.optim.clip if c.optim.clip else math.inf
+        limit = c.optim.clip or math.inf
         total = nn.utils.clip_grad_norm_(self.parameters, limit)
         # a loss that is not finite makes this sum so, too: one look at the device for both
         norm = float(full(total) + 0 * losses.sum())
@@ -178,7 +186,7 @@ class Trainer:
         for average in self.averages:
             average.update()
         self.step += 1
-        zero = self.experiment.objective.weight(noised.sigma)
+        zero = self.experiment.objective.weight(noised.sigma) * noised.noise.flatten(1).square().mean(1)
         values = torch.stack([losses, zero, noised.sigma.log(), torch.ones_like(losses)])
         self._sums += (values.unsqueeze(2) * self._bins).sum(1)
         return self._measured(norm, lr) if measure else None
@@ -193,9 +201,9 @@ class Trainer:
         return Metrics(
             self.step,
             float(loss.sum() / count.sum()),
-            (loss / count).tolist(),
-            (zero / count).tolist(),
-            (log_sigma / count).exp().tolist(),
+            _where(loss / count, count),
+            _where(zero / count, count),
+            _where((log_sigma / count).exp(), count),
             norm,
             lr,
             {a.name: a.initial_share for a in self.averages},
@@ -246,20 +254,38 @@ class Trainer:
         return checkpoint.place_of(folder, self.step)
 
     def restore(self, place: Path) -> None:
-        """Continue from a checkpoint; ValueError if it is damaged, or if an average is not in it."""
-        weights, averages, training = checkpoint.read(place, [a.name for a in self.averages])
+        """Continue from a checkpoint; ValueError if it is damaged or of another network.
+
+        An average that is not in it starts from its weights.
+        """
+        weights, averages, training = checkpoint.read(place)
         own = self.model.net.state_dict()
+        differing = [k for k in own.keys() | weights.keys() if k not in own or k not in weights]
+        differing += [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+        if differing:
+            raise ValueError(
+                f"checkpoint {place} is of another network ({len(differing)} weights differ: {min(differing)}, ...): "
+                "set config.model as it was"
+            )
         self.model.net.load_state_dict({k: like(v, own[k]) for k, v in weights.items()})
         for average in self.averages:
-            average.load(self.model.net, averages[average.name])
-            found = training["averages"][average.name]
+            average.load(self.model.net, averages.get(average.name, weights))
+            found = training["averages"].get(average.name, {"count": 0, "initial_share": 1.0})
             average.count, average.initial_share = found["count"], found["initial_share"]
-        for parameter, moments in zip(self.parameters, training["optimiser"]["state"].values(), strict=True):
+        state = training["optimiser"]["state"]
+        for index, moments in state.items():
+            parameter = self.parameters[index]
             moments |= {k: like(v, parameter) for k, v in moments.items() if v.shape == parameter.shape}
-        self.optimiser.load_state_dict(training["optimiser"])
+        # of the optimiser's settings the config's hold
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
         self.step, self.skipped = training["step"], training["skipped"]
         sums = training["sums"]
         if len(sums) != self.processes:
             # it was saved by another number of processes
             sums = torch.cat([sums.sum(0, keepdim=True), torch.zeros(self.processes - 1, *sums.shape[1:])])
         self._sums.copy_(sums[self.rank])
+
+
+def _where(values: Tensor, count: Tensor) -> list[float | None]:
+    """Values as a list, None where nothing was counted."""
+    return [v if n else None for v, n in zip(values.tolist(), count.tolist(), strict=True)]

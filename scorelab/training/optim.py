@@ -24,10 +24,10 @@ def optimiser(parameters: list[nn.Parameter], o: ConfigDict) -> torch.optim.Opti
         raise ValueError(f"optim.schedule is {o.schedule!r}; {nearest_name(o.schedule, SCHEDULES)}")
     if o.schedule == "inverse_sqrt" and o.decay_from < 1:
         raise ValueError(f"optim.decay_from is {o.decay_from}; expected the step, 1 or more, at which the rate falls")
-    if min(o.lr, o.eps, o.weight_decay) < 0 or not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1):
+    if min(o.lr, o.eps, o.weight_decay, o.clip or 0) < 0 or not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1):
         raise ValueError(
-            f"optim.lr = {o.lr:g}, eps = {o.eps:g}, weight_decay = {o.weight_decay:g}, beta1 = {o.beta1:g}, beta2 = "
-            f"{o.beta2:g}; expected none below 0, and betas below 1"
+            f"optim.lr = {o.lr:g}, eps = {o.eps:g}, weight_decay = {o.weight_decay:g}, clip = {o.clip}, "
+            f"beta1 = {o.beta1:g}, beta2 = {o.beta2:g}; expected none below 0, and betas below 1"
         )
     made: torch.optim.Optimizer = _OPTIMISERS[o.name](
         parameters, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True

@@ -5,8 +5,10 @@ It holds config.json (resolved), metrics.jsonl, samples/ and checkpoints/, and T
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,9 +24,10 @@ from scorelab.training import checkpoint
 from scorelab.training.config import build, default_config
 from scorelab.training.engine import Trainer
 from scorelab.training.precision import settled_precision
-from scorelab.training.watch import Watch
+from scorelab.training.sampling import check_sampling
+from scorelab.training.watch import Watch, keep_until
 
-__all__ = ["Interrupted", "claim", "train"]
+__all__ = ["Interrupted", "recorded_config", "train"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -50,11 +53,13 @@ class _Signals:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: object) -> None:
         self.caught = number
         self.__exit__()
+        if parallel.world()[0] == 0:
+            print("\nsaving after this step; once more stops at once", file=sys.stderr, flush=True)
 
 
 def _plain(config: ConfigDict) -> dict[str, Any]:
@@ -72,11 +77,16 @@ def _differences(old: dict[str, Any], new: dict[str, Any], default: dict[str, An
             yield f"{prefix}{key}: {a!r} there, {b!r} now"
 
 
-def _recorded(workdir: Path) -> dict[str, Any] | None:
+def _begun(path: Path) -> bool:
+    """Whether this is what a run leaves that was killed before it had written its config."""
+    return path.name == "config.writing" or (path.name == "checkpoints" and path.is_dir() and not any(path.iterdir()))
+
+
+def recorded_config(workdir: Path) -> dict[str, Any] | None:
     """The config that a run directory was made with; None if it is none yet. ValueError if it can't be one."""
     settings = workdir / "config.json"
     if not settings.is_file():
-        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        if workdir.exists() and (not workdir.is_dir() or any(p for p in workdir.iterdir() if not _begun(p))):
             raise ValueError(
                 f"{workdir} is not empty and holds no config.json; expected a new directory or a run's own"
             )
@@ -90,18 +100,21 @@ def _recorded(workdir: Path) -> dict[str, Any] | None:
     return found
 
 
-def claim(workdir: Path, config: ConfigDict, *, accept_changes: bool = False) -> None:
-    """Make ``workdir`` this experiment's run directory, or check that it is.
+def _check_owner(workdir: Path, config: ConfigDict, accept_changes: bool) -> None:
+    """Refuse (ValueError) a directory of another experiment, or one whose checkpoints are gone.
 
-    Raises ValueError, leaving all as it was, if it holds anything else. How often to write and how to sample may
-    change, and so may training.steps under a learning rate that does not depend on it, and with ``accept_changes`` all.
+    How often to write and how to sample may change, and so may training.steps under a learning rate that does not
+    depend on it, and with ``accept_changes`` all.
     """
-    recorded, settings = _recorded(workdir), workdir / "config.json"
+    recorded = recorded_config(workdir)
     if recorded is not None and not accept_changes:
         free = ["sampling.", "evaluation.", "data.workers", "data.cache", "training.activation_checkpointing"]
         free += [f"training.{k}" for k in ("checkpoint_every", "log_every", "validate_every", "sample_every", "keep_")]
         if config.optim.schedule != "cosine":
             free.append("training.steps")
+        if config.training.sigmas == "sequence" or config.model.label == "index":
+            # there sampling.levels says what the network is told
+            free[0] = "sampling.s"
         different = _differences(recorded, _plain(config), _plain(default_config()))
         changed = [d for d in different if not d.startswith(tuple(free))]
         if changed:
@@ -109,24 +122,35 @@ def claim(workdir: Path, config: ConfigDict, *, accept_changes: bool = False) ->
                 f"{workdir} belongs to another experiment ({'; '.join(changed)}): choose another --workdir, or go on "
                 "with the new settings by --accept_changes"
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    aside = settings.with_suffix(".writing")
+
+
+def _write_config(workdir: Path, config: ConfigDict) -> None:
+    aside = workdir / "config.writing"
     aside.write_text(json.dumps(_plain(config), indent=1) + "\n")
-    aside.replace(settings)
+    aside.replace(workdir / "config.json")
 
 
-def _resume(trainer: Trainer, workdir: Path, config: ConfigDict, accept_changes: bool) -> None:
-    """Claim the directory and go on from its last whole checkpoint, in all processes alike."""
-    folder, step = workdir / "checkpoints", -1
+def _resume(trainer: Trainer, workdir: Path, accept_changes: bool) -> None:
+    """Go on from the last whole checkpoint, in all processes alike; then the directory is this experiment's."""
+    config, folder, step = trainer.config, workdir / "checkpoints", -1
     if trainer.rank == 0:
-        claim(workdir, config, accept_changes=accept_changes)
-        folder.mkdir(exist_ok=True)
+        _check_owner(workdir, config, accept_changes)
+        folder.mkdir(parents=True, exist_ok=True)
         checkpoint.sweep(folder)
         found = checkpoint.sound(folder)
         step = -1 if found is None else checkpoint.verify(found)
+        rows = keep_until(workdir / "metrics.jsonl", sys.maxsize)
+        before = (recorded_config(workdir) or {}).get("training", {}).get("checkpoint_every", sys.maxsize)
+        if found is None and rows and rows[-1]["step"] > before:
+            raise ValueError(
+                f"{workdir} has metrics up to step {rows[-1]['step']}, but {folder} holds no checkpoint: put them "
+                "back, or remove metrics.jsonl to begin anew"
+            )
     step = int(parallel.most(step)[0])
     if step >= 0:
         trainer.restore(checkpoint.place_of(folder, step))
+    if trainer.rank == 0:
+        _write_config(workdir, config)
 
 
 def train(
@@ -139,20 +163,22 @@ def train(
     ``accept_changes``) or checkpoints of which none is whole, NonFiniteError, OSError for a checkpoint that can't be
     written, and Interrupted once it has saved where SIGINT or SIGTERM stopped it (a second signal stops at once).
     """
-    workdir, config = Path(workdir), ConfigDict(config)
+    workdir, config = Path(workdir), copy.deepcopy(config)
     with _Signals() as signals:
         device = parallel.join()
-        recorded = _recorded(workdir)
+        recorded = recorded_config(workdir)
         experiment = build(config)
         experiment.model.to(device)
         if config.training.precision == "auto":
             # a run keeps the precision that it was begun in
             known = (recorded or {}).get("training", {}).get("precision")
             config.training.precision = known or settled_precision("auto", experiment.model)
+        if config.training.sample_every:
+            check_sampling(config, experiment.model)
         trainer = Trainer(experiment, config)
         if experiment.data.data_range is not None:
             check_range(trainer.batches.data.batch(config.seed, 0, config.training.batch_size), (-1.0, 1.0), "batch 0")
-        _resume(trainer, workdir, config, accept_changes)
+        _resume(trainer, workdir, accept_changes)
         watch = Watch(trainer, workdir, progress)
         try:
             _loop(trainer, watch, workdir / "checkpoints", signals)
@@ -163,18 +189,20 @@ def train(
 
 
 def _loop(trainer: Trainer, watch: Watch, folder: Path, signals: _Signals) -> None:
-    t = trainer.config.training
-    stop = 0
-    while trainer.step < t.steps and not stop:
+    t, saved = trainer.config.training, trainer.step
+    while True:
+        stop = int(parallel.most(signals.caught)[0])
+        if trainer.step != saved and (trainer.step % t.checkpoint_every == 0 or trainer.step == t.steps or stop):
+            trainer.save(folder)
+            saved = trainer.step
+            if trainer.rank == 0:
+                checkpoint.prune(folder, t.keep_last, t.keep_every)
+        if stop and trainer.step < t.steps:
+            raise Interrupted(stop, trainer.step)
+        watch.evaluate()
+        if trainer.step >= t.steps:
+            return
         began = time.perf_counter()
         due = (trainer.step + 1) % t.log_every == 0 or trainer.step + 1 == t.steps
         metrics = trainer.advance(measure=due)
         watch.stepped(metrics, time.perf_counter() - began)
-        watch.evaluate()
-        stop = int(parallel.most(signals.caught)[0])
-        if trainer.step % t.checkpoint_every == 0 or trainer.step == t.steps or stop:
-            trainer.save(folder)
-            if trainer.rank == 0:
-                checkpoint.prune(folder, t.keep_last, t.keep_every)
-    if stop and trainer.step < t.steps:
-        raise Interrupted(stop, trainer.step)

@@ -27,7 +27,7 @@ from scorelab.samplers import (
 from scorelab.training.config import choose
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["build_sampling", "own_score", "sample_model"]
+__all__ = ["build_sampling", "check_sampling", "own_score", "sample_model"]
 
 _GRIDS = ("karras", "geometric", "log_linear", "process", "steps")
 _SAMPLERS = ("annealed_langevin", "ancestral", "ddim", "euler", "heun", "reverse_sde", "ode")
@@ -60,6 +60,21 @@ def build_sampling(config: ConfigDict, model: ScoreModel) -> tuple[Tensor, Sampl
         "ode": ProbabilityFlow(),
     }
     return noise_levels, samplers[name]
+
+
+def check_sampling(config: ConfigDict, model: ScoreModel) -> None:
+    """Refuse (ValueError) settings of ``config.sampling`` that can't be sampled with, before training needs them."""
+    for key in ("samples", "batch_size"):
+        if config.sampling[key] < 1:
+            raise ValueError(f"sampling.{key} is {config.sampling[key]}; expected at least 1")
+    noise_levels, _ = build_sampling(config, model)
+    low, high = model.sigma_range
+    least, most = float(noise_levels[noise_levels > 0].min()), float(noise_levels[0])
+    if least < low * (1 - 1e-6) or most > high * (1 + 1e-6):
+        raise ValueError(
+            f"sampling's noise levels span [{least:g}, {most:g}], "
+            f"the model's [{low:g}, {high:g}]; expected them inside: set sampling.sigma_min and sigma_max"
+        )
 
 
 def own_score(model: ScoreModel, config: ConfigDict) -> ScoreFn:

@@ -27,8 +27,8 @@ def spread(net: nn.Module, device: torch.device, processes: int) -> None:
 
 
 def full(value: Any) -> Any:
-    """A spread tensor whole, in every process; all of them must call. Anything else as it is."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    """A spread tensor whole, on the CPU; all processes must call. Anything else as it is."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def full_state(state: dict[str, Any]) -> dict[str, Any]:

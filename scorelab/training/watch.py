@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,27 +35,36 @@ _FIXED = 512
 """Samples that the loss at fixed noise takes, at most."""
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop metrics past ``step``: the resumed run writes them again."""
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop metrics past ``step``, which the resumed run writes again; the rows that are left."""
     if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+        return []
+    kept, rows = [], []
+    for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            break  # the line that was being written when the run was killed
-        if row["step"] <= step:
+            early = row["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            continue  # the line that was being written when the run was killed
+        if early:
             kept.append(line)
+            rows.append(row)
     aside = path.with_suffix(".writing")
     aside.write_text("".join(line + "\n" for line in kept))
     aside.replace(path)
+    return rows
 
 
 def _moments(x: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of every channel of (N, C, *sizes)."""
-    channels = x.double().transpose(0, 1).flatten(1)
-    return channels.mean(1).tolist(), channels.std(1).tolist()
+    count = x.numel() // x.shape[1]
+    total, squares = torch.zeros(2, x.shape[1], dtype=torch.float64)
+    for part in torch.split(x.cpu(), 256):
+        channels = part.double().transpose(0, 1).flatten(1)
+        total += channels.sum(1)
+        squares += channels.square().sum(1)
+    mean = total / count
+    return mean.tolist(), ((squares - count * mean**2) / max(1, count - 1)).clamp_min(0).sqrt().tolist()
 
 
 class Watch:
@@ -68,14 +78,17 @@ class Watch:
             total=t.steps, initial=trainer.step, desc="training", unit="step", disable=not (progress and first)
         )
         self._events: Any = None
+        self._told = not first
+        self._evaluated: set[tuple[int, str]] = set()
         if first:
-            keep_until(workdir / "metrics.jsonl", trainer.step)
+            kept = keep_until(workdir / "metrics.jsonl", trainer.step)
+            self._evaluated = {(r["step"], k) for r in kept for k in ("validation_loss", "sample_mean") if k in r}
             if importlib.util.find_spec("tensorboard") is not None:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._events = SummaryWriter(str(workdir), purge_step=trainer.step + 1)
             self._metrics = (workdir / "metrics.jsonl").open("a")
-        self._began, self._spent, self._steps, self._told = time.perf_counter(), 0.0, 0, False
+        self._began, self._spent, self._steps = time.perf_counter(), 0.0, 0
         data = trainer.experiment.data.reference()
         self._data_mean, self._data_std = _moments(data[:10_000])
 
@@ -105,9 +118,13 @@ class Watch:
         self._spent, self._steps, self.trainer.batches.waited = 0.0, 0, 0.0
 
     def evaluate(self) -> None:
-        """Loss at fixed noise and samples, where they are due."""
+        """Loss at fixed noise and samples, where they are due at this step and not there yet."""
         t, step = self.trainer.config.training, self.trainer.step
-        validate, draw = (bool(n) and (step % n == 0 or step == t.steps) for n in (t.validate_every, t.sample_every))
+        wanted = [("validation_loss", t.validate_every), ("sample_mean", t.sample_every)]
+        due = [bool(n and step) and (step % n == 0 or step == t.steps) for _, n in wanted]
+        # the first process knows what was written before the run stopped
+        done = parallel.most(*(float((step, key) in self._evaluated) for key, _ in wanted))
+        validate, draw = (d and not already for d, already in zip(due, done, strict=True))
         if not validate and not draw:
             return
         model = self.trainer.averaged()
@@ -116,7 +133,12 @@ class Watch:
             self._write({"step": step, "validation_loss": float(np.mean(bins)), "validation_bins": bins})
         if draw:
             config = self.trainer.config
-            x = sample_model(model, config, config.sampling.samples, PerSampleNoise(0), progress=False)
+            try:
+                x = sample_model(model, config, config.sampling.samples, PerSampleNoise(0), progress=False)
+            except ValueError as error:
+                # of samples that are not finite: the run is worth more than they are
+                warnings.warn(f"no samples at step {step}: {error}", RuntimeWarning, stacklevel=2)
+                return
             mean, std = _moments(x)
             own = {"data_mean": self._data_mean, "data_std": self._data_std}
             self._write({"step": step, "sample_mean": mean, "sample_std": std, **own})
@@ -128,7 +150,8 @@ class Watch:
         e, size = self.trainer.experiment, self.trainer.config.training.batch_size
         x0 = e.data.batch(0, 0, _FIXED) if e.held_out is None else e.held_out[:_FIXED]
         # every part of the levels has as many samples
-        count = max(BINS, len(x0) // BINS * BINS)
+        least = -(-max(BINS, self.trainer.processes) // BINS) * BINS
+        count = max(least, len(x0) // BINS * BINS)
         x0 = x0.repeat(-(-count // len(x0)), *(1,) * (x0.ndim - 1))[:count]
         levels = e.objective.sigmas((torch.arange(count) + 0.5) / count).to(x0)
         noise = counted(torch.randn, tuple(x0.shape[1:]), range(count), 0, 10).to(x0)

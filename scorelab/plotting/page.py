@@ -7,9 +7,13 @@ import html
 import json
 from pathlib import Path
 
-__all__ = ["write_page"]
+__all__ = ["Section", "write_page"]
+
+Section = tuple[str, str, list["Path | bytes"], object]
+"""Heading, explanation, pictures (files, or PNGs in memory) and numbers."""
 
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#222}
+figure{display:inline-block;margin:.3rem}figcaption{font-size:.75rem;color:#666}
 img{max-width:100%;height:auto;display:block;margin:.5rem 0}
 h2{margin-top:2.5rem;border-top:1px solid #ddd;padding-top:1rem}
 pre{background:#f5f5f5;padding:.7rem;overflow-x:auto;font-size:.8rem}.t{overflow-x:auto}
@@ -17,10 +21,14 @@ table{border-collapse:collapse;font-size:.85rem}td,th{padding:.2rem .7rem;text-a
 td:first-child,th:first-child{text-align:left}"""
 
 
-def _picture(path: Path) -> str:
-    kind = "gif" if path.suffix == ".gif" else "png"
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(path.stem)}" src="data:image/{kind};base64,{data}">'
+def _picture(source: Path | bytes, captioned: bool) -> str:
+    """A picture, with the name of its file under it if ``captioned``."""
+    if isinstance(source, bytes):
+        return f'<img alt="" src="data:image/png;base64,{base64.b64encode(source).decode()}">'
+    kind, name = "gif" if source.suffix == ".gif" else "png", html.escape(source.stem)
+    data = base64.b64encode(source.read_bytes()).decode()
+    shown = f'<img alt="{name}" src="data:image/{kind};base64,{data}">'
+    return f"<figure>{shown}<figcaption>{name}</figcaption></figure>" if captioned else shown
 
 
 def _number(value: object) -> str:
@@ -54,11 +62,11 @@ def _numbers(value: object) -> str:
     return f"<pre>{html.escape(json.dumps(value, indent=1))}</pre>"
 
 
-def write_page(path: Path, title: str, sections: list[tuple[str, str, list[Path], object]]) -> Path:
-    """Write sections of (heading, explanation, pictures, numbers) to ``path``."""
+def write_page(path: Path, title: str, sections: list[Section]) -> Path:
+    """Write sections to ``path``."""
     parts = []
     for heading, text, pictures, numbers in sections:
-        shown = "".join(_picture(p) for p in pictures)
+        shown = "".join(_picture(p, len(pictures) > 1 and isinstance(p, Path)) for p in pictures)
         table = f"<details><summary>numbers</summary>{_numbers(numbers)}</details>" if numbers is not None else ""
         parts.append(f"<h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>{shown}{table}")
     path.write_text(

@@ -1,0 +1,132 @@
+"""One page of a run: losses, noise levels, gradients, speed, and the samples over time."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from scorelab.plotting import figure
+from scorelab.plotting.page import Section, write_page
+from scorelab.training.run import recorded_config
+
+__all__ = ["report_run"]
+
+Row = dict[str, Any]
+
+
+def _rows(workdir: Path) -> list[Row]:
+    path = workdir / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{workdir} holds no metrics.jsonl; expected the directory of a run: scorelab train makes one")
+    found = []
+    for i, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row["step"], int):
+                raise ValueError(f"step is {row['step']!r}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {i} is no row of metrics ({error}); remove that line") from error
+        found.append(row)
+    return found
+
+
+def _png(drawn: Figure) -> bytes:
+    data = io.BytesIO()
+    drawn.savefig(data, format="png")
+    return data.getvalue()
+
+
+def _losses(trained: list[Row], validated: list[Row]) -> bytes:
+    drawn, axes = figure(2, size=5)
+    steps = [r["step"] for r in trained]
+    axes[0, 0].plot(steps, [r["loss"] for r in trained], lw=0.8, label="training")
+    if validated:
+        axes[0, 0].plot(
+            [r["step"] for r in validated],
+            [r["validation_loss"] for r in validated],
+            "o-",
+            ms=3,
+            label="fixed noise, averaged weights",
+        )
+    axes[0, 0].set(xlabel="step", yscale="log", title="loss")
+    axes[0, 0].legend(fontsize=8)
+    ratios = np.array([r["loss_bins"] for r in trained]) / np.array([r["zero_bins"] for r in trained])
+    for ratio, level in zip(ratios.T, trained[-1]["sigma_bins"], strict=True):
+        axes[0, 1].plot(steps, ratio, lw=0.8, label=f"sigma about {level:.3g}")
+    axes[0, 1].axhline(1.0, color="k", ls=":", lw=0.8)
+    axes[0, 1].set(xlabel="step", yscale="log", title="loss / loss of the zero predictor, by noise level")
+    axes[0, 1].legend(fontsize=7)
+    return _png(drawn)
+
+
+def _health(trained: list[Row]) -> bytes:
+    drawn, axes = figure(3, size=3.6)
+    steps = [r["step"] for r in trained]
+    axes[0, 0].plot(steps, [r["gradient_norm"] for r in trained], lw=0.8)
+    axes[0, 0].set(xlabel="step", title="norm of the gradient", yscale="log")
+    axes[0, 1].plot(steps, [r["lr"] for r in trained], lw=0.8)
+    axes[0, 1].set(xlabel="step", title="learning rate")
+    axes[0, 2].plot(steps, [r["images_per_second"] for r in trained], lw=0.8)
+    axes[0, 2].set(xlabel="step", title="images a second", ylim=(0, None))
+    for ax in axes.flat:
+        ax.title.set_fontsize(9)
+    return _png(drawn)
+
+
+def _moments(drew: list[Row]) -> bytes:
+    drawn, axes = figure(2, size=4)
+    steps = [r["step"] for r in drew]
+    for ax, key, title in ((axes[0, 0], "mean", "mean"), (axes[0, 1], "std", "standard deviation")):
+        for i, wanted in enumerate(drew[-1][f"data_{key}"][:8]):
+            (line,) = ax.plot(steps, [r[f"sample_{key}"][i] for r in drew], "o-", ms=3, label=f"channel {i}")
+            ax.axhline(wanted, color=line.get_color(), ls=":", lw=0.8)
+        ax.set(xlabel="step", title=f"{title} of samples (the data's dotted)")
+        ax.title.set_fontsize(9)
+        ax.legend(fontsize=7)
+    return _png(drawn)
+
+
+def report_run(workdir: Path) -> Path:
+    """Write ``report.html`` into a run's directory, complete in itself; ValueError if it holds no metrics."""
+    rows = _rows(workdir)
+    try:
+        return _write(workdir, rows)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{workdir / 'metrics.jsonl'} holds rows that no run writes ({error!r}); remove them, or the file"
+        ) from error
+
+
+def _write(workdir: Path, rows: list[Row]) -> Path:
+    trained, validated, drew = ([r for r in rows if key in r] for key in ("loss", "validation_loss", "sample_mean"))
+    if not trained:
+        raise ValueError(f"{workdir} has no measured step yet; expected training.log_every steps at least")
+    last = trained[-1]
+    summary: Row = {"step": last["step"], "loss": last["loss"], "images a second": last["images_per_second"]}
+    summary |= {"share of the time waiting for data": last["data_share"]}
+    summary |= {f"initial weights left in {k}": v for k, v in last["initial_share"].items()}
+    if validated:
+        summary["loss at fixed noise"] = validated[-1]["validation_loss"]
+    levels = {
+        f"sigma about {s:.3g}": {"loss": a, "zero predictor": b, "ratio": a / b}
+        for s, a, b in zip(last["sigma_bins"], last["loss_bins"], last["zero_bins"], strict=True)
+    }
+    sections: list[Section] = [
+        ("Loss", "Each noise level beside the predictor that always says 0.", [_losses(trained, validated)], levels),
+        ("Health", "", [_health(trained)], summary),
+    ]
+    if drew:
+        text = "A channel whose mean or deviation stays away from the data's points at wrong scaling or clipping."
+        sections.append(("Samples beside the data", text, [_moments(drew)], None))
+    pictures: list[Path | bytes] = list(sorted((workdir / "samples").glob("step_*.png"))[-24:])
+    if pictures:
+        sections.append(
+            ("Samples over time", "The same noise at every step, from the averaged weights.", pictures, None)
+        )
+    sections.append(("Settings", "", [], recorded_config(workdir)))
+    return write_page(workdir / "report.html", f"Run {workdir.name}, step {last['step']:,}", sections)

@@ -1,0 +1,150 @@
+"""What a run shows of itself: metrics, samples, TensorBoard, the report."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import small
+
+from scorelab.cli.main import main
+from scorelab.cli.report import report_run
+from scorelab.data import Arrays, Drawn, digits
+from scorelab.distributions import target
+from scorelab.training import Trainer, build, train
+from scorelab.training.engine import BINS
+from scorelab.training.watch import Watch
+
+
+def rows(workdir, key):
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if key in row]
+
+
+def test_losses_by_noise_level_beside_the_zero_predictor():
+    """A fresh network says 0: its loss is the zero predictor's in every part of the levels, which ascend."""
+    c = small(model__dropout=0.0)
+    found = Trainer(build(c), c).advance()
+    for loss, zero in zip(found.loss_bins, found.zero_bins, strict=True):
+        assert loss == pytest.approx(zero, rel=1e-3)
+        # 140 samples of 64 pixels: five standard errors of a mean of squared normals
+        assert zero == pytest.approx(1, abs=5 * math.sqrt(2 / (140 * 64)))
+    assert found.sigma_bins == sorted(found.sigma_bins)
+    low, high = 0.01, 10.0
+    expected = [low ** (1 - (i + 0.5) / BINS) * high ** ((i + 0.5) / BINS) for i in range(BINS)]
+    assert found.sigma_bins == pytest.approx(expected, rel=0.05)
+    assert found.loss == pytest.approx(sum(found.loss_bins) / BINS)
+
+
+def test_a_row_is_the_mean_since_the_last(tmp_path):
+    """Also when a checkpoint, from which the run goes on, lies between two rows."""
+    train(small(7), tmp_path / "each", progress=False)
+    train(small(7, training__log_every=3), tmp_path / "three", progress=False)
+    train(small(4, training__log_every=3), tmp_path / "parts", progress=False)
+    # a row is written at the last step: going on, the run writes that of step 6 anew
+    train(small(7, training__log_every=3), tmp_path / "parts", progress=False)
+    each = [r["loss"] for r in rows(tmp_path / "each", "loss")]
+    three = {r["step"]: r["loss"] for r in rows(tmp_path / "three", "loss")}
+    assert three == pytest.approx({3: np.mean(each[:3]), 6: np.mean(each[3:6]), 7: each[6]}, rel=1e-6)
+
+
+def test_samples_and_losses_at_fixed_noise(tmp_path):
+    options = {"training__sample_every": 3, "training__validate_every": 2, "data__validation": 100}
+    train(small(4, sampling__levels=4, sampling__samples=9, **options), tmp_path, progress=False)
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_00000003.png", "step_00000004.png"]
+    with Image.open(tmp_path / "samples" / "step_00000003.png") as picture:
+        assert picture.size == (24, 24)
+    drew = rows(tmp_path, "sample_mean")
+    assert [r["step"] for r in drew] == [3, 4]
+    data = digits().x0.double()
+    assert drew[0]["data_mean"] == pytest.approx([float(data.mean())])
+    assert drew[0]["data_std"] == pytest.approx([float(data.std())])
+    with Image.open(tmp_path / "samples" / "step_00000004.png") as picture:
+        shown = torch.tensor(np.array(picture), dtype=torch.float64) / 127.5 - 1
+    # the picture is clamped and rounded
+    assert abs(float(shown.mean()) - drew[1]["sample_mean"][0]) < 0.3
+    validated = rows(tmp_path, "validation_loss")
+    assert [r["step"] for r in validated] == [2, 4]
+    assert validated[0]["validation_loss"] == pytest.approx(np.mean(validated[0]["validation_bins"]))
+    assert len(validated[0]["validation_bins"]) == BINS
+
+
+def test_points_are_written_as_arrays(tmp_path):
+    c = small(2, data__source="moons", model__net="mlp", model__dropout=0.0, training__sample_every=2)
+    c.sampling.levels, c.sampling.samples = 4, 10
+    train(c, tmp_path, progress=False)
+    assert np.load(tmp_path / "samples" / "step_00000002.npz")["samples"].shape == (10, 2)
+    assert len(rows(tmp_path, "sample_std")[0]["sample_std"]) == 2
+
+
+def test_what_is_held_out_is_never_trained_on():
+    data = Arrays(torch.arange(100.0)[:, None])
+    held = set(data.hold_out(30).flatten().tolist())
+    assert len(held) == 30
+    seen = {v for step in range(20) for v in data.batch(0, step, 13).flatten().tolist()}
+    assert seen == set(range(100)) - held
+    # an epoch still holds every other once
+    assert sorted(data.indices(0, 0, 70).tolist()) == sorted(set(range(100)) - {int(v) for v in held})
+    with pytest.raises(ValueError, match="data.validation is 100 of 100"):
+        Arrays(torch.arange(100.0)[:, None]).hold_out(100)
+    with pytest.raises(ValueError, match="fresh samples at every step"):
+        Drawn(target("moons")).hold_out(5)
+
+
+def test_tensorboard(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(small(3, training__sample_every=3, sampling__levels=4, sampling__samples=4), tmp_path, progress=False)
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in rows(tmp_path, "loss")])
+    assert [e.value for e in events.Scalars("loss_bins/0")] == pytest.approx(
+        [r["loss_bins"][0] for r in rows(tmp_path, "loss")]
+    )
+    assert events.Images("samples")[0].step == 3
+
+
+class Slow(Arrays):
+    def batch(self, seed, step, size, rows=None):
+        time.sleep(0.2)
+        return super().batch(seed, step, size, rows)
+
+
+def test_slow_data_is_said(tmp_path, capsys):
+    c = small(3)
+    parts = build(c)
+    parts.data = Slow(digits().x0)
+    trainer = Trainer(parts, c)
+    watch = Watch(trainer, tmp_path, progress=True)
+    for _ in range(2):
+        began = time.perf_counter()
+        row = trainer.advance(measure=True)
+        watch.stepped(None, 0.0)
+        watch.stepped(row, time.perf_counter() - began)
+    watch.close()
+    assert rows(tmp_path, "loss")[1]["data_share"] > 0.25
+    said = capsys.readouterr()
+    assert "of the time: raise data.workers or use a faster disk" in said.out + said.err
+
+
+def test_report(tmp_path, capsys):
+    options = {"training__sample_every": 2, "training__validate_every": 2}
+    train(small(4, sampling__levels=4, sampling__samples=4, **options), tmp_path, progress=False)
+    assert main(["report", "--workdir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    # losses, health, moments, and two pictures of samples
+    assert page.count("data:image/png;base64,") == 5
+    assert "step_00000002" in page
+    assert "http" not in page
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("{")
+    with pytest.raises(ValueError, match="metrics.jsonl, line 9 is no row of metrics"):
+        report_run(tmp_path)
+    assert main(["report", "--workdir", str(tmp_path / "none")]) == 2
+    assert "holds no metrics.jsonl; expected the directory of a run" in capsys.readouterr().err

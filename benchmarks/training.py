@@ -130,11 +130,12 @@ def timed(fn: Callable[[], object]) -> float:
 def memory(name: str, precision: str, dropout: float) -> float:
     """MiB of resident memory that three steps add, in a process of their own."""
     code = (
-        "import resource\nfrom benchmarks.training import STEPPERS\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import re\nfrom benchmarks.training import STEPPERS\n"
+        "most = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "before = most()\n"
         f"step, _ = STEPPERS[{name!r}]({precision!r}, {dropout})\n"
         "for _ in range(3): step()\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+        "print((most() - before) / 1024)"
     )
     child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return float(child.stdout.split()[-1])

@@ -179,7 +179,7 @@ def run(tmp_path_factory) -> Path:
 
 
 @settings(
-    max_examples=120,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],

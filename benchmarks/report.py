@@ -57,8 +57,9 @@ uncalibrated ones are exponential Adams-Bashforth's of order 3 on Karras's grid.
 LARGE = """## Large requests
 
 `sample(..., memory=...)` with noise per sample, 5 evaluations: points by an MLP, images of 8x8 by a U-Net. Peak: the
-process's largest resident set beyond what it was before, the result included. A part's tensors get half of the budget:
-what kernels use inside themselves and what the allocator keeps of freed memory was measured to take as much again."""
+process's largest resident set beyond what it was before, the result included. A part's tensors get half of the budget,
+for what kernels use inside themselves and what the allocator keeps of freed memory; the convolutions of image networks
+take more than that: there count on twice the budget."""
 TRAINING = """## Training
 
 One step (forward, backward, clipping, Adam, EMA) of a DDPM U-Net of 1.6 M parameters on 64 images of 32x32x1,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scorelab import ScoreModel
 from scorelab.training import checkpoint, train
 from scorelab.training.watch import TIMINGS
 
@@ -82,6 +83,9 @@ def test_two_processes_do_what_one_does(tmp_path, kind):
         for key in a.keys() & {"loss", "validation_loss", "gradient_norm", "lr"}:
             assert b[key] == pytest.approx(a[key], rel=1e-5)
     a, b = (load_file(p / "checkpoints" / "step_00000020" / "ema.safetensors") for p in (one, two))
+    x = torch.zeros(1, 1, 8, 8)
+    scores = [ScoreModel.load(p / "checkpoints" / "step_00000020")(x, torch.tensor(1.0)) for p in (one, two)]
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-3, atol=1e-5)
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-5)
 

@@ -288,6 +288,14 @@ def test_another_experiments_directory_is_refused_and_left_alone(tmp_path):
     train(small(5, optim__lr=0.1), tmp_path, progress=False, accept_changes=True)
     assert json.loads((tmp_path / "config.json").read_text())["optim"]["lr"] == 0.1
     assert rows(tmp_path)[-1]["step"] == 5
+    # what it wrote is not begun over when its checkpoints are gone
+    (tmp_path / "checkpoints").rename(tmp_path.parent / "elsewhere")
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"metrics up to step 5, but .*checkpoints holds no checkpoint: put them back"
+        ):
+            train(small(6, optim__lr=0.1), tmp_path, progress=False)
+    assert rows(tmp_path)[-1]["step"] == 5
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("precious")

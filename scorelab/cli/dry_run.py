@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from ml_collections import ConfigDict
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from scorelab.training import build
+from scorelab.training import Trainer, build
+from scorelab.training.sampling import check_sampling
 
 __all__ = ["activation_bytes", "dry_run"]
 
@@ -36,8 +39,15 @@ def activation_bytes(net: torch.nn.Module, data_shape: tuple[int, ...], batch_si
 
 def dry_run(config: ConfigDict) -> str:
     """The report as text."""
+    config = copy.deepcopy(config)
     experiment = build(config)
     model = experiment.model
+    if config.training.sample_every:
+        check_sampling(config, model)
+    # all that training would refuse
+    config.training.compile = config.training.fsdp = False
+    config.data.workers = 0
+    Trainer(experiment, config)
     count = sum(p.numel() for p in model.parameters())
     t = config.training
     activations = activation_bytes(model.net, model.data_shape, t.batch_size)

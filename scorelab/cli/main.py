@@ -173,7 +173,9 @@ def _values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def _sample(arguments: list[str]) -> None:
+    # torchrun takes --n for one of its own options
     values = _run_flags({"n": None}, {"out": None, "sampler": None, "weights": "ema"})
+    flags.DEFINE_alias("samples", "n", flag_values=values)
     _parse(arguments, values)
     workdir = _workdir(values)
     from scorelab import parallel
@@ -185,8 +187,13 @@ def _sample(arguments: list[str]) -> None:
     sampler = Path(values["sampler"].value) if values["sampler"].value else None
     if values["out"].value:
         check_out(Path(values["out"].value))
-    run = sample_run(workdir, n=n, seed=seed, step=step, weights=str(values["weights"].value), sampler=sampler)
-    out = Path(values["out"].value) if values["out"].value else workdir / "samples" / f"drawn_{run.step:08d}.png"
+    weights = str(values["weights"].value)
+    run = sample_run(workdir, n=n, seed=seed, step=step, weights=weights, sampler=sampler)
+    weights = str(values["weights"].value)
+    name = (
+        f"drawn_{run.step:08d}" + (f"_{weights}" if weights != "ema" else "") + (f"_{sampler.stem}" if sampler else "")
+    )
+    out = Path(values["out"].value) if values["out"].value else workdir / "samples" / f"{name}.png"
     if parallel.world()[0] == 0:
         print(write_samples(run, out))
 

@@ -45,7 +45,10 @@ def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[Con
     if place is None or not place.is_dir():
         there = ", ".join(str(int(p.name[5:])) for p in sorted(folder.glob("step_*"))) or "none"
         raise ValueError(f"{workdir} has no checkpoint{f' of step {step}' if step else ''}; steps there: {there}")
-    found = checkpoint.verify(place)
+    try:
+        found = checkpoint.verify(place)
+    except ValueError as damage:
+        raise ValueError(f"{damage}: take another by --step, or train on, which sets it aside") from damage
     config, width = ConfigDict(recorded), weights.removeprefix("ema_power_")
     first = next(iter(torch.load(place / "training.pt", weights_only=True)["averages"]))
     weights = "ema" if weights == first else weights

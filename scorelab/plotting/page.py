@@ -13,7 +13,8 @@ Section = tuple[str, str, list["Path | bytes"], object]
 """Heading, explanation, pictures (files, or PNGs in memory) and numbers."""
 
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#222}
-figure{display:inline-block;margin:.3rem}figcaption{font-size:.75rem;color:#666}
+figure{display:inline-block;margin:.3rem}figure img{min-width:14rem;image-rendering:pixelated}
+figcaption{font-size:.75rem;color:#666}
 img{max-width:100%;height:auto;display:block;margin:.5rem 0}
 h2{margin-top:2.5rem;border-top:1px solid #ddd;padding-top:1rem}
 pre{background:#f5f5f5;padding:.7rem;overflow-x:auto;font-size:.8rem}.t{overflow-x:auto}

@@ -113,7 +113,6 @@ class Trainer:
                 self.model,
                 [device.index] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,
             )
             # DDP settles the order of its sums in its first backward pass: let that be none of the run's, so that a
             # run that goes on sums in the same order as one that never stopped
@@ -249,7 +248,7 @@ class Trainer:
             "sums": sums,
         }
         if self.rank == 0:
-            checkpoint.write(folder, self.step, self.model, weights, averages, training)
+            checkpoint.write(folder, self.step, self._whole or self.model, weights, averages, training)
         parallel.most(0)
         return checkpoint.place_of(folder, self.step)
 

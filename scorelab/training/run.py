@@ -117,6 +117,8 @@ def _check_owner(workdir: Path, config: ConfigDict, accept_changes: bool) -> Non
             free[0] = "sampling.s"
         different = _differences(recorded, _plain(config), _plain(default_config()))
         changed = [d for d in different if not d.startswith(tuple(free))]
+        if any(d.startswith("training.steps") for d in changed):
+            changed.append("the cosine schedule ends at training.steps")
         if changed:
             raise ValueError(
                 f"{workdir} belongs to another experiment ({'; '.join(changed)}): choose another --workdir, or go on "
@@ -135,13 +137,17 @@ def _resume(trainer: Trainer, workdir: Path, accept_changes: bool) -> None:
     config, folder, step = trainer.config, workdir / "checkpoints", -1
     if trainer.rank == 0:
         _check_owner(workdir, config, accept_changes)
+        # it is made before config.json is written
+        gone = recorded_config(workdir) is not None and not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.sweep(folder)
         found = checkpoint.sound(folder)
         step = -1 if found is None else checkpoint.verify(found)
         rows = keep_until(workdir / "metrics.jsonl", sys.maxsize)
         before = (recorded_config(workdir) or {}).get("training", {}).get("checkpoint_every", sys.maxsize)
-        if found is None and rows and rows[-1]["step"] > before:
+        if found is None and rows and (gone or rows[-1]["step"] > before):
+            if gone:
+                folder.rmdir()
             raise ValueError(
                 f"{workdir} has metrics up to step {rows[-1]['step']}, but {folder} holds no checkpoint: put them "
                 "back, or remove metrics.jsonl to begin anew"

@@ -50,7 +50,7 @@ def config(kind: str):
         c.training.fsdp = True
     if kind == "full":
         c.model.dropout, c.data.workers, c.training.accumulate = 0.2, 2, 5
-        c.training.steps, c.training.batch_size, c.training.checkpoint_every = 12, 400, 3
+        c.training.steps, c.training.batch_size, c.training.checkpoint_every = 12, 200, 3
         c.optim.ema, c.optim.ema_power, c.optim.name = (0.9, 0.99), (0.1,), "adamw"
     return c
 

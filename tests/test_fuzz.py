@@ -26,12 +26,12 @@ from scorelab.data import Files, load
 from scorelab.training import default_config, train
 
 # without shrinking: a failure is found in seconds, and said as it is
-QUIET = {
-    "deadline": None,
-    "derandomize": True,
-    "phases": [Phase.generate],
-    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-}
+QUIET = settings(
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 ROOT = Path(__file__).parent.parent
 
 
@@ -57,10 +57,7 @@ VALUES = st.one_of(
 OVERRIDES = st.dictionaries(st.sampled_from(keys(default_config())), VALUES, max_size=4)
 
 
-@settings(
-    max_examples=80,
-    **QUIET,
-)
+@settings(QUIET, max_examples=80)
 @given(overrides=OVERRIDES)
 def test_any_override_trains_or_is_refused_with_a_message(tmp_path, capsys, overrides):
     """One step of a small network, samples and all: exit code 0, or 2 and one line."""
@@ -145,13 +142,7 @@ def damaged(content: bytes, damage: list[tuple[str, int, bytes]]) -> bytes:
     return content
 
 
-@settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(QUIET, max_examples=300)
 @given(which=st.sampled_from(list(FILES)), damage=DAMAGE, skip=st.booleans())
 def test_damaged_data_loads_or_names_the_file(tmp_path, which, damage, skip):
     source, name = which
@@ -178,13 +169,7 @@ def run(tmp_path_factory) -> Path:
     return workdir
 
 
-@settings(
-    max_examples=15,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(QUIET, max_examples=15)
 @given(where=st.integers(0, 100), damage=DAMAGE)
 def test_damaged_runs_are_read_or_refused(tmp_path, run, where, damage):
     """Any file of a run directory: sampling, the report and going on answer, or say what is wrong."""

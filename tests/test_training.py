@@ -288,6 +288,13 @@ def test_another_experiments_directory_is_refused_and_left_alone(tmp_path):
     train(small(5, optim__lr=0.1), tmp_path, progress=False, accept_changes=True)
     assert json.loads((tmp_path / "config.json").read_text())["optim"]["lr"] == 0.1
     assert rows(tmp_path)[-1]["step"] == 5
+    # how samples are drawn may change, but not the levels where they are what the network is told
+    options = {"model__label": "index", "sampling__levels": 6}
+    indexed = tmp_path.parent / "indexed"
+    train(small(2, **options), indexed, progress=False)
+    train(small(3, sampling__eta=0.5, **options), indexed, progress=False)
+    with pytest.raises(ValueError, match="sampling.levels: 6 there, 7 now"):
+        train(small(4, **{**options, "sampling__levels": 7}), indexed, progress=False)
     # what it wrote is not begun over when its checkpoints are gone
     (tmp_path / "checkpoints").rename(tmp_path.parent / "elsewhere")
     for _ in range(2):

@@ -173,8 +173,8 @@ def _values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def _sample(arguments: list[str]) -> None:
-    # torchrun takes --n for one of its own options
     values = _run_flags({"n": None}, {"out": None, "sampler": None, "weights": "ema"})
+    # torchrun takes --n for one of its own options
     flags.DEFINE_alias("samples", "n", flag_values=values)
     _parse(arguments, values)
     workdir = _workdir(values)

@@ -112,11 +112,10 @@ def _check_owner(workdir: Path, config: ConfigDict, accept_changes: bool) -> Non
         free += [f"training.{k}" for k in ("checkpoint_every", "log_every", "validate_every", "sample_every", "keep_")]
         if config.optim.schedule != "cosine":
             free.append("training.steps")
-        if config.training.sigmas == "sequence" or config.model.label == "index":
-            # there sampling.levels says what the network is told
-            free[0] = "sampling.s"
+        # there sampling.levels says what the network is told
+        fixed = ["sampling.levels"] * (config.training.sigmas == "sequence" or config.model.label == "index")
         different = _differences(recorded, _plain(config), _plain(default_config()))
-        changed = [d for d in different if not d.startswith(tuple(free))]
+        changed = [d for d in different if d.startswith(tuple(fixed)) or not d.startswith(tuple(free))]
         if any(d.startswith("training.steps") for d in changed):
             changed.append("the cosine schedule ends at training.steps")
         if changed:

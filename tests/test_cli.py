@@ -115,7 +115,10 @@ def test_dry_run_prints_the_experiment_and_writes_nothing(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["train", "--config", CONFIG, "--workdir=w", "--config.optim.lrr=1"], "did you mean 'optim.lr'"),
-        (["train", "--config", CONFIG, "--workdir=w", "--config.optim.lr=fast"], "optim.lr"),
+        (
+            ["train", "--config", CONFIG, "--workdir=w", "--config.optim.lr=fast"],
+            "optim.lr=fast: expected a number",
+        ),
         (["train", "--config", CONFIG, "--workdir=w", "--config.model.multipliers=x"], "multipliers"),
         (["train", "--config", CONFIG, "--workdir=w", "--config.process.name=vee"], "did you mean 've'"),
         (["train", "--config", CONFIG, "--workdir=w", "--config.process.sigma_min=90."], "sigma_min"),
@@ -125,6 +128,8 @@ def test_dry_run_prints_the_experiment_and_writes_nothing(tmp_path, capsys):
         (["train", "--config", CONFIG, "--workdir=w", "--stepz=3"], "stepz"),
         (["train", "--config", CONFIG, "--workdir=w", "loose"], "loose"),
         (["sample", "--workdir=w"], "no config.json"),
+        (["sample", "--workdir=w", "--n=few"], "--n=few: expected an integer"),
+        (["sample", "--workdir=w", "--weight=model"], "Did you mean: weights"),
         (["sample"], "--workdir is missing"),
         (["trian"], "did you mean 'train'"),
     ],

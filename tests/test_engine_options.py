@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from test_training import small
+from torch.nn import functional
 
 from scorelab.nn import UNet
 from scorelab.training import Trainer, build
 from scorelab.training.optim import learning_rate, optimiser
-from scorelab.training.precision import settled_precision
+from scorelab.training.precision import RoundedProducts, settled_precision
 
 
 def trained(steps: int = 3, **changes) -> Trainer:
@@ -40,6 +42,47 @@ def test_bf16_trains_weights_that_stay_in_single_precision():
     assert all(p.dtype == torch.float32 for p in half.model.parameters())
     assert 0 < difference(single, half) < 1e-3
     assert torch.isfinite(torch.cat([p.flatten() for p in half.model.parameters()])).all()
+
+
+def test_bf16_products_by_fp32_instructions_are_those_of_bf16():
+    """A sum of products of bf16 numbers is exact in fp32 here, so only the result is rounded: 1 + 2^-9 to 1."""
+    x = torch.tensor([[1.0, 2**-9, 1 + 2**-10]])
+    with RoundedProducts(), torch.autocast("cpu", torch.bfloat16):
+        assert functional.linear(x, torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 1], [0, 2**9, 0]])).tolist() == [
+            [1.0, 1.0, 1.0, 1.0]
+        ]
+        assert functional.silu(x).dtype == torch.float32
+        assert functional.linear(x.double(), x.double()).dtype == torch.float64
+    with RoundedProducts():
+        assert functional.linear(x, x).dtype == torch.float32
+
+
+def test_bf16_products_of_every_kind_agree_with_pytorchs():
+    """Values and gradients, within bf16's rounding of what PyTorch's own instructions give."""
+    torch.manual_seed(0)
+    net = UNet((1, 8, 8), width=16, blocks=1, attention=(1,), head=16)
+    volume = UNet((1, 4, 4, 4), width=8, blocks=1)
+    for some in (net, volume):
+        for p in some.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        x, label = torch.randn(4, *some.config["data_shape"]), torch.rand(4)
+        found = []
+        for context in (nullcontext(), RoundedProducts()):
+            some.zero_grad()
+            with context:
+                with torch.autocast("cpu", torch.bfloat16):
+                    y = some(x, label)
+                y.float().square().mean().backward()
+            found.append([y.detach().float(), *(p.grad for p in some.parameters())])
+        for theirs, ours in zip(*found, strict=True):
+            assert (theirs - ours).norm() <= 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize("option", ["activation_checkpointing", "accumulate"])
+def test_bf16_with_other_options(option):
+    plain = trained(training__precision="bf16")
+    other = trained(training__precision="bf16", **{f"training__{option}": 2 if option == "accumulate" else True})
+    assert difference(plain, other) < 1e-3
 
 
 def test_precision_is_settled_by_the_device_and_the_network(monkeypatch):

@@ -50,7 +50,7 @@ def dry_run(config: ConfigDict) -> str:
     Trainer(experiment, config)
     count = sum(p.numel() for p in model.parameters())
     t = config.training
-    activations = activation_bytes(model.net, model.data_shape, t.batch_size)
+    activations = activation_bytes(model.net, model.data_shape, t.batch_size // t.accumulate)
     # weights, gradients, two Adam moments and the averages of the weights, float32
     fixed = (4 + len(config.optim.ema) + len(config.optim.ema_power)) * 4 * count
     low, high = model.sigma_range

@@ -73,7 +73,13 @@ def _is_input_error(error: BaseException) -> bool:
 
 
 def _parse(arguments: list[str], values: flags.FlagValues) -> None:
-    rest = values(["scorelab", *arguments[1:]])[1:]
+    try:
+        rest = values(["scorelab", *arguments[1:]])[1:]
+    except flags.IllegalFlagValueError as error:
+        # "flag --n=x: invalid literal for int() ..."
+        given = str(error).partition(": ")[0].removeprefix("flag ")
+        wanted = values[given[2:].partition("=")[0]].parser.syntactic_help
+        raise ValueError(f"{given}: expected {wanted}") from error
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; options are written --name=value")
 
@@ -189,7 +195,6 @@ def _sample(arguments: list[str]) -> None:
         check_out(Path(values["out"].value))
     weights = str(values["weights"].value)
     run = sample_run(workdir, n=n, seed=seed, step=step, weights=weights, sampler=sampler)
-    weights = str(values["weights"].value)
     name = (
         f"drawn_{run.step:08d}" + (f"_{weights}" if weights != "ema" else "") + (f"_{sampler.stem}" if sampler else "")
     )

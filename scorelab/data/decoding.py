@@ -135,15 +135,14 @@ def _pixels(listing: Listing, files: Files) -> Iterator[tuple[str, np.ndarray]]:
                 raise ValueError(
                     f"{listing.where}: {name} can't be used ({error}); remove or repair it, or set data.skip_bad=True"
                 ) from error
-            bad.append(name)
+            bad.append(f"{name} ({error})")
             continue
         shape = pixels.shape
         yield name, pixels
     if bad:
         shown = ", ".join(bad[:10]) + (", ..." if len(bad) > 10 else "")
-        warnings.warn(
-            f"{listing.where}: {len(bad)} of {len(listing.names)} files skipped: {shown}", RuntimeWarning, stacklevel=2
-        )
+        count = f"{len(bad)} of {len(listing.names)} files skipped"
+        warnings.warn(f"{listing.where}: {count}: {shown}", RuntimeWarning, stacklevel=2)
 
 
 def decode(listing: Listing, files: Files) -> tuple[torch.Tensor, list[str]]:

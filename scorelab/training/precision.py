@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from scorelab.checks import nearest_name
 from scorelab.models import ScoreModel
@@ -13,6 +19,15 @@ from scorelab.models import ScoreModel
 __all__ = ["autocast", "lay_out", "settled_precision"]
 
 _NAMES = ("auto", "fp32", "bf16")
+
+# what autocast multiplies in bf16
+_PRODUCTS = {
+    *(torch.conv1d, torch.conv2d, torch.conv3d),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+    *(functional.linear, functional.scaled_dot_product_attention),
+    *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.einsum),
+    *(torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm, torch.addmm, torch.baddbmm),
+}
 
 
 def settled_precision(name: str, model: ScoreModel) -> str:
@@ -30,9 +45,53 @@ def settled_precision(name: str, model: ScoreModel) -> str:
     return "bf16" if fast else "fp32"
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The context in which a network runs."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+class RoundedProducts(TorchFunctionMode):
+    """Products of autocast to bf16 on a CPU, made by its fp32 instructions.
+
+    Operands are rounded to bf16, multiplied and summed in fp32, and the result is rounded: what bf16 instructions do,
+    up to the order of sums. For the gradient operands are kept in bf16, which they are exact in.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _PRODUCTS or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        operands: set[int] = set()
+
+        def rounded(x: Tensor) -> Tensor:
+            if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                return x
+            wide = x.bfloat16().float()
+            operands.add(wide.data_ptr())
+            return wide
+
+        def keep(x: Tensor) -> Tensor:
+            return x.bfloat16() if x.data_ptr() in operands else x
+
+        args, kwargs = tree_map_only(Tensor, rounded, (args, kwargs))
+        with torch.autocast("cpu", enabled=False), saved_tensors_hooks(keep, _wide):
+            out = func(*args, **kwargs)
+            return out.bfloat16() if out.dtype == torch.float32 else out
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
+@contextmanager
+def autocast(device: torch.device, precision: str, *, rerun: bool = False) -> Iterator[None]:
+    """The context in which a network runs forward.
+
+    In bf16 on a CPU without instructions for it products are made by fp32 ones: PyTorch's own take ten times as long.
+    rerun: the network is compiled, or parts of it run again in the backward pass; then they are PyTorch's own.
+    """
+    if precision != "bf16":
+        yield
+        return
+    onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    fast = device.type != "cpu" or (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    with torch.autocast(device.type, torch.bfloat16), nullcontext() if fast or rerun else RoundedProducts():
+        yield
 
 
 def lay_out(model: ScoreModel, precision: str, channels_last: str) -> None:

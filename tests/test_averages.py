@@ -77,10 +77,45 @@ def test_averages_of_other_widths_are_made_afterwards():
         reconstruct([], 0.1)
 
 
+def test_shares_are_the_least_squares_that_sum_to_1():
+    """Of two stored functions the best s f + (1 - s) g is found by quadrature over many s."""
+    tau = (np.arange(200_000) + 0.5) / 200_000
+
+    def function(width: float) -> np.ndarray:
+        g = power_exponent(width)
+        return (g + 1) * tau**g
+
+    f, g, wanted = function(0.05), function(0.1), function(0.2)
+    errors = [float(np.square(s * f + (1 - s) * g - wanted).mean()) for s in np.linspace(-3, 3, 601)]
+    best = int(np.argmin(errors))
+    stored = [Snapshot(1000, w, {"w": torch.tensor([v])}) for w, v in ((0.05, 1.0), (0.1, 0.0))]
+    found, error = reconstruct(stored, 0.2)
+    assert float(found["w"]) == pytest.approx(np.linspace(-3, 3, 601)[best], abs=0.01)
+    assert error == pytest.approx(math.sqrt(errors[best] / float(np.square(wanted).mean())), rel=1e-3)
+
+
+def test_shared_weights_are_averaged_under_all_their_names():
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+            self.two.weight = self.one.weight
+
+    module = Tied()
+    average = EMA(module.parameters(), 0.5)
+    before = module.one.weight.detach().clone()
+    module.one.weight.data.add_(1)
+    average.update()
+    state = average.weights(module)
+    # the warm-up takes 1/10 of what was there
+    torch.testing.assert_close(state["one.weight"], before + 0.9)
+    assert torch.equal(state["one.weight"], state["two.weight"])
+
+
 def test_names_are_different():
     with pytest.raises(ValueError, match="all different"):
         averages_of([parameter()], (0.9, 0.9), ())
-    with pytest.raises(ValueError, match="at least one decay"):
+    with pytest.raises(ValueError, match="expected a decay in optim.ema at least"):
         averages_of([parameter()], (), (0.1,))
 
 

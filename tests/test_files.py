@@ -202,7 +202,7 @@ def test_bad_files_are_named_or_skipped(tmp_path):
     Image.fromarray(COLOUR[0, :3]).save(folder / "b" / "small.png")
     with pytest.raises(ValueError, match=r"a/04.png can't be used .*; remove or repair it, or set data.skip_bad=True"):
         load("folder", Files(str(folder)))
-    said = r"3 of 14 files skipped: a/04.png \(.*\), b/small.png \(it is .*, b/zz.jpg \(cannot identify"
+    said = r"3 of 14 files skipped: a/04.png \(.*\), b/small.png \(it is .*, b/zz.jpg \(it is no image"
     with pytest.warns(RuntimeWarning, match=said):
         data = load("folder", Files(str(folder), skip_bad=True))
     assert len(data) == 11

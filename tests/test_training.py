@@ -15,6 +15,7 @@ import torch
 from problems import generator
 
 from scorelab import ScoreModel, losses, sample, sigmas
+from scorelab.cli.main import main
 from scorelab.data import Arrays, Drawn, digits, load
 from scorelab.distributions import target
 from scorelab.losses import Denoising
@@ -184,13 +185,17 @@ def test_old_checkpoints_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, monkeypatch, capsys):
     command = [sys.executable, "-m", "scorelab.cli", "train", "--config", "configs/digits/ncsn.py"]
     command += ["--config.training.steps=100000", "--config.training.log_every=1", "--workdir", str(tmp_path / "run")]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
         time.sleep(0.05)
+    # nobody else trains there meanwhile
+    monkeypatch.chdir(ROOT)
+    assert main(command[3:]) == 2
+    assert "run is being trained by another process; wait for it or stop it" in capsys.readouterr().err
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number

@@ -58,7 +58,7 @@ def dry_run(config: ConfigDict) -> str:
         [
             str(config).rstrip(),
             "---",
-            f"data: {config.data.source}, shape {model.data_shape}, range outside {model.data_range}",
+            f"data: {config.data.source}, shape {model.data_shape}, values from and to {model.data_range}",
             f"model: {type(model.net).__name__}, {count:,} parameters, prediction {model.prediction.name}",
             f"noise levels: sigma from {low:.4g} to {high:.4g} ({type(model.process).__name__})",
             f"training: {t.steps:,} steps of {t.batch_size}, {t.steps * t.batch_size:,} samples",

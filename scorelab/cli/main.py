@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import os
 import platform
 import signal
 import sys
@@ -23,6 +24,7 @@ from scorelab.checks import nearest_name
 __all__ = ["main"]
 
 _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir runs/x [--config.optim.lr=1e-3] [--dry_run]
+                       [--accept_changes]
        scorelab sample --workdir runs/x [--n 64] [--seed 0] [--out FILE.png|FILE.npz|DIRECTORY] [--sampler FILE.json]
                        [--step STEP] [--weights ema|model|ema_0.9999|ema_power_0.1]
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
@@ -48,8 +50,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"unknown command {arguments[0]!r}; {nearest_name(arguments[0], commands)}")
         commands[arguments[0]](arguments)
     except KeyboardInterrupt as stop:
-        said = str(stop) or "interrupted: the same command goes on from the last checkpoint"
-        print(f"scorelab: {said}", file=sys.stderr)
+        said = str(stop) or "interrupted; the same command goes on from the last checkpoint, or begins anew"
+        # torchrun's processes all stop
+        if os.environ.get("RANK", "0") == "0":
+            print(f"scorelab: {said}", file=sys.stderr)
         return 128 + int(getattr(stop, "signal", signal.SIGINT))
     except (ValueError, TypeError, KeyError, AttributeError, OSError, flags.Error) as error:
         if isinstance(error, (TypeError, KeyError, AttributeError)) and not _is_input_error(error):
@@ -75,11 +79,13 @@ def _is_input_error(error: BaseException) -> bool:
 def _parse(arguments: list[str], values: flags.FlagValues) -> None:
     try:
         rest = values(["scorelab", *arguments[1:]])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise ValueError(f"unknown option --{error.flagname}; {nearest_name(error.flagname, list(values))}") from error
     except flags.IllegalFlagValueError as error:
         # "flag --n=x: invalid literal for int() ..."
         given = str(error).partition(": ")[0].removeprefix("flag ")
         wanted = values[given[2:].partition("=")[0]].parser.syntactic_help
-        raise ValueError(f"{given}: expected {wanted}") from error
+        raise ValueError(f"{given}: expected {wanted or 'True or False'}") from error
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; options are written --name=value")
 

@@ -131,6 +131,9 @@ def _pixels(listing: Listing, files: Files) -> Iterator[tuple[str, np.ndarray]]:
             UnidentifiedImageError,
             Image.DecompressionBombError,
         ) as error:
+            if isinstance(error, UnidentifiedImageError):
+                # Pillow's own text names an object in memory
+                error = ValueError("it is no image of a format known to Pillow")
             if not files.skip_bad:
                 raise ValueError(
                     f"{listing.where}: {name} can't be used ({error}); remove or repair it, or set data.skip_bad=True"

@@ -101,6 +101,10 @@ def _cifar10(files: Files) -> Source:
 def _numpy(files: Files) -> Source:
     """``.npy``, or ``.npz`` with the data under images, samples, x0, data or arr_0 and labels under labels."""
     place = files.place
+    if place.is_dir():
+        raise ValueError(
+            f"data.path is {place}, a folder; expected a .npy or .npz file: data.source='folder' reads images"
+        )
     try:
         found = np.load(place, allow_pickle=False)
         parts = {"images": found} if isinstance(found, np.ndarray) else {k: found[k] for k in found.files}
@@ -125,7 +129,7 @@ def _arrays(x: np.ndarray, labels: np.ndarray | None, files: Files, where: str) 
 
 def _source(x: np.ndarray, labels: np.ndarray | None, files: Files) -> Source:
     if x.ndim < 2 or x.dtype.kind not in "uif" or len(x) == 0:
-        raise ValueError(f"it holds {x.dtype} {x.shape}; expected numbers (N, *D) with N >= 1")
+        raise ValueError(f"it holds {x.dtype} {x.shape}; expected numbers (N, *D) with N >= 1, points on a line (N, 1)")
     if labels is not None and labels.shape != (len(x),):
         raise ValueError(f"labels of shape {labels.shape} for {len(x)} samples; expected one each")
     kept = None if labels is None else torch.tensor(labels.astype(np.int64))
@@ -204,10 +208,13 @@ def load(source: str, files: Files = Files()) -> Source:  # noqa: B008
 
     Raises ValueError, naming the file, for what is missing, damaged or does not fit together.
     """
-    if source == "digits":
-        return digits()
-    if source in TARGETS:
-        return Drawn(target(source))
+    if source == "digits" or source in TARGETS:
+        if files.path:
+            raise ValueError(
+                f"data.path is {files.path!r}, but data.source is {source!r}, which reads no files; set data.source to "
+                f"one of {', '.join(FORMATS)}"
+            )
+        return digits() if source == "digits" else Drawn(target(source))
     if source in FORMATS:
         return FORMATS[source](files)
     if ":" in source:

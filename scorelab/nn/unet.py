@@ -124,7 +124,8 @@ class UNet(nn.Module):
         rank = len(data_shape) - 1
         if rank not in _CONV or min(data_shape) < 1:
             raise ValueError(
-                f"data_shape is {tuple(data_shape)}; expected (C, L), (C, H, W) or (C, D, H, W): points need MLP"
+                f"data_shape is {tuple(data_shape)}; expected (C, L), (C, H, W) or (C, D, H, W): points need MLP "
+                "(model.net='mlp')"
             )
         if embedding not in ("fourier", "positional"):
             raise ValueError(f"embedding is {embedding!r}; expected 'fourier' or 'positional'")
@@ -132,6 +133,8 @@ class UNet(nn.Module):
             raise ValueError(
                 f"width = {width}, blocks = {blocks}; expected an even width, blocks >= 1, some multipliers"
             )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout:g}; expected 0 <= dropout < 1")
         if any(a not in range(len(multipliers)) for a in attention):
             raise ValueError(f"attention is {attention}; expected resolutions from 0 to {len(multipliers) - 1}")
         if any(width * m % head and width * m > head for i, m in enumerate(multipliers) if i in attention):

@@ -93,7 +93,10 @@ def _fill(aside: Path, step: int, settings: str, states: Averages, training: dic
     aside.mkdir()
     (aside / "model.json").write_text(settings + "\n")
     for file, state in states.items():
-        save_file({k: v.contiguous().cpu() for k, v in state.items()}, aside / file)
+        # shared weights are written under each of their names
+        save_file(
+            {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}, aside / file
+        )
     torch.save(training, aside / "training.pt")
     files = sorted(p for p in aside.iterdir())
     manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}

@@ -147,10 +147,13 @@ def check_types(config: ConfigDict, default: ConfigDict | None = None, prefix: s
         elif value is None and name in _OPTIONAL:
             continue
         elif isinstance(wanted, (tuple, list)):
+            averages = name.startswith("optim.ema")
+            kinds = (int, float) if averages else (int,)
             if not isinstance(value, (tuple, list)) or any(
-                isinstance(v, bool) or not isinstance(v, (int, float)) for v in value
+                isinstance(v, bool) or not isinstance(v, kinds) for v in value
             ):
-                raise ValueError(f"config.{name} is {value!r}; expected a tuple of numbers such as {wanted or (1, 2)}")
+                of = "numbers such as (0.05, 0.1)" if averages else "whole numbers such as (1, 2)"
+                raise ValueError(f"config.{name} is {value!r}; expected a tuple of {of}")
         elif type(value) is not type(wanted) and not (isinstance(wanted, float) and type(value) is int):
             raise ValueError(f"config.{name} is {value!r}; expected {type(wanted).__name__}, such as {wanted!r}")
         elif isinstance(value, float) and not math.isfinite(value):

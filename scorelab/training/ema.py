@@ -12,7 +12,7 @@ Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +46,7 @@ class EMA:
         self, parameters: Iterable[nn.Parameter], decay: float = 0.0, *, relative_std: float | None = None
     ) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"EMA decay is {decay:g}; expected 0 <= decay < 1 (0 follows the weights)")
+            raise ValueError(f"an EMA decay (optim.ema) is {decay:g}; expected 0 <= decay < 1 (0 follows the weights)")
         self.parameters = list(parameters)
         self.average = [p.detach().clone() for p in self.parameters]
         self.decay, self.count, self.initial_share = decay, 0, 1.0
@@ -67,16 +67,20 @@ class EMA:
         Of parameters spread over processes the averages are whole, and all processes must call.
         """
         state = {k: v.detach().clone() for k, v in module.state_dict().items()}
-        names = {id(p): name for name, p in module.named_parameters()}
-        for parameter, average in zip(self.parameters, self.average, strict=True):
-            state[names[id(parameter)]] = average.clone()
+        for name, average in self._named(module):
+            state[name] = average.clone()
         return full_state(state)
 
     def load(self, module: nn.Module, state: dict[str, Tensor]) -> None:
         """Take the averages from a state dict of the module."""
-        names = {id(p): name for name, p in module.named_parameters()}
-        for parameter, average in zip(self.parameters, self.average, strict=True):
-            average.copy_(like(state[names[id(parameter)]], average))
+        for name, average in self._named(module):
+            average.copy_(like(state[name], average))
+
+    def _named(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Every name of a parameter in the module, of a shared one all, and its average."""
+        averages = {id(p): a for p, a in zip(self.parameters, self.average, strict=True)}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            yield name, averages[id(parameter)]
 
 
 def averages_of(parameters: list[nn.Parameter], decays: Sequence[float], widths: Sequence[float]) -> list[EMA]:
@@ -84,7 +88,9 @@ def averages_of(parameters: list[nn.Parameter], decays: Sequence[float], widths:
     found = [EMA(parameters, d) for d in decays] + [EMA(parameters, relative_std=w) for w in widths]
     names = [a.name for a in found]
     if not decays or len(set(names)) < len(names):
-        raise ValueError(f"the averages are {', '.join(names) or 'none'}; expected at least one decay, all different")
+        raise ValueError(
+            f"the averages are {', '.join(names) or 'none'}; expected a decay in optim.ema at least, all different"
+        )
     return found
 
 
@@ -119,10 +125,10 @@ def reconstruct(
     g = np.array([power_exponent(s.relative_std) for s in order])
     at, wanted = np.array([t[-1] if count is None else float(count)]), np.array([power_exponent(relative_std)])
     between, cross = _products(t, g, t, g), _products(t, g, at, wanted)
-    # as in the paper, but shares that sum to 1 (a heavy row): networks do not ignore the scale of their weights
-    heavy = 1e3 * float(np.abs(between).max())
-    rows = np.vstack([between, np.full((1, len(t)), heavy)])
-    share = np.linalg.lstsq(rows, np.vstack([cross, [[heavy]]]), rcond=1e-14)[0]
+    # as in the paper, but shares that sum to 1 (Lagrange's conditions): networks do not ignore their weights' scale
+    scale, ones = float(np.abs(between).max()), np.ones((len(t), 1))
+    rows = np.block([[between / scale, ones], [ones.T, np.zeros((1, 1))]])
+    share = np.linalg.lstsq(rows, np.vstack([cross / scale, [[1.0]]]), rcond=1e-14)[0][:-1]
     norm = float(_products(at, wanted, at, wanted)[0, 0])
     error = max(0.0, float((share.T @ between @ share - 2 * share.T @ cross)[0, 0]) + norm)
     found: dict[str, Tensor] = {}

@@ -148,7 +148,7 @@ class Trainer:
             for k in range(t.accumulate):
                 some = Noised(*(x[rows * k // t.accumulate : rows * (k + 1) // t.accumulate] for x in noised))
                 with self._exchanging(k == t.accumulate - 1):
-                    with autocast(self.model.device, self.precision, rerun=t.activation_checkpointing or t.compile):
+                    with autocast(self.model.device, self.precision, compiled=t.compile):
                         loss = self.experiment.objective.losses(self._network, some).loss
                     # processes' gradients are averaged
                     torch.autograd.backward(loss.sum() * (self.processes / t.batch_size))
@@ -274,7 +274,12 @@ class Trainer:
         state = training["optimiser"]["state"]
         for index, moments in state.items():
             parameter = self.parameters[index]
-            moments |= {k: like(v, parameter) for k, v in moments.items() if v.shape == parameter.shape}
+            # fused Adam walks memory: moments must lie as their weights do, channels first or last
+            moments |= {
+                k: torch.empty_like(parameter).copy_(like(v, parameter))
+                for k, v in moments.items()
+                if v.shape == parameter.shape
+            }
         # of the optimiser's settings the config's hold
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
         self.step, self.skipped = training["step"], training["skipped"]

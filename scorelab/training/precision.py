@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from scorelab.checks import nearest_name
 from scorelab.models import ScoreModel
@@ -25,7 +25,7 @@ _PRODUCTS = {
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     *(functional.linear, functional.scaled_dot_product_attention),
-    *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.einsum),
+    *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__),
     *(torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm, torch.addmm, torch.baddbmm),
 }
 
@@ -49,12 +49,14 @@ class RoundedProducts(TorchFunctionMode):
     """Products of autocast to bf16 on a CPU, made by its fp32 instructions.
 
     Operands are rounded to bf16, multiplied and summed in fp32, and the result is rounded: what bf16 instructions do,
-    up to the order of sums. For the gradient operands are kept in bf16, which they are exact in.
+    up to the order of sums. For the gradient operands are kept in bf16, which they are exact in. The products are
+    PyTorch's own where other hooks say what is kept (activation checkpointing runs again outside of this mode), in
+    functorch's transforms, for sparse tensors and with ``out=``.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _PRODUCTS or not torch.is_autocast_enabled("cpu"):
+        if func not in _PRODUCTS or "out" in kwargs or not self._applies(args, kwargs):
             return func(*args, **kwargs)
         operands: set[int] = set()
 
@@ -73,24 +75,34 @@ class RoundedProducts(TorchFunctionMode):
             out = func(*args, **kwargs)
             return out.bfloat16() if out.dtype == torch.float32 else out
 
+    @staticmethod
+    def _applies(args: Any, kwargs: Any) -> bool:
+        return (
+            torch.is_autocast_enabled("cpu")
+            and torch.get_autocast_dtype("cpu") == torch.bfloat16
+            and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and all(x.layout == torch.strided for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        )
+
 
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
 @contextmanager
-def autocast(device: torch.device, precision: str, *, rerun: bool = False) -> Iterator[None]:
+def autocast(device: torch.device, precision: str, *, compiled: bool = False) -> Iterator[None]:
     """The context in which a network runs forward.
 
-    In bf16 on a CPU without instructions for it products are made by fp32 ones: PyTorch's own take ten times as long.
-    rerun: the network is compiled, or parts of it run again in the backward pass; then they are PyTorch's own.
+    In bf16 on a CPU without AVX-512 products are made by fp32 instructions: PyTorch's own take ten times as long. Of a
+    compiled network they are PyTorch's own.
     """
     if precision != "bf16":
         yield
         return
     onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     fast = device.type != "cpu" or (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    with torch.autocast(device.type, torch.bfloat16), nullcontext() if fast or rerun else RoundedProducts():
+    with torch.autocast(device.type, torch.bfloat16), nullcontext() if fast or compiled else RoundedProducts():
         yield
 
 

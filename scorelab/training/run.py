@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,11 @@ __all__ = ["Interrupted", "recorded_config", "train"]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by ``signal`` and saved at ``step``."""
+    """Training was stopped by ``signal`` and saved at ``step``, unless that is 0."""
 
     def __init__(self, signal: int, step: int) -> None:
-        super().__init__(f"stopped and saved at step {step}; the same command goes on from there")
+        done = f"stopped and saved at step {step}; the same command goes on from there"
+        super().__init__(done if step else "stopped before the first step, with nothing to save")
         self.signal, self.step = signal, step
 
 
@@ -131,14 +134,33 @@ def _write_config(workdir: Path, config: ConfigDict) -> None:
     aside.replace(workdir / "config.json")
 
 
-def _resume(trainer: Trainer, workdir: Path, accept_changes: bool) -> None:
-    """Go on from the last whole checkpoint, in all processes alike; then the directory is this experiment's."""
+def _lock(folder: Path) -> int | None:
+    """Refuse (ValueError) a run that another process trains; an open file, whose lock ends with it or the process."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(opened)
+        raise ValueError(f"{folder.parent} is being trained by another process; wait for it or stop it") from error
+    return opened
+
+
+def _resume(trainer: Trainer, workdir: Path, accept_changes: bool, held: ExitStack) -> None:
+    """Go on from the last whole checkpoint, in all processes alike; then the directory is this experiment's, and locked
+    while ``held``.
+    """
     config, folder, step = trainer.config, workdir / "checkpoints", -1
     if trainer.rank == 0:
         _check_owner(workdir, config, accept_changes)
         # it is made before config.json is written
         gone = recorded_config(workdir) is not None and not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
+        if (lock := _lock(folder)) is not None:
+            held.callback(os.close, lock)
         checkpoint.sweep(folder)
         found = checkpoint.sound(folder)
         step = -1 if found is None else checkpoint.verify(found)
@@ -169,7 +191,7 @@ def train(
     written, and Interrupted once it has saved where SIGINT or SIGTERM stopped it (a second signal stops at once).
     """
     workdir, config = Path(workdir), copy.deepcopy(config)
-    with _Signals() as signals:
+    with _Signals() as signals, ExitStack() as held:
         device = parallel.join()
         recorded = recorded_config(workdir)
         experiment = build(config)
@@ -183,7 +205,7 @@ def train(
         trainer = Trainer(experiment, config)
         if experiment.data.data_range is not None:
             check_range(trainer.batches.data.batch(config.seed, 0, config.training.batch_size), (-1.0, 1.0), "batch 0")
-        _resume(trainer, workdir, accept_changes)
+        _resume(trainer, workdir, accept_changes, held)
         watch = Watch(trainer, workdir, progress)
         try:
             _loop(trainer, watch, workdir / "checkpoints", signals)

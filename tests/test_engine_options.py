@@ -205,5 +205,6 @@ def test_none_is_none_where_that_means_something():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_compiled_network_trains_alike():
     assert difference(trained(), trained(training__compile=True)) < 1e-4

@@ -183,6 +183,8 @@ def test_adamw_decays_weights_apart_from_the_gradient():
         ({"data__workers": -1}, "data.workers is -1"),
         ({"optim__ema": ()}, "expected a decay in optim.ema"),
         ({"model__multipliers": (1.5, 2)}, "tuple of whole numbers"),
+        ({"model__multipliers": (0, 2)}, "all of them 1 or more"),
+        ({"model__head": 0, "model__attention": (1,)}, "all of them 1 or more"),
         ({"model__dropout": 1.5}, "expected 0 <= dropout < 1"),
         ({"data__path": "images"}, "reads no files; set data.source"),
     ],

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import resource
@@ -203,6 +205,16 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, monkeypatch, cap
     assert step >= 3
     assert f"stopped and saved at step {step}; the same command goes on from there" in said
     assert "Traceback" not in said
+
+
+def test_where_directories_cannot_be_locked_training_goes_on_with_a_warning(tmp_path, monkeypatch):
+    def refused(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.warns(RuntimeWarning, match="can't be locked .*No locks available.*by one process only"):
+        train(small(2), tmp_path, progress=False)
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step_00000002"
 
 
 def test_a_full_disk_costs_no_checkpoint(tmp_path):

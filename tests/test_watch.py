@@ -109,6 +109,14 @@ def test_tensorboard(tmp_path):
     assert events.Images("samples")[0].step == 3
 
 
+def test_batches_with_fewer_samples_than_parts_of_the_noise_levels_are_watched(tmp_path):
+    train(small(2, training__batch_size=3), tmp_path, progress=False)
+    for key in ("loss_bins", "zero_bins", "sigma_bins"):
+        assert [v is None for v in rows(tmp_path, "loss")[-1][key]] == [False, False, True, False, True]
+    assert main(["report", f"--workdir={tmp_path}"]) == 0
+    assert (tmp_path / "report.html").read_text().count("sigma about") == 3
+
+
 class Slow(Arrays):
     def batch(self, seed, step, size, rows=None):
         time.sleep(0.2)

@@ -55,9 +55,11 @@ def _losses(trained: list[Row], validated: list[Row]) -> bytes:
         )
     axes[0, 0].set(xlabel="step", yscale="log", title="loss")
     axes[0, 0].legend(fontsize=8)
-    ratios = np.array([r["loss_bins"] for r in trained]) / np.array([r["zero_bins"] for r in trained])
-    for ratio, level in zip(ratios.T, trained[-1]["sigma_bins"], strict=True):
-        axes[0, 1].plot(steps, ratio, lw=0.8, label=f"sigma about {level:.3g}")
+    # a part of the noise levels without a sample is None, and NaN here
+    loss, zero = (np.array([r[key] for r in trained], dtype=float) for key in ("loss_bins", "zero_bins"))
+    for ratio, level in zip((loss / zero).T, trained[-1]["sigma_bins"], strict=True):
+        if level is not None:
+            axes[0, 1].plot(steps, ratio, lw=0.8, label=f"sigma about {level:.3g}")
     axes[0, 1].axhline(1.0, color="k", ls=":", lw=0.8)
     axes[0, 1].set(xlabel="step", yscale="log", title="loss / loss of the zero predictor, by noise level")
     axes[0, 1].legend(fontsize=7)
@@ -115,6 +117,7 @@ def _write(workdir: Path, rows: list[Row]) -> Path:
     levels = {
         f"sigma about {s:.3g}": {"loss": a, "zero predictor": b, "ratio": a / b}
         for s, a, b in zip(last["sigma_bins"], last["loss_bins"], last["zero_bins"], strict=True)
+        if s is not None
     }
     sections: list[Section] = [
         ("Loss", "Each noise level beside the predictor that always says 0.", [_losses(trained, validated)], levels),

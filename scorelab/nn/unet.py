@@ -99,6 +99,39 @@ class _Stage(nn.Module):
         return h if self.attention is None else self.attention(h)
 
 
+def _check(
+    data_shape: tuple[int, ...],
+    width: int,
+    multipliers: tuple[int, ...],
+    blocks: int,
+    attention: tuple[int, ...],
+    head: int,
+    dropout: float,
+    embedding: str,
+    num_classes: int | None,
+) -> None:
+    """Refuse (ValueError) settings of a UNet that don't fit."""
+    if len(data_shape) - 1 not in _CONV or min(data_shape) < 1:
+        raise ValueError(
+            f"data_shape is {data_shape}; expected (C, L), (C, H, W) or (C, D, H, W): points need MLP (model.net='mlp')"
+        )
+    if embedding not in ("fourier", "positional"):
+        raise ValueError(f"embedding is {embedding!r}; expected 'fourier' or 'positional'")
+    if width < 2 or width % 2 or min(blocks, head, *multipliers) < 1 or not multipliers:
+        raise ValueError(
+            f"width = {width}, blocks = {blocks}, head = {head}, multipliers = {multipliers}; expected an even width, "
+            "some multipliers, and all of them 1 or more"
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout:g}; expected 0 <= dropout < 1")
+    if any(a not in range(len(multipliers)) for a in attention):
+        raise ValueError(f"attention is {attention}; expected resolutions from 0 to {len(multipliers) - 1}")
+    if any(width * m % head and width * m > head for i, m in enumerate(multipliers) if i in attention):
+        raise ValueError(f"head = {head} does not divide the attention widths; expected a divisor of {width}")
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}; expected at least 1, or None")
+
+
 class UNet(nn.Module):
     """net(x, label, condition=None) -> F like x (B, C, *sizes); label (B,) float, condition (B,) class indices.
 
@@ -121,25 +154,7 @@ class UNet(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        rank = len(data_shape) - 1
-        if rank not in _CONV or min(data_shape) < 1:
-            raise ValueError(
-                f"data_shape is {tuple(data_shape)}; expected (C, L), (C, H, W) or (C, D, H, W): points need MLP "
-                "(model.net='mlp')"
-            )
-        if embedding not in ("fourier", "positional"):
-            raise ValueError(f"embedding is {embedding!r}; expected 'fourier' or 'positional'")
-        if width < 2 or width % 2 or blocks < 1 or not multipliers:
-            raise ValueError(
-                f"width = {width}, blocks = {blocks}; expected an even width, blocks >= 1, some multipliers"
-            )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout:g}; expected 0 <= dropout < 1")
-        if any(a not in range(len(multipliers)) for a in attention):
-            raise ValueError(f"attention is {attention}; expected resolutions from 0 to {len(multipliers) - 1}")
-        if any(width * m % head and width * m > head for i, m in enumerate(multipliers) if i in attention):
-            raise ValueError(f"head = {head} does not divide the attention widths; expected a divisor of {width}")
-        self.config = {
+        self.config: dict[str, Any] = {
             "data_shape": tuple(data_shape),
             "width": width,
             "multipliers": tuple(multipliers),
@@ -150,7 +165,9 @@ class UNet(nn.Module):
             "embedding": embedding,
             "num_classes": num_classes,
         }
-        conv, channels = _CONV[rank], data_shape[0]
+        _check(**self.config)
+        rank, channels = len(data_shape) - 1, data_shape[0]
+        conv = _CONV[rank]
         inner = 4 * width
         encode = FourierEmbedding(width) if embedding == "fourier" else PositionalEmbedding(width)
         self.embed = nn.Sequential(encode, nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, inner))

@@ -12,8 +12,9 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,12 @@ def _write_config(workdir: Path, config: ConfigDict) -> None:
     aside.replace(workdir / "config.json")
 
 
-def _lock(folder: Path) -> int | None:
-    """Refuse (ValueError) a run that another process trains; an open file, whose lock ends with it or the process."""
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Refuse (ValueError) a run that another process trains. The lock ends with the process, however that ends."""
     if sys.platform == "win32":
-        return None
+        yield
+        return
     import fcntl
 
     opened = os.open(folder, os.O_RDONLY)
@@ -146,7 +149,15 @@ def _lock(folder: Path) -> int | None:
     except BlockingIOError as error:
         os.close(opened)
         raise ValueError(f"{folder.parent} is being trained by another process; wait for it or stop it") from error
-    return opened
+    except OSError as error:
+        # NFS and some others lock no directories: better to train there unprotected than not at all
+        warnings.warn(
+            f"{folder.parent} can't be locked ({error}); train it by one process only", RuntimeWarning, stacklevel=2
+        )
+    try:
+        yield
+    finally:
+        os.close(opened)
 
 
 def _resume(trainer: Trainer, workdir: Path, accept_changes: bool, held: ExitStack) -> None:
@@ -159,8 +170,7 @@ def _resume(trainer: Trainer, workdir: Path, accept_changes: bool, held: ExitSta
         # it is made before config.json is written
         gone = recorded_config(workdir) is not None and not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
-        if (lock := _lock(folder)) is not None:
-            held.callback(os.close, lock)
+        held.enter_context(_locked(folder))
         checkpoint.sweep(folder)
         found = checkpoint.sound(folder)
         step = -1 if found is None else checkpoint.verify(found)

@@ -174,7 +174,9 @@ class Watch:
         for key, value in row.items():
             parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
             for name, part in parts:
-                self._events.add_scalar(f"{key}/{name}", part, row["step"])
+                # a part of the noise levels without a sample has no value
+                if part is not None:
+                    self._events.add_scalar(f"{key}/{name}", part, row["step"])
             if isinstance(value, (int, float)) and key != "step":
                 self._events.add_scalar(key, value, row["step"])
 

@@ -68,8 +68,6 @@ in turns in one process; the ratio is the median over rounds, above 1 where scor
 makes the batch. The share is of the convolution peak: what 3x3 convolutions reach by themselves, forward and backward,
 in the better of two layouts. MiB: resident memory that three steps add, in a process of their own; it varies by 5 %.
 
-On a CPU without AVX-512 scorelab rounds to bf16 around fp32 products; the peer has PyTorch's own bf16.
-
 Where scorelab's time goes in fp32 with dropout, by PyTorch's profiler: convolutions 68 % (oneDNN's, as the peer's: the
 weights' gradients alone a quarter of the step, at two thirds of the forward pass's speed; copies between layouts 10 %),
 attention 9 %, other matrix products 4 %, SiLU 4 %, dropout 3 %, group norm 3 %, copies 3 %, the rest 6 %. Convolutions

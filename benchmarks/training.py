@@ -6,7 +6,7 @@ The peer's is the shortest loop that does the same, on a batch that is ready. Bo
 is the median over rounds. The convolution peak is what the 3x3 convolutions of this network's half resolution reach by
 themselves, forward and backward.
 
-    python -m benchmarks.training [--rounds 7] [--precisions fp32,bf16]
+    python -m benchmarks.training [--rounds 7] [--precisions fp32]
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.solvers import RESULTS
 from scorelab.nn import UNet
 from scorelab.training import Trainer, build, default_config
-from scorelab.training.precision import autocast
+from scorelab.training.precision import autocast, multiplies_in_bf16
 
 BATCH, SIZE, STEPS = 64, 32, 2
 
@@ -69,7 +69,7 @@ def diffusers_step(precision: str, dropout: float) -> tuple[Callable[[], object]
         norm_num_groups=8,
         dropout=dropout,
     ).train()
-    if precision == "fp32" and torch.cpu._is_avx512_supported():
+    if precision == "fp32" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         # as scorelab's, where that is the faster layout
         net.to(memory_format=torch.channels_last)
     parameters = list(net.parameters())
@@ -162,7 +162,10 @@ def compare(precision: str, dropout: float, rounds: int) -> dict[str, float]:
 
 def machine() -> str:
     """What decides these numbers of a CPU."""
-    has = {"AVX-512": torch.cpu._is_avx512_supported(), "bf16 instructions": torch.cpu._is_avx512_bf16_supported()}
+    has = {
+        "AVX-512": torch.backends.cpu.get_cpu_capability() == "AVX512",
+        "bf16 instructions": multiplies_in_bf16(torch.device("cpu")),
+    }
     said = ", ".join(f"{'with' if there else 'without'} {name}" for name, there in has.items())
     return f"Measured on a CPU {said}, {torch.get_num_threads()} threads."
 
@@ -170,7 +173,7 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--precisions", default="fp32,bf16")
+    parser.add_argument("--precisions", default="fp32,bf16" if multiplies_in_bf16(torch.device("cpu")) else "fp32")
     options = parser.parse_args()
     work, out = flops(), RESULTS / "training.json"
     # rows of other precisions, measured before on a machine like this one, stay

@@ -49,6 +49,8 @@ def small(steps: int = 6, **changes):
     c.training.steps, c.training.batch_size = steps, 700  # 1797 digits: epochs end inside batches
     c.training.checkpoint_every, c.training.log_every = 2, 1
     c.training.validate_every = c.training.sample_every = 0
+    # what "auto" means differs from machine to machine
+    c.training.precision, c.training.channels_last = "fp32", "no"
     for key, value in changes.items():
         group, name = key.split("__")
         c[group][name] = value

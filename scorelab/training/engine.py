@@ -148,7 +148,7 @@ class Trainer:
             for k in range(t.accumulate):
                 some = Noised(*(x[rows * k // t.accumulate : rows * (k + 1) // t.accumulate] for x in noised))
                 with self._exchanging(k == t.accumulate - 1):
-                    with autocast(self.model.device, self.precision, compiled=t.compile):
+                    with autocast(self.model.device, self.precision):
                         loss = self.experiment.objective.losses(self._network, some).loss
                     # processes' gradients are averaged
                     torch.autograd.backward(loss.sum() * (self.processes / t.batch_size))

@@ -2,108 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from scorelab.checks import nearest_name
 from scorelab.models import ScoreModel
 
-__all__ = ["autocast", "lay_out", "settled_precision"]
+__all__ = ["autocast", "lay_out", "multiplies_in_bf16", "settled_precision", "unsafe_convolution"]
 
 _NAMES = ("auto", "fp32", "bf16")
 
-# what autocast multiplies in bf16
-_PRODUCTS = {
+_CONVOLUTIONS = {
     *(torch.conv1d, torch.conv2d, torch.conv3d),
-    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
-    *(functional.linear, functional.scaled_dot_product_attention),
-    *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__),
-    *(torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm, torch.addmm, torch.baddbmm),
+    *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
 }
 
 
+def multiplies_in_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for it: a GPU that says so, a CPU with AVX512-BF16, AMX or Arm's."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    known = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def settled_precision(name: str, model: ScoreModel) -> str:
-    """ "fp32" or "bf16" for "auto": bf16 for convolutional networks where the device multiplies in it, else fp32."""
+    """ "fp32" or "bf16", the only place that decides. "auto" is bf16 for convolutional networks where the device has
+    instructions for it and computes every gradient right, else fp32.
+
+    A CPU without such instructions makes 2 images a second in bf16 where fp32 makes 33 (28x28, 4 million weights, AVX2,
+    2 cores). On CPUs with them oneDNN reads unwritten memory in the weight gradients of convolutions over images that
+    are 1 or 2 long in some direction (relative errors from 7 to infinity, where fp32 has 1e-7): conv3d at depth 2,
+    stride 2 at a last size of 1. "auto" is fp32 there, and "bf16" a ValueError.
+    """
     if name not in _NAMES:
         raise ValueError(f"training.precision is {name!r}; {nearest_name(name, _NAMES)}")
-    if name != "auto":
-        return name
-    device = model.device.type
-    if len(model.data_shape) == 1:
+    device = model.device
+    if name == "fp32" or (name == "auto" and (len(model.data_shape) == 1 or not multiplies_in_bf16(device))):
         return "fp32"
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    fast = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return "bf16" if fast else "fp32"
+    if device.type not in ("cpu", "cuda"):
+        return "bf16"
+    if not multiplies_in_bf16(device):
+        raise ValueError(f"training.precision is 'bf16', but this {device.type} has no bf16 instructions; use 'fp32'")
+    unsafe = unsafe_convolution(model) if device.type == "cpu" else ""
+    if unsafe and name == "bf16":
+        raise ValueError(
+            f"training.precision is 'bf16', but the network has a convolution from {unsafe}, whose weight gradients a "
+            "CPU gets wrong in bf16 (a size of 1 or 2); use 'fp32'"
+        )
+    return "fp32" if unsafe else "bf16"
 
 
-class RoundedProducts(TorchFunctionMode):
-    """Products of autocast to bf16 on a CPU, made by its fp32 instructions.
+class _Convolutions(TorchFunctionMode):
+    """Notes the sizes of each convolution: kernel, what goes in, what comes out."""
 
-    Operands are rounded to bf16, multiplied and summed in fp32, and the result is rounded: what bf16 instructions do,
-    up to the order of sums. For the gradient operands are kept in bf16, which they are exact in. The products are
-    PyTorch's own where other hooks say what is kept (activation checkpointing runs again outside of this mode), in
-    functorch's transforms, for sparse tensors and with ``out=``.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[torch.Size, torch.Size, torch.Size]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _PRODUCTS or "out" in kwargs or not self._applies(args, kwargs):
-            return func(*args, **kwargs)
-        operands: set[int] = set()
-
-        def rounded(x: Tensor) -> Tensor:
-            if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                return x
-            wide = x.bfloat16().float()
-            operands.add(wide.data_ptr())
-            return wide
-
-        def keep(x: Tensor) -> Tensor:
-            return x.bfloat16() if x.data_ptr() in operands else x
-
-        args, kwargs = tree_map_only(Tensor, rounded, (args, kwargs))
-        with torch.autocast("cpu", enabled=False), saved_tensors_hooks(keep, _wide):
-            out = func(*args, **kwargs)
-            return out.bfloat16() if out.dtype == torch.float32 else out
-
-    @staticmethod
-    def _applies(args: Any, kwargs: Any) -> bool:
-        return (
-            torch.is_autocast_enabled("cpu")
-            and torch.get_autocast_dtype("cpu") == torch.bfloat16
-            and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and all(x.layout == torch.strided for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        )
+        out = func(*args, **kwargs)
+        if func in _CONVOLUTIONS:
+            x, weight = (kwargs.get(k, args[i] if i < len(args) else None) for i, k in enumerate(("input", "weight")))
+            self.found.append((weight.shape[2:], x.shape[2:], out.shape[2:]))
+        return out
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.bfloat16 else x
+def unsafe_convolution(model: ScoreModel) -> str:
+    """The sizes of the first convolution whose bf16 weight gradients a CPU may get wrong, "" if there is none.
 
-
-@contextmanager
-def autocast(device: torch.device, precision: str, *, compiled: bool = False) -> Iterator[None]:
-    """The context in which a network runs forward.
-
-    In bf16 on a CPU without AVX-512 products are made by fp32 instructions: PyTorch's own take ten times as long. Of a
-    compiled network they are PyTorch's own.
+    That is known of kernels of 3 at sizes of 1 and 2; here it is any kernel but that of a plain matrix product, at any
+    size of 1 or 2, or shorter than half of the kernel. The network runs once, on one row of zeros.
     """
-    if precision != "bf16":
-        yield
-        return
-    onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    fast = device.type != "cpu" or (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    with torch.autocast(device.type, torch.bfloat16), nullcontext() if fast or compiled else RoundedProducts():
-        yield
+    training = model.net.training
+    x = torch.zeros(1, *model.data_shape, device=model.device)
+    with torch.no_grad(), _Convolutions() as seen:
+        model.eval()(x, torch.tensor(model.sigma_range[1], device=model.device))
+    model.train(training)
+    for kernel, before, after in seen.found:
+        for k, n, m in zip(kernel, before, after, strict=True):
+            if (k > 1 or n != m) and min(n, m) <= max(2, k // 2):
+                return f"{tuple(before)} to {tuple(after)}"
+    return ""
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """The context in which a network runs forward."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def lay_out(model: ScoreModel, precision: str, channels_last: str) -> None:
@@ -114,7 +104,7 @@ def lay_out(model: ScoreModel, precision: str, channels_last: str) -> None:
     if channels_last not in ("auto", "yes", "no"):
         raise ValueError(f"training.channels_last is {channels_last!r}; expected 'auto', 'yes' or 'no'")
     cpu = model.device.type == "cpu"
-    faster = not cpu or (precision == "fp32" and torch.cpu._is_avx512_supported())
+    faster = not cpu or (precision == "fp32" and torch.backends.cpu.get_cpu_capability() == "AVX512")
     last = channels_last == "yes" or (channels_last == "auto" and faster)
     formats = {3: torch.channels_last, 4: torch.channels_last_3d}
     if last and len(model.data_shape) in formats:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scorelab.checks import broadcast, check_output, level, rows
+from scorelab.checks import broadcast, check_output, level, rows, widened
 from scorelab.processes import Process
 from scorelab.typing import ScoreFn, Tensor
 
@@ -30,7 +30,7 @@ class _Adapted:
             self.rows = self._rows
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        return self.formula(self.fn, x, sigma)
+        return self.formula(self.fn, x, widened(sigma)).to(x.dtype)
 
     def __getattr__(self, name: str) -> object:
         if name in ("sigma_range", "device"):
@@ -61,7 +61,7 @@ def from_eps(
             eps = fn(x, sigma if label is None else label(sigma))
         else:
             t = process.time(sigma)
-            eps = fn(broadcast(process.alpha(t), x) * x, t if label is None else label(sigma))
+            eps = fn((broadcast(process.alpha(t), x) * x).to(x.dtype), t if label is None else label(sigma))
         return -check_output(eps, x, sigma) / broadcast(sigma, x)
 
     return _Adapted(eps_fn, formula)
@@ -82,7 +82,7 @@ def from_time_score(score_t: Callable[[Tensor, Tensor], Tensor], process: Proces
     def formula(fn: ScoreFn, x: Tensor, sigma: Tensor) -> Tensor:
         t = process.time(sigma)
         alpha = broadcast(process.alpha(t), x)
-        return alpha * check_output(fn(alpha * x, t), x, sigma)
+        return alpha * check_output(fn((alpha * x).to(x.dtype), t), x, sigma)
 
     return _Adapted(score_t, formula)
 

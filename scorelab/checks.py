@@ -22,31 +22,44 @@ __all__ = [
     "level",
     "nearest_name",
     "rows",
+    "widened",
 ]
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def broadcast(sigma: Tensor | float, x: Tensor) -> Tensor:
     """Give sigma, () or (B,), the shape that multiplies x (B, *D) sample by sample: () or (B, 1, ..., 1).
+
+    For x in half precision it is float32 with all of x's dimensions: products are then made in float32, where sigma^2
+    neither overflows nor is rounded to three digits.
 
     Raises ValueError for a sigma of any other shape, TypeError for an x that is not floating point.
     """
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}; expected a floating-point tensor: convert it with x.float()")
     if not isinstance(sigma, Tensor):
-        return level(sigma, x)
+        sigma = level(sigma, x)
     if sigma.ndim == 0:
-        return sigma
+        return sigma if x.dtype not in _HALF else sigma.float().reshape((1,) * x.ndim)
     if sigma.shape != x.shape[:1]:
         raise ValueError(
             f"sigma has shape {tuple(sigma.shape)} for x of shape {tuple(x.shape)}; expected () or "
             f"({x.shape[0] if x.ndim else 'B'},): pass one noise level, or one a sample"
         )
-    return sigma.reshape(-1, *(1,) * (x.ndim - 1))
+    sigma = sigma.reshape(-1, *(1,) * (x.ndim - 1))
+    return sigma if x.dtype not in _HALF else sigma.float()
 
 
 def level(sigma: float, x: Tensor) -> Tensor:
-    """A noise level as a 0-dim tensor of x's dtype on x's device, made there (no synchronisation)."""
-    return torch.full((), sigma, dtype=x.dtype, device=x.device)
+    """A noise level, 0-dim, in x's dtype (float32 at least) on x's device, made there (no synchronisation)."""
+    return torch.full((), sigma, dtype=torch.float32 if x.dtype in _HALF else x.dtype, device=x.device)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32 if it is in half precision."""
+    return x.float() if x.dtype in _HALF else x
 
 
 def rows(score: ScoreFn, index: Tensor) -> ScoreFn | None:
@@ -149,7 +162,7 @@ def check_output(output: object, x: Tensor, sigma: Tensor | float) -> Tensor:
             "expected the shape of x: inside the function use scorelab.broadcast(sigma, x) to give sigma x's "
             "dimensions"
         )
-    if output.dtype != x.dtype:
+    if output.dtype != x.dtype and not (x.dtype in _HALF and output.dtype == torch.float32):
         raise TypeError(
             f"the score function returned {output.dtype} for x of {x.dtype}; expected the dtype of x: "
             "convert its output with .to(x.dtype), or start from x in its precision"

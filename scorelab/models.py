@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scorelab import processes
-from scorelab.checks import broadcast, check_batch, check_sigmas
+from scorelab.checks import broadcast, check_batch, check_sigmas, widened
 from scorelab.nn import NETWORKS
 from scorelab.predictions import EPS, PREDICTIONS, X0, Prediction, V, coefficients, edm
 from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP
@@ -162,21 +162,21 @@ class ScoreModel(nn.Module):
 
     def _predict(self, x: Tensor, sigma: Tensor, condition: Tensor | None, target: Prediction) -> Tensor:
         check_batch(x, shape=self.data_shape)
-        level = broadcast(sigma, x).to(x)
+        level = broadcast(sigma, x).to(widened(x))
         sigma = level.reshape(-1)
         if isinstance(self.input_scale, str):
             scale = self.process.alpha(self.process.time(sigma))
         else:
             scale = self.input_scale(sigma)
         label = self._label(sigma).expand(len(x))
-        scaled = scale.reshape(level.shape) * x
+        scaled = (scale.reshape(level.shape) * x).to(x.dtype)
         output: Tensor = self.net(scaled, label) if condition is None else self.net(scaled, label, condition)
         if output.shape != x.shape:
             raise ValueError(
                 f"the network returned shape {tuple(output.shape)} for input {tuple(x.shape)}; expected the same shape"
             )
         a, b = coefficients(level, self.prediction, target)
-        return a * x + b * output.to(x.dtype)
+        return (a * x + b * output.to(x.dtype)).to(x.dtype)
 
     def _label(self, sigma: Tensor) -> Tensor:
         if callable(self.label):

@@ -113,14 +113,14 @@ def convert(output: Tensor, x: Tensor, sigma: Tensor | float, source: Prediction
     if output.shape != x.shape:
         raise ValueError(f"output has shape {tuple(output.shape)}, x {tuple(x.shape)}; expected the same shape")
     a, b = coefficients(broadcast(sigma, x), source, target)
-    return a * x + b * output
+    return (a * x + b * output).to(x.dtype)
 
 
 def denoise_from_score(score: Tensor, x: Tensor, sigma: Tensor | float) -> Tensor:
     """Tweedie: E[x0 | x] = x + sigma^2 score."""
-    return x + broadcast(sigma, x) ** 2 * score
+    return (x + broadcast(sigma, x) ** 2 * score).to(x.dtype)
 
 
 def score_from_denoised(x0_hat: Tensor, x: Tensor, sigma: Tensor | float) -> Tensor:
     """(x0_hat - x) / sigma^2; loses digits where sigma is small against x."""
-    return (x0_hat - x) / broadcast(sigma, x) ** 2
+    return ((x0_hat - x) / broadcast(sigma, x) ** 2).to(x.dtype)

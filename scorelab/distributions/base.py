@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from scorelab.checks import broadcast, check_batch
+from scorelab.checks import broadcast, check_batch, widened
 from scorelab.noise import fresh_generator
 from scorelab.predictions import denoise_from_score
 from scorelab.typing import Shape, Tensor
@@ -37,12 +37,12 @@ class Distribution(ABC):
     def log_prob(self, x: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
         """log p(x; sigma) in nats, (B,)."""
         flat, level = self._enter(x, sigma)
-        return in_chunks(self._log_prob, flat, level, self.row_cost)
+        return in_chunks(self._log_prob, flat, level, self.row_cost).to(x.dtype)
 
     def score(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """grad_x log p(x; sigma), (B, *data_shape)."""
         flat, level = self._enter(x, sigma)
-        return in_chunks(self._score, flat, level, self.row_cost).reshape(x.shape)
+        return in_chunks(self._score, flat, level, self.row_cost).reshape(x.shape).to(x.dtype)
 
     def denoise(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """E[x0 | x] = x + sigma^2 score (Tweedie), (B, *data_shape)."""
@@ -71,8 +71,8 @@ class Distribution(ABC):
 
     def _enter(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
         check_batch(x, shape=self.data_shape)
-        flat = x.flatten(1)
-        level = broadcast(sigma, flat).to(x)
+        flat = widened(x.flatten(1))
+        level = broadcast(sigma, flat).to(flat)
         if not isinstance(sigma, Tensor) and not 0 <= sigma < float("inf"):
             raise ValueError(f"sigma is {sigma:g}; expected a finite noise level >= 0")
         # on other devices the look would be a synchronisation

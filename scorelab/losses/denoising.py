@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from scorelab.checks import broadcast, check_batch, nearest_name
+from scorelab.checks import broadcast, check_batch, nearest_name, widened
 from scorelab.noise import randn
 from scorelab.sigmas import SigmaDistribution
 from scorelab.typing import ScoreFn, Tensor
@@ -64,8 +64,8 @@ def denoising_loss(
     """The loss of each sample, (B,): x0 and noise (B, *D), sigma () or (B,) > 0; averaged over dimensions, no half."""
     check_batch(x0, "x0")
     level = broadcast(sigma, x0)
-    error = level * score(x0 + level * noise, sigma) + noise
-    return weight(sigma) * error.flatten(1).square().mean(1)
+    error = level * score((x0 + level * noise).to(x0.dtype), sigma) + noise
+    return weight(widened(sigma)) * error.flatten(1).square().mean(1)
 
 
 class Losses(NamedTuple):
@@ -112,7 +112,7 @@ class Denoising:
     def __call__(self, score: ScoreFn, x0: Tensor, generator: torch.Generator, batch_size: int | None = None) -> Losses:
         """Losses (batch_size,) of a batch x0 (count(batch_size), *D); batch_size is by default all of it."""
         count = len(x0) if batch_size is None else batch_size
-        sigma = self.levels(count, generator).to(x0)
+        sigma = self.levels(count, generator).to(widened(x0))
         noise = randn((count, *x0.shape[1:]), x0, generator)
         return self.losses(score, self.noised(x0[:count], sigma, noise, x0))
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from scorelab.checks import widened
 from scorelab.nn.embedding import FourierEmbedding
 from scorelab.typing import Tensor
 
@@ -76,16 +77,17 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         # one level for all, expanded: whatever depends on it alone is computed once
-        label = (label.narrow(0, 0, 1) if label.stride(0) == 0 and len(label) else label).to(x.dtype)
+        label = label.narrow(0, 0, 1) if label.stride(0) == 0 and len(label) else label
+        label = widened(label) if label.is_floating_point() else label.to(x.dtype)
         var = torch.exp(2 * label).unsqueeze(1)
         embedding = self.embed(label)
         phase = x @ self.directions
         # not below e^-20: denormal numbers would slow the matrix products many times
         damping = torch.exp((-0.5 * var * self.directions.square().sum(0)).clamp_min(-20.0))
         parts = [x * torch.rsqrt(1 + var), damping * phase.cos(), damping * phase.sin(), embedding.expand(len(x), -1)]
-        h = torch.cat(parts, 1)
+        h = torch.cat(parts, 1).to(x.dtype)
         h = functional.silu(self.first(h))
         for layer in self.layers:
             h = functional.silu(layer(h)).add_(h)
-        out: Tensor = self.last(h * self.gate(embedding))
+        out: Tensor = self.last(h * self.gate(embedding.to(x.dtype)))
         return out

@@ -208,7 +208,7 @@ class UNet(nn.Module):
         return stage(h, embedding)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
-        embedding = self.embed(label.to(x.dtype))
+        embedding = self.embed[1:](self.embed[0](label if label.is_floating_point() else label.float()).to(x.dtype))
         if condition is not None:
             if self.classes is None:
                 raise ValueError("a condition was given to a UNet without classes; build it with num_classes")

@@ -50,7 +50,7 @@ class Process(ABC):
 
     def perturb(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + std(t) noise for x0 and noise (B, *D), t () or (B,), in scaled coordinates."""
-        return broadcast(self.alpha(t), x0) * x0 + broadcast(self.std(t), x0) * noise
+        return (broadcast(self.alpha(t), x0) * x0 + broadcast(self.std(t), x0) * noise).to(x0.dtype)
 
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and standard deviation of x_t given x_s, s < t, both scaled: N(alpha_ts x_s, std_ts^2 I)."""

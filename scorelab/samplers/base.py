@@ -84,6 +84,31 @@ class Sampler(ABC):
         return sigma_next
 
 
+class _Half:
+    """A score that sees x in half precision; the sampler's own x, levels and coefficients are float32."""
+
+    def __init__(self, score: ScoreFn, dtype: torch.dtype) -> None:
+        self.score, self.dtype = score, dtype
+        if hasattr(score, "rows"):
+            self.rows = self._rows
+        if hasattr(score, "score_and_variance"):
+            self.score_and_variance = self._score_and_variance
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        half = x.to(self.dtype)
+        return check_output(self.score(half, sigma), half, sigma).to(x.dtype)
+
+    def _score_and_variance(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        half = x.to(self.dtype)
+        found, v = self.score.score_and_variance(half, sigma)  # type: ignore[attr-defined]
+        return check_output(found, half, sigma).to(x.dtype), check_output(v, half, sigma).to(x.dtype)
+
+    def _rows(self, index: Tensor) -> ScoreFn:
+        restricted = rows(self.score, index)
+        assert restricted is not None
+        return _Half(restricted, self.dtype)
+
+
 class Counted:
     """The user's score with its output checked and its evaluations counted.
 
@@ -189,7 +214,7 @@ def _grid(sigmas: Tensor | Iterable[float] | None, sampler: Sampler) -> list[flo
     return grid
 
 
-def _stopped(stop: StoppedEarly, nfe: int) -> Step:
+def _stopped(stop: StoppedEarly, nfe: int, dtype: torch.dtype) -> Step:
     """The last step of a run whose budget was spent, with a warning."""
     low, high = float(stop.sigma.min()), float(stop.sigma.max())
     warnings.warn(
@@ -198,7 +223,7 @@ def _stopped(stop: StoppedEarly, nfe: int) -> Step:
         RuntimeWarning,
         stacklevel=4,
     )
-    return Step(stop.x, None, stop.sigma, nfe)
+    return Step(stop.x.to(dtype), None, stop.sigma, nfe)
 
 
 def drive(
@@ -227,8 +252,10 @@ def drive(
     noise = Noise(generator, reuse=not differentiable)
     if device is None and not isinstance(x, Tensor):
         device = getattr(score, "device", None)
-    x = start(x, grid[0], data_std, noise, dtype, device)
-    counted = Counted(score, denoised)
+    if dtype is None:
+        dtype = x.dtype if isinstance(x, Tensor) else torch.get_default_dtype()
+    x = start(x, grid[0], data_std, noise, torch.promote_types(dtype, torch.float32), device)
+    counted = Counted(score if x.dtype == dtype else _Half(score, dtype), denoised)
     # one tensor for all levels: a tensor for each, at each step, would cost as much as the step
     tensors = torch.tensor(grid, dtype=x.dtype, device=x.device).unbind()
     counted.levels = dict(zip(grid, tensors, strict=True))
@@ -236,7 +263,7 @@ def drive(
     def stepping() -> Iterator[Step]:
         current, count = x, len(x)
         state = sampler.init(current, grid)
-        yield Step(current, None, grid[0], 0)
+        yield Step(current.to(dtype), None, grid[0], 0)
         for sigma, sigma_next in pairwise(grid):
             counted.x0_hat = None
             stop: StoppedEarly | None = None
@@ -247,10 +274,12 @@ def drive(
                     except StoppedEarly as early:
                         stop = early
             if stop is not None:
-                yield _stopped(stop, counted.nfe)
+                yield _stopped(stop, counted.nfe, dtype)
                 return
             if debug:
                 check_finite(current, f"x at sigma = {sigma_next:g}")
-            yield Step(current, counted.x0_hat, sampler.reached(sigma, sigma_next), counted.nfe)
+            x0_hat = counted.x0_hat
+            x0_hat = x0_hat if x0_hat is None else x0_hat.to(dtype)
+            yield Step(current.to(dtype), x0_hat, sampler.reached(sigma, sigma_next), counted.nfe)
 
     return stepping()

@@ -31,6 +31,21 @@ def test_nearest_distances():
     assert own.tolist() == pytest.approx([1, math.hypot(3, 3), 1])
 
 
+@pytest.mark.parametrize("offset", [0.0, 1000.0, -70000.0])
+def test_nearest_distances_far_from_the_origin(offset):
+    """Beside differences in float64, of the same float32 numbers: two clusters, no one centre suits both."""
+    data = torch.cat([randn(250, 3), 40 + randn(250, 3)]).float() + offset
+    x = data[::3] + 0.3 * randn(len(data[::3]), 3, seed=1).float()
+    right = (x.double().unsqueeze(1) - data.double()).square().sum(2).sqrt().min(1)
+    distance, index = nearest_distances(x, data)
+    assert distance.dtype == torch.float32
+    torch.testing.assert_close(distance.double(), right.values, rtol=1e-6, atol=1e-6)
+    assert torch.equal(index, right.indices)
+    own, _ = nearest_distances(data[:9], data[:9], same=True)
+    assert float(own.min()) > 0
+    assert nearest_distances(x[:0], data)[0].shape == (0,)
+
+
 def test_kl_of_the_true_score_is_zero_and_of_a_wrong_one_is_known():
     """A score of N(0, 2^2 + sigma^2) for data N(0, 1) is a model N(0, 4 + sigma_min^2): the Gaussian KL, twice."""
     from scorelab.distributions import Gaussian
@@ -46,5 +61,7 @@ def test_kl_of_the_true_score_is_zero_and_of_a_wrong_one_is_known():
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="at least 2"):
         energy_distance(randn(1, 2), randn(5, 2))
+    with pytest.raises(ValueError, match="data has shape"):
+        nearest_distances(randn(5, 2), randn(5, 3))
     with pytest.raises(ValueError, match="y has shape"):
         energy_distance(randn(5, 2), randn(5, 3))

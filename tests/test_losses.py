@@ -7,6 +7,7 @@ import torch
 from problems import F64, generator, mixture, randn
 
 from scorelab import VP, losses, sigmas
+from scorelab.distributions import Empirical
 from scorelab.divergence import rademacher
 from scorelab.losses import Denoising, denoising_loss, implicit_loss, sliced_loss, weighting
 from scorelab.losses.denoising import posterior_mean
@@ -108,6 +109,23 @@ def test_stratified_levels_cover_the_distribution():
     u = (found.sigma.log() - math.log(0.1)) / math.log(100)
     assert bool((u.sort().values * 64 // 1 == torch.arange(64)).all())
     assert torch.equal(found.loss, objective(mixture().score, X0[:64], generator()).loss)
+
+
+@pytest.mark.parametrize(("count", "dims"), [(300, 2), (300, 40), (2000, 12)])
+@pytest.mark.parametrize("offset", [0.0, 30.0, -500.0])
+def test_posterior_means_keep_their_digits_far_from_the_origin(count, dims, offset):
+    """Beside weights from differences in float64, of the same float32 numbers: few and many centres and dimensions."""
+    data = (offset + 0.3 * randn(count, dims)).float()
+    x = data[:50] + 0.1 * randn(50, dims, seed=1).float()
+    sigma = torch.linspace(0.05, 0.5, 50)
+    d2 = (x.double().unsqueeze(1) - data.double()).square().sum(2)
+    weight = torch.softmax(-d2 / (2 * sigma.double().square().unsqueeze(1)), 1)
+    right = weight @ data.double()
+    # a rounding of x itself shifts the mean by a few roundings
+    near = 2e-5 * sigma.unsqueeze(1) + 4e-7 * abs(offset)
+    assert ((posterior_mean(x, sigma, data) - right).abs() < near).all()
+    score = (right - x.double()) / sigma.double().unsqueeze(1) ** 2
+    assert ((Empirical(data).score(x, sigma) - score).abs() < near / sigma.unsqueeze(1) ** 2).all()
 
 
 def test_stable_target_is_the_posterior_mean_and_lowers_the_variance():

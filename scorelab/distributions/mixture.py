@@ -3,13 +3,13 @@
     p(x; sigma) = sum_k w_k N(x; m_k, v_k I),    v_k = std_k^2 + sigma^2
     score = sum_k r_k (m_k - x) / v_k,           r = softmax_k [log w_k - n/2 log v_k - ||x - m_k||^2 / (2 v_k)]
 
-Squared distances are differences squared where that is affordable. For many centres of high dimension they come from
-one matrix product and those of the nearest centres are then recomputed by differences: near a centre the product's
-rounding, divided by a small v, would be felt.
+Means are taken of what remains after subtracting the mean of the centres, so that no digits are lost to data that
+lies far from the origin.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -18,10 +18,34 @@ from scorelab.distributions.base import Distribution
 from scorelab.noise import randn
 from scorelab.typing import Tensor
 
-__all__ = ["Empirical", "GaussianMixture"]
+__all__ = ["Empirical", "GaussianMixture", "squared_distances"]
 
 _REFINED = 16
 _VANISHED = 70.0
+
+
+def squared_distances(x: Tensor, centres: Tensor) -> Tensor:
+    """||x_i - c_k||^2, (B, K), of x (B, D) and centres (K, D).
+
+    Differences squared, dimension by dimension, where that is affordable. For many centres of high dimension they come from one matrix product around the centres' mean, and those of the
+    nearest centres are recomputed by differences: there the product's rounding, 1e-7 of the squared distance from that
+    mean, divided by a small variance would be felt.
+    """
+    if _is_direct(centres):
+        # an axis for the dimensions would be a pass over memory D times as large
+        pairs = zip(x.unbind(1), centres.unbind(1), strict=True)
+        squares = ((a.unsqueeze(1) - b).square() for a, b in pairs)
+        return functools.reduce(torch.add, squares)
+    centre = centres.mean(0)
+    y, m = x - centre, centres - centre
+    d2 = torch.addmm(m.square().sum(1), y, m.T, alpha=-2) + y.square().sum(1, keepdim=True)
+    near = d2.detach().topk(min(_REFINED, len(m)), largest=False).indices
+    exact = (y.unsqueeze(1) - m[near]).square().sum(-1)
+    return d2.scatter(1, near, exact)
+
+
+def _is_direct(centres: Tensor) -> bool:
+    return centres.numel() <= (2**18 if centres.shape[1] <= 8 else 2**13)
 
 
 class GaussianMixture(Distribution):
@@ -55,12 +79,8 @@ class GaussianMixture(Distribution):
         return self.means.device
 
     @property
-    def _is_direct(self) -> bool:
-        return self.means.numel() <= (2**18 if self.means.shape[1] <= 8 else 2**13)
-
-    @property
     def row_cost(self) -> int:
-        return self.means.numel() if self._is_direct else 4 * len(self.means)
+        return 4 * len(self.means)
 
     def _sample(self, n: int, generator: torch.Generator) -> Tensor:
         pick = torch.multinomial(self.weights.to(generator.device), n, replacement=True, generator=generator)
@@ -69,23 +89,12 @@ class GaussianMixture(Distribution):
         noise = randn((n, self.means.shape[1]), self.means, generator)
         return (self.means[pick] + std * noise).reshape(n, *self.data_shape)
 
-    def _squared_distances(self, x: Tensor) -> Tensor:
-        means = self.means.to(x)
-        if self._is_direct:
-            return (x.unsqueeze(1) - means).square().sum(-1)
-        centre = means.mean(0)
-        y, m = x - centre, means - centre
-        d2 = torch.addmm(m.square().sum(1), y, m.T, alpha=-2) + y.square().sum(1, keepdim=True)
-        near = d2.detach().topk(min(_REFINED, len(means)), largest=False).indices
-        exact = (x.unsqueeze(1) - means[near]).square().sum(-1)
-        return d2.scatter(1, near, exact)
-
     def _parts(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Unnormalised log responsibilities (B, K), and v, () or (B, K)-broadcastable."""
         if self._is_pointed and not bool((sigma > 0).all()):
             raise ValueError("a mixture of std 0 (a data set) has no density at sigma = 0; expected sigma > 0")
         var = self.std.to(x) ** 2 + sigma**2
-        d2 = self._squared_distances(x)
+        d2 = squared_distances(x, self.means.to(x))
         logits = self.weights.to(x).log() - d2 / (2 * var)
         if self.std.ndim:
             logits = logits - 0.5 * x.shape[1] * torch.log(var)
@@ -99,11 +108,12 @@ class GaussianMixture(Distribution):
 
     def _score(self, x: Tensor, sigma: Tensor) -> Tensor:
         logits, var = self._parts(x, sigma)
-        weight = torch.softmax(logits, 1)
+        weight, means = torch.softmax(logits, 1), self.means.to(x)
+        centre = means.mean(0)
         if self.std.ndim:
             weight = weight / var
-            return weight @ self.means.to(x) - weight.sum(1, keepdim=True) * x
-        return (weight @ self.means.to(x) - x) / var
+            return weight @ (means - centre) - weight.sum(1, keepdim=True) * (x - centre)
+        return (weight @ (means - centre) - (x - centre)) / var
 
 
 class Empirical(GaussianMixture):

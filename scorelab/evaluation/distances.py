@@ -9,6 +9,7 @@ import torch
 
 from scorelab.checks import check_batch
 from scorelab.distributions import Distribution
+from scorelab.distributions.base import CHUNK
 from scorelab.likelihood import log_likelihood
 from scorelab.noise import fresh_generator, randn
 from scorelab.typing import ScoreFn, Tensor
@@ -26,7 +27,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     check_batch(y, "y", tuple(x.shape[1:]))
     if len(x) < 2 or len(y) < 2:
         raise ValueError(f"got {len(x)} and {len(y)} samples; expected at least 2 of each")
-    a, b = x.flatten(1).double(), y.flatten(1).double()
+    a, b = _centred(x, y)
 
     def within(z: Tensor) -> float:
         return float(torch.cdist(z, z).sum()) / (len(z) * (len(z) - 1))
@@ -39,11 +40,26 @@ def nearest_distances(x: Tensor, data: Tensor, *, same: bool = False) -> tuple[T
 
     ``same``: x is the data itself; each point's own copy does not count.
     """
-    distances = torch.cdist(x.flatten(1), data.flatten(1))
-    if same:
-        distances.fill_diagonal_(math.inf)
-    least = distances.min(1)
-    return least.values, least.indices
+    check_batch(x, "x")
+    check_batch(data, "data", tuple(x.shape[1:]))
+    a, b = _centred(x, data)
+    values, indices = [], []
+    for start in range(0, max(1, len(a)), size := max(1, CHUNK // max(1, len(b)))):
+        distances = torch.cdist(a[start : start + size], b)
+        if same:
+            distances.diagonal(start).fill_(math.inf)
+        least = distances.min(1)
+        values.append(least.values)
+        indices.append(least.indices)
+    return torch.cat(values).to(x), torch.cat(indices).to(x.device)
+
+
+def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as (N, D) in float64 around the mean of y: distances by matrix products lose the digits of an offset."""
+    # Apple's GPUs have no float64
+    a, b = (z.flatten(1).to("cpu" if z.device.type == "mps" else z.device).double() for z in (x, y))
+    centre = b.mean(0)
+    return a - centre, b - centre
 
 
 class KL(NamedTuple):

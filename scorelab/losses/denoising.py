@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 
 from scorelab.checks import broadcast, check_batch, nearest_name, widened
+from scorelab.distributions.mixture import squared_distances
 from scorelab.noise import randn
 from scorelab.sigmas import SigmaDistribution
 from scorelab.typing import ScoreFn, Tensor
@@ -141,10 +142,9 @@ class Denoising:
 def posterior_mean(x: Tensor, sigma: Tensor, x0: Tensor) -> Tensor:
     """E[x0 | x] for x (B, *D) at sigma (B,) when x0 (N, *D) are all the data, equally likely."""
     flat, centres = x.flatten(1), x0.flatten(1)
-    half, precision = 0.5 * centres.square().sum(1, keepdim=True), sigma.unsqueeze(1) ** -2
-    # -||x - c||^2 / (2 sigma^2) without ||x||^2, which the softmax ignores, as one product
-    logits = torch.cat([flat * precision, -precision], 1) @ torch.cat([centres, half], 1).T
+    logits = squared_distances(flat, centres) / (-2 * sigma.unsqueeze(1) ** 2)
     # not below e^-40: denormal numbers would slow all that follows
     weight = logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-40.0).exp_()
-    total, dims = weight @ torch.cat([centres, torch.ones_like(half)], 1), centres.shape[1]
-    return (total.narrow(1, 0, dims) / total.narrow(1, dims, 1)).reshape(x.shape)
+    centre = centres.mean(0)
+    found = centre + weight @ (centres - centre) / weight.sum(1, keepdim=True)
+    return found.reshape(x.shape)

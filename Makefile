@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test test-slow bench lint clean
 .venv/.ready: setup.cfg constraints.txt pyproject.toml
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "scorelab needs Python 3.10 or newer"'
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "scorelab needs Python 3.11 or newer"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,log,dev]'
 	touch $@

@@ -297,7 +297,9 @@ class Suggestion:
 
 
 def suggest(data: Tensor, *, steps: int = 5, sigma_min: float | None = None, rows: int = 2000) -> Suggestion:
-    """Settings of NCSNv2's rules for data (N, *D), from its first ``rows`` samples, with ``steps`` a level.
+    """Settings of NCSNv2's rules for data (N, *D), from ``rows`` of its samples, with ``steps`` a level.
+
+    The samples are drawn at random, always the same ones: data is often sorted.
 
     The step size is this library's, x + a/2 score + sqrt(a) z: twice the epsilon of the paper. Song and Ermon, Improved
     Techniques for Training Score-Based Generative Models, 2020, arXiv:2006.09011, techniques 1, 2 and 4.
@@ -306,7 +308,8 @@ def suggest(data: Tensor, *, steps: int = 5, sigma_min: float | None = None, row
     """
     check_batch(data, "data")
     check_finite(data, "data")
-    some = data[:rows].flatten(1).cpu().double()
+    index = np.random.default_rng(0).permutation(len(data))[:rows]
+    some = data[torch.from_numpy(np.sort(index)).to(data.device)].flatten(1).cpu().double()
     spread = float(some.max() - some.min()) if len(some) else 0.0
     if len(some) < 2 or spread == 0 or steps < 1:
         raise ValueError(

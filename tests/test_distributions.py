@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from problems import F64, correlated, generator, mixture, randn, ring
@@ -99,6 +100,44 @@ def test_checkerboard_is_right_ten_thousand_deviations_away():
         torch.testing.assert_close(
             found[:, 0], torch.tensor([-(1000.0 - 2), 998.0], dtype=dtype) / sigma**2, rtol=1e-5, atol=0
         )
+
+
+@pytest.mark.parametrize("sigma", [0.9, 30.0, 3e3, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_checkerboard_keeps_its_digits_at_large_noise(sigma, dtype):
+    """Beside Gauss-Legendre quadrature over its squares: score = (E[x0 | x] - x) / sigma^2."""
+    d = Checkerboard(dtype=dtype)
+    x = (sigma * randn(40, 2)).to(dtype)
+    nodes, weights = (torch.tensor(v) for v in np.polynomial.legendre.leggauss(24))
+    # (columns, nodes): positions along one axis, and the mass and first moment of each column, (B, 2, columns)
+    place = d.edges.double()[:, None] + d.side * (nodes + 1) / 2
+    exponent = -((x.double()[:, :, None, None] - place) ** 2) / (2 * sigma**2)
+    scale = exponent.amax((2, 3), keepdim=True)
+    density = (exponent - scale).exp() * weights * d.side / 2
+    mass, moment = density.sum(3), (density * place).sum(3)
+    squares = mass[:, 0, d.columns] * mass[:, 1, d.lines]
+    first = (moment[:, 0, d.columns] * mass[:, 1, d.lines]).sum(1) / squares.sum(1)
+    second = (mass[:, 0, d.columns] * moment[:, 1, d.lines]).sum(1) / squares.sum(1)
+    score = (torch.stack([first, second], 1) - x.double()) / sigma**2
+    area = len(d.columns) * d.side**2 * 2 * math.pi * sigma**2
+    log_prob = squares.sum(1).log() + scale.flatten(1).sum(1) - math.log(area)
+    eps = torch.finfo(dtype).eps
+    # of a single number far from the board, or of a few of them
+    assert ((d.score(x, sigma) - score).abs() <= 30 * eps * score.abs().amax(1, keepdim=True)).all()
+    assert ((d.log_prob(x, sigma) - log_prob).abs() <= 30 * eps * log_prob.abs()).all()
+
+
+@pytest.mark.parametrize("cov", [torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 2.0], [2.0, 4.0]]), 0.0])
+def test_a_singular_gaussian_has_no_density_without_noise(cov):
+    d, x = Gaussian(torch.zeros(2), cov), torch.ones(3, 2)
+    for fn in (d.score, d.log_prob):
+        with pytest.raises(ValueError, match=r"variances of 0 has no density at sigma = 0; expected sigma > 0"):
+            fn(x, 0.0)
+        with pytest.raises(ValueError, match="no density"):
+            fn(x, torch.tensor([1.0, 0.0, 1.0]))
+        assert torch.isfinite(fn(x, 0.1)).all()
+    thin = Gaussian(torch.zeros(2, dtype=F64), torch.diag(torch.tensor([1.0, 1e-10], dtype=F64)))
+    assert torch.isfinite(thin.score(x.double(), 0.0)).all()
 
 
 def test_large_mixtures_refine_the_nearest_distances():

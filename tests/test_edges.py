@@ -8,7 +8,20 @@ import pytest
 import torch
 from problems import generator
 
-from scorelab import VE, VP, broadcast, sample, sigmas
+from scorelab import (
+    VE,
+    VP,
+    bits_per_dim,
+    broadcast,
+    log_likelihood,
+    sample,
+    sample_log_prob,
+    sigmas,
+    trajectory,
+    variational_bound,
+)
+from scorelab.distributions import Gaussian
+from scorelab.evaluation import kl_to_model
 from scorelab.samplers import (
     DDIM,
     RK4,
@@ -28,7 +41,37 @@ from scorelab.samplers import (
     SDEDPMSolver,
     StochasticHeun,
     UniPC,
+    calibrate,
 )
+
+
+class Narrow:
+    """The score of N(0, I) that knows the levels from 0.1 to 10."""
+
+    sigma_range = (0.1, 10.0)
+
+    def __call__(self, x, sigma):
+        return -x / (1 + broadcast(sigma, x) ** 2)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.05, 10.0), (0.1, 20.0)])
+def test_levels_that_a_score_does_not_know_are_refused_at_every_entrance(low, high):
+    score, x, normal = Narrow(), torch.randn(16, 2, generator=generator()), Gaussian(torch.zeros(2), 1.0)
+    levels = sigmas.geometric(3, sigma_min=low, sigma_max=high)
+    entrances = [
+        lambda: sample(score, x, levels),
+        lambda: trajectory(score, x, levels),
+        lambda: log_likelihood(score, x, low, high),
+        lambda: sample_log_prob(score, x, low, high),
+        lambda: bits_per_dim(score, x, low, high, spacing=0.1),
+        lambda: variational_bound(score, x, levels),
+        lambda: calibrate(score, x, nfe=2, sigma_min=low, sigma_max=high),
+        lambda: kl_to_model(normal, score, low, high, count=4),
+    ]
+    for enter in entrances:
+        with pytest.raises(ValueError, match=r"this score knows \[0.1, 10\] \(its sigma_range\): choose levels inside"):
+            enter()
+
 
 SAMPLERS = [
     Euler(),

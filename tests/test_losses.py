@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -77,6 +78,7 @@ def test_denoising_target_and_sign():
     assert float(zero.mean()) == pytest.approx(1, abs=4 / math.sqrt(N))
 
 
+@pytest.mark.filterwarnings("ignore:the likelihood weighting has an effective sample size")
 @pytest.mark.parametrize("sigma", [0.05, 0.9, 7.0])
 def test_weightings_by_their_definitions(sigma):
     """Each weighting, stated on the error of x0_hat, against the loss computed from x0_hat directly."""
@@ -140,6 +142,21 @@ def test_stable_target_is_the_posterior_mean_and_lowers_the_variance():
     plain = Denoising(level)(d.score, data, generator(), 256).loss.mean()
     stable = Denoising(level, reference=3000)(d.score, data, generator(), 256).loss.mean()
     assert float(stable) < 0.1 * float(plain)
+
+
+def test_likelihood_weights_that_leave_few_samples_in_effect_are_warned_of():
+    """Two parts of weights a/s and b/(1 - s), visited with probability s and 1 - s: (a + b)^2 / (a^2/s + b^2/(1-s))."""
+    low, high = math.log(2), math.log(2500)
+    for share, warned in ((0.05, True), (0.2, False)):
+        effective = (low + high) ** 2 / (high**2 / share + low**2 / (1 - share))
+        distribution = sigmas.Tapered(0.01, 0.02, 50.0, share)
+        assert (effective < 0.1) == warned
+        with pytest.warns(RuntimeWarning, match=f"size of {effective:.2%} with") if warned else nullcontext():
+            weighting("likelihood", sigmas=distribution)
+    for distribution in (sigmas.LogNormal(), sigmas.FromProcess(VP())):
+        with pytest.warns(RuntimeWarning, match=r"effective sample size of [01]\.\d+%"):
+            weighting("likelihood", sigmas=distribution)
+    weighting("likelihood", sigmas=sigmas.LogUniform(0.01, 50.0))
 
 
 def test_bad_input_is_refused():

@@ -129,6 +129,11 @@ def test_suggest_follows_the_published_rules():
     assert left == pytest.approx(1.055, abs=0.001)
 
 
+def _median_distance(x: torch.Tensor) -> float:
+    pick = torch.randint(len(x), (2, 20_000), generator=generator(5))
+    return float((x[pick[0]] - x[pick[1]]).abs().median())
+
+
 def test_suggest_from_data():
     x = torch.rand(300, 1, 4, 4, generator=generator(), dtype=F64)
     found = sigmas.suggest(x, steps=3)
@@ -142,6 +147,10 @@ def test_suggest_from_data():
     assert "between 300 samples" in str(found)
     assert sigmas.suggest(x[:, 0, 0, :2]).ratio <= 1.5
     assert "at most 1.5" in str(sigmas.suggest(x[:, 0, 0, :2]))
+    # sorted data: classes one after the other, or values ascending
+    line = torch.linspace(0, 1, 20_000, dtype=F64)[:, None] ** 2
+    assert sigmas.suggest(line, rows=400).sigma_max == pytest.approx(1.0, abs=0.05)
+    assert sigmas.suggest(line, rows=400).distances[1] == pytest.approx(_median_distance(line), rel=0.1)
     for bad in (x[:1], torch.ones(5, 2)):
         with pytest.raises(ValueError, match="at least two that differ"):
             sigmas.suggest(bad)

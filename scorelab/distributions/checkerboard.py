@@ -8,6 +8,11 @@ and the density is the mean over dark squares of M_x M_y / area. Far outside, Ph
 scaled complementary error function is used: for 0 < l < u
 
     M = 1/2 exp(-l^2/2) [erfcx(l/sqrt 2) - exp(-(u-l)(u+l)/2) erfcx(u/sqrt 2)].
+
+Where an interval is narrow against sigma both are differences of nearly equal numbers; there, with centre c and half of
+the width h, in units of sigma, and Hermite's polynomials,
+
+    M = 2 h phi(c) S,   S = sum_k He_2k(c) h^2k / (2k + 1)!,    -d log M / dc = c exp(-h^2/2) sinh(c h) / (c h S).
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from scorelab.typing import Tensor
 __all__ = ["Checkerboard"]
 
 _ROOT2 = math.sqrt(2)
+_NARROW = 0.5
 
 
 class Checkerboard(Distribution):
@@ -94,4 +100,25 @@ def _interval(x: Tensor, left: Tensor, width: float, sigma: Tensor) -> tuple[Ten
     mass = 0.5 * (torch.erf(upper / _ROOT2) - torch.erf(near / _ROOT2))
     density = (torch.exp(-0.5 * near**2) - torch.exp(-0.5 * upper**2)) / math.sqrt(2 * math.pi)
     log_mass = torch.where(outside, log_far, torch.log(mass))
-    return log_mass, side * torch.where(outside, slope_far, density / mass / sigma)
+    slope = side * torch.where(outside, slope_far, density / mass / sigma)
+    narrow = (half < _NARROW) & (half * centre.abs() < _NARROW)
+    log_narrow, slope_narrow = _narrow(torch.where(narrow, centre, 0.0), torch.where(narrow, half, _NARROW))
+    return torch.where(narrow, log_narrow, log_mass), torch.where(narrow, slope_narrow / sigma, slope)
+
+
+def _narrow(centre: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+    """log[Phi(c + h) - Phi(c - h)] and minus its derivative in c, for small h and h c: no differences."""
+    product, square = centre * half, half**2
+    # He_n(c) h^n
+    before, now, total, factorial = torch.ones_like(product), product, torch.ones_like(product), 1.0
+    for n in range(1, 14):
+        before, now = now, product * now - n * square * before
+        factorial *= n + 1
+        if n % 2:
+            total = total + now / (factorial * (n + 2))
+    # sinh(y)/y
+    y2, ratio = product**2, torch.ones_like(product)
+    for n in (12, 10, 8, 6, 4, 2):
+        ratio = 1 + ratio * y2 / (n * (n + 1))
+    log_mass = torch.log(2 * half * total) - 0.5 * (centre**2 + math.log(2 * math.pi))
+    return log_mass, centre * torch.exp(-0.5 * square) * ratio / total

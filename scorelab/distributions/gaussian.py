@@ -39,7 +39,11 @@ class Gaussian(Distribution):
             )
         if float(self.variances.min()) < -1e-6 * float(self.variances.abs().max()):
             raise ValueError(f"cov has eigenvalue {float(self.variances.min()):.3g}; expected none below 0")
-        self.variances = self.variances.clamp_min(0)
+        # rounding leaves of an eigenvalue of 0 a little on either side
+        rounding = 0.0 if self.basis is None else n * torch.finfo(cov.dtype).eps * float(self.variances.abs().max())
+        zero = self.variances <= rounding
+        self.variances = self.variances.masked_fill(zero, 0.0)
+        self._is_singular = bool(zero.any())
 
     @property
     def device(self) -> torch.device:
@@ -60,10 +64,17 @@ class Gaussian(Distribution):
         return (self.mean + self._from_basis(self.variances.sqrt() * z)).reshape(n, *self.data_shape)
 
     def _log_prob(self, x: Tensor, sigma: Tensor) -> Tensor:
-        var = self.variances.to(x) + sigma**2
+        var = self._blurred(x, sigma)
         z = self._to_basis(x - self.mean.to(x))
         return -0.5 * (z**2 / var + torch.log(2 * math.pi * var)).sum(1)
 
     def _score(self, x: Tensor, sigma: Tensor) -> Tensor:
         z = self._to_basis(x - self.mean.to(x))
-        return -self._from_basis(z / (self.variances.to(x) + sigma**2))
+        return -self._from_basis(z / self._blurred(x, sigma))
+
+    def _blurred(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Variances of the blurred Gaussian in its eigenbasis; ValueError where there is no density."""
+        if self._is_singular and not bool((sigma > 0).all()):
+            zeros = int((self.variances == 0).sum())
+            raise ValueError(f"a Gaussian with {zeros} variances of 0 has no density at sigma = 0; expected sigma > 0")
+        return self.variances.to(x) + sigma**2

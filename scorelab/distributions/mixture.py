@@ -27,9 +27,9 @@ _VANISHED = 70.0
 def squared_distances(x: Tensor, centres: Tensor) -> Tensor:
     """||x_i - c_k||^2, (B, K), of x (B, D) and centres (K, D).
 
-    Differences squared, dimension by dimension, where that is affordable. For many centres of high dimension they come from one matrix product around the centres' mean, and those of the
-    nearest centres are recomputed by differences: there the product's rounding, 1e-7 of the squared distance from that
-    mean, divided by a small variance would be felt.
+    Differences squared, dimension by dimension, where that is affordable. For many centres of high dimension they come
+    from one matrix product around the centres' mean, and those of the nearest centres are recomputed by differences:
+    there the product's rounding, 1e-7 of the squared distance to that mean, would be felt once divided by a variance.
     """
     if _is_direct(centres):
         # an axis for the dimensions would be a pass over memory D times as large

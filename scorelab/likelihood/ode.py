@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from scorelab import divergence as traces
-from scorelab.checks import broadcast, check_batch, check_finite, level, rows
+from scorelab.checks import broadcast, check_batch, check_finite, check_known, level, rows
 from scorelab.noise import fresh_generator
 from scorelab.samplers.adaptive import Controller, check_broadcasting, integrate
 from scorelab.samplers.base import Counted
@@ -114,10 +114,11 @@ def check_density_batch(x: Tensor, what: str = "x") -> None:
     check_finite(x, what)
 
 
-def _check(x: Tensor, sigma_min: float, sigma_max: float) -> None:
+def _check(score: ScoreFn, x: Tensor, sigma_min: float, sigma_max: float) -> None:
     check_density_batch(x)
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"sigma_min = {sigma_min:g}, sigma_max = {sigma_max:g}; expected 0 < sigma_min < sigma_max")
+    check_known(score, sigma_min, sigma_max)
 
 
 def _check_autograd(score: ScoreFn, x: Tensor, sigma: float) -> None:
@@ -200,7 +201,7 @@ def log_likelihood(
 
     Raises ValueError for shapes or levels that don't fit or a score that is not finite, RuntimeError past max_steps.
     """
-    _check(x, sigma_min, sigma_max)
+    _check(score, x, sigma_min, sigma_max)
     drawn = _draw(divergence, probes, probe, x, generator)
     control = Controller(rtol, atol, max_steps, method)
     latent, gains, nfe = _transport(score, x, sigma_min, sigma_max, drawn, control, differentiable)
@@ -230,7 +231,7 @@ def sample_log_prob(
 
     Arguments and errors are those of ``log_likelihood``; ``latent`` of the result is x itself.
     """
-    _check(x, sigma_min, sigma_max)
+    _check(score, x, sigma_min, sigma_max)
     drawn = _draw(divergence, probes, probe, x, generator)
     control = Controller(rtol, atol, max_steps, method)
     y, losses, nfe = _transport(score, x, sigma_max, sigma_min, drawn, control, False)

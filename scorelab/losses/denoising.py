@@ -21,6 +21,7 @@ arXiv:2303.09556; Song et al., Maximum Likelihood Training of Score-Based Diffus
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,7 +44,11 @@ WEIGHTINGS = ("sigma2", "snr", "x0", "edm", "min_snr", "likelihood")
 def weighting(
     name: str, *, sigma_data: float = 0.5, gamma: float = 5.0, sigmas: SigmaDistribution | None = None
 ) -> Weighting:
-    """A weight of the eps-MSE by name; sigma_data is for "edm", gamma for "min_snr", sigmas for "likelihood"."""
+    """A weight of the eps-MSE by name; sigma_data is for "edm", gamma for "min_snr", sigmas for "likelihood".
+
+    RuntimeWarning where "likelihood" leaves a tenth or less of the samples in effect, (mean w)^2 / mean w^2: it undoes
+    the sampling of sigma, so distributions that seldom visit small levels give those weights of thousands.
+    """
     if name in ("sigma2", "snr"):
         return torch.ones_like
     if name == "x0":
@@ -55,6 +60,17 @@ def weighting(
     if name == "likelihood":
         if sigmas is None:
             raise ValueError("the likelihood weighting needs the distribution of sigmas; pass sigmas=LogUniform(...)")
+        place = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+        w = sigmas.rate(sigmas(place))
+        share = float(w.mean() ** 2 / w.square().mean())
+        if share < 0.1:
+            warnings.warn(
+                f"the likelihood weighting has an effective sample size of {share:.2%} with these levels: weights "
+                f"from {float(w.min()):.3g} to {float(w.max()):.3g}, so few samples decide; visit levels evenly in log "
+                "sigma instead (LogUniform, training.sigmas='log_uniform'), where all weigh the same",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return sigmas.rate
     raise ValueError(f"unknown weighting {name!r}; {nearest_name(name, WEIGHTINGS)}")
 

@@ -32,7 +32,7 @@ from scipy.optimize import minimize
 from tqdm.auto import tqdm
 
 from scorelab import sigmas as levels_of
-from scorelab.checks import check_batch, check_finite, check_output, check_sigmas, level
+from scorelab.checks import check_batch, check_finite, check_known, check_output, check_sigmas, level
 from scorelab.samplers.base import Sampler, State, evaluate_scaled
 from scorelab.samplers.multistep import adams_weights, combine
 from scorelab.samplers.ode import RK4
@@ -346,6 +346,7 @@ def calibrate(
             raise ValueError(f"{name} is {value}; expected at least 1")
     if sigma_min <= 0:
         raise ValueError(f"sigma_min is {sigma_min:g}; expected a positive noise level")
+    check_known(score, sigma_min, sigma_max)
     began = time.perf_counter()
     x = x_calibration.detach()
     train, stop = 3 * len(x) // 5, 4 * len(x) // 5

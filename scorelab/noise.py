@@ -7,14 +7,13 @@ noise on every device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from scorelab.typing import Shape, Tensor
 
-__all__ = ["Noise", "PerSampleNoise", "counted", "counter_generator", "fresh_generator", "randn"]
+__all__ = ["Noise", "PerSampleNoise", "counted", "counter_generator", "fresh_generator", "randn", "streams"]
 
 _BLOCK = 2**14
 """Numbers that a generator of ``counted`` draws, about."""
@@ -31,7 +30,7 @@ def randn(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> T
 
 
 def counter_generator(*counters: int) -> torch.Generator:
-    """A CPU generator that depends on these counters alone."""
+    """A CPU generator that depends on these counters alone; it has 32 bits, so of many thousands some are alike."""
     seed = 0
     for counter in counters:
         # splitmix64: neighbouring counters give unrelated seeds
@@ -42,16 +41,23 @@ def counter_generator(*counters: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def counted(draw: Callable[..., Tensor], shape: Shape, rows: range, *counters: int) -> Tensor:
-    """``draw`` (torch.randn or torch.rand) for these rows of a batch of samples of ``shape``, on the CPU.
+def counted(kind: str, shape: Shape, rows: range, *counters: int) -> Tensor:
+    """Numbers, "normal" or "uniform" on [0, 1), for these rows of a batch of samples of ``shape``: float32, on the CPU.
 
-    A row follows from the counters and its place alone, whichever rows are asked for beside it: blocks of rows, whose
-    size is a function of the shape, have a generator each.
+    A row follows from the counters, four at most, and its place alone, whichever rows are asked for beside it: blocks
+    of rows, whose size is a function of the shape, have a stream each. Streams are Philox's, with the counters as its
+    key and counter as they are, so no two are alike. Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011.
     """
+    words = np.array([c % 2**64 for c in (*counters, 0, 0, 0, 0)[:4]], np.uint64)
     size = max(1, _BLOCK // math.prod(shape))
     parts = []
     for k in range(rows.start // size, -(-rows.stop // size)):
-        block = draw((size, *shape), generator=counter_generator(*counters, k), dtype=torch.float32)
+        # the lowest word counts the numbers drawn
+        bits = np.random.Philox(key=words[:2], counter=np.array([0, k, *words[2:]], np.uint64))
+        stream = np.random.Generator(bits)
+        place = (size, *shape)
+        drawn = stream.standard_normal(place, np.float32) if kind == "normal" else stream.random(place, np.float32)
+        block = torch.from_numpy(drawn)
         parts.append(block[max(0, rows.start - k * size) : rows.stop - k * size])
     return torch.cat(parts)
 
@@ -97,7 +103,7 @@ class PerSampleNoise:
         # half precision is drawn in single
         dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         if self._streams is None:
-            self._streams = _streams(self.seed, self.first, len(x))
+            self._streams = streams(self.seed, self.first, len(x))
             ahead = max(1, min(_CALLS, _AHEAD // max(1, math.prod(shape[1:]))))
             self._block, self._used = torch.empty((shape[0], ahead, *shape[1:]), dtype=dtype), ahead
         expected = (self._block.shape[0], *self._block.shape[2:])
@@ -114,12 +120,10 @@ class PerSampleNoise:
         return self._block[:, self._used - 1].to(x.device, x.dtype, copy=True)
 
 
-def _streams(seed: int, first: int, count: int) -> list[torch.Generator]:
-    """Generators of the samples ``first`` to ``first + count``; ValueError past 2^32 of them."""
+def streams(seed: int | tuple[int, ...], first: int, count: int) -> list[torch.Generator]:
+    """CPU generators numbered ``first`` to ``first + count``, no two of a seed alike; ValueError past 2^32 of them."""
     if first + count > 2**32:
-        raise ValueError(
-            f"samples {first} to {first + count} of a PerSampleNoise; expected fewer than 2^32: take a new seed"
-        )
+        raise ValueError(f"samples {first} to {first + count} of one seed; expected fewer than 2^32: take a new seed")
     keys = np.random.SeedSequence(seed).generate_state(3)
     place = np.arange(first, first + count, dtype=np.uint64).astype(np.uint32)
     for key in keys:

@@ -13,7 +13,7 @@ import torch
 
 from scorelab.checks import check_batch, check_finite, check_range
 from scorelab.distributions import Distribution
-from scorelab.noise import counted, counter_generator
+from scorelab.noise import counted, counter_generator, streams
 from scorelab.typing import Shape, Tensor
 
 __all__ = ["Arrays", "Drawn", "Images", "Source", "Stored", "digits"]
@@ -146,10 +146,10 @@ class Images(Stored):
         rows = range(size) if rows is None else rows
         x = self.pixels[self.indices(seed, step, size, rows)].float()
         if self.flip:
-            flipped = counted(torch.rand, (1,), rows, seed, step, 6).flatten() < 0.5
+            flipped = counted("uniform", (1,), rows, seed, step, 6).flatten() < 0.5
             x[flipped] = x[flipped].flip(-1)
         if self.dequantise:
-            return x.add_(counted(torch.rand, self.data_shape, rows, seed, step, 8)).mul_(1 / 128).sub_(1)
+            return x.add_(counted("uniform", self.data_shape, rows, seed, step, 8)).mul_(1 / 128).sub_(1)
         return x.mul_(1 / 127.5).sub_(1)
 
     def reference(self) -> Tensor:
@@ -167,7 +167,7 @@ class Drawn(Source):
         self.data_shape = distribution.data_shape
 
     def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Tensor:
-        x = self.distribution.sample(size, counter_generator(seed, step, 2))
+        x = self.distribution.sample(size, streams((seed % 2**64, 2), step, 1)[0])
         return x if rows is None else x[rows.start : rows.stop]
 
     def reference(self) -> Tensor:

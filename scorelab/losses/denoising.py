@@ -129,14 +129,13 @@ class Denoising:
     def __call__(self, score: ScoreFn, x0: Tensor, generator: torch.Generator, batch_size: int | None = None) -> Losses:
         """Losses (batch_size,) of a batch x0 (count(batch_size), *D); batch_size is by default all of it."""
         count = len(x0) if batch_size is None else batch_size
-        sigma = self.levels(count, generator).to(widened(x0))
+        sigma = self.levels(torch.rand(count, generator=generator, device=generator.device)).to(widened(x0))
         noise = randn((count, *x0.shape[1:]), x0, generator)
         return self.losses(score, self.noised(x0[:count], sigma, noise, x0))
 
-    def levels(self, count: int, generator: torch.Generator) -> Tensor:
-        """Noise levels of a batch, (count,), ascending: sample i has one in part i of ``count`` of probability."""
-        place = torch.arange(count, device=generator.device)
-        return self.sigmas((place + torch.rand(count, generator=generator, device=generator.device)) / count)
+    def levels(self, u: Tensor) -> Tensor:
+        """Noise levels of a batch from uniform numbers u (B,), ascending: one in each of B parts of probability."""
+        return self.sigmas((torch.arange(len(u), device=u.device) + u) / len(u))
 
     def noised(self, clean: Tensor, sigma: Tensor, noise: Tensor, x0: Tensor) -> Noised:
         """What ``losses`` takes, from some samples (n, *D), their levels (n,) and noise, and the batch x0 they are of,

@@ -13,7 +13,7 @@ import torch
 from scorelab.data import Source
 from scorelab.losses import Denoising
 from scorelab.losses.denoising import Noised
-from scorelab.noise import counted, counter_generator
+from scorelab.noise import counted
 
 __all__ = ["Batches"]
 
@@ -65,12 +65,12 @@ class Batches:
 
     def _make(self, step: int) -> Noised:
         o, rows = self.objective, self.rows
-        sigma = o.levels(self.size, counter_generator(self.seed, step, 4))[rows.start : rows.stop]
+        sigma = o.levels(counted("uniform", (), range(self.size), self.seed, step, 4))[rows.start : rows.stop]
         if o.reference:
             whole = self.data.batch(self.seed, step, o.count(self.size))
             clean = whole[rows.start : rows.stop]
         else:
             whole = clean = self.data.batch(self.seed, step, self.size, rows)
-        noise = counted(torch.randn, tuple(clean.shape[1:]), rows, self.seed, step, 9).to(clean)
+        noise = counted("normal", tuple(clean.shape[1:]), rows, self.seed, step, 9).to(clean)
         found = o.noised(clean, sigma.to(clean), noise, whole)
         return Noised(*(t.pin_memory() for t in found)) if self.device.type == "cuda" else found

@@ -154,7 +154,7 @@ class Watch:
         count = max(least, len(x0) // BINS * BINS)
         x0 = x0.repeat(-(-count // len(x0)), *(1,) * (x0.ndim - 1))[:count]
         levels = e.objective.sigmas((torch.arange(count) + 0.5) / count).to(x0)
-        noise = counted(torch.randn, tuple(x0.shape[1:]), range(count), 0, 10).to(x0)
+        noise = counted("normal", tuple(x0.shape[1:]), range(count), 0, 10).to(x0)
         mine, found = parallel.shard(count), []
         with torch.no_grad():
             for first in range(mine.start, mine.stop, size):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ __all__ = [
     "from_process",
     "geometric",
     "karras",
+    "langevin_step_size",
     "log_linear",
     "respace",
     "suggest",
@@ -76,9 +79,9 @@ def log_linear(n: int, *, sigma_min: float, sigma_max: float) -> Tensor:
     return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
 
 
-def from_process(process: Process, n: int) -> Tensor:
-    """n levels uniform in the process's time and a final 0: (n + 1,)."""
-    return torch.cat([process.sigmas(n), torch.zeros(1, dtype=torch.float64)])
+def from_process(process: Process, n: int, t_end: float | None = None) -> Tensor:
+    """n levels uniform in the process's time, down to t_end (by default its t_sample), and a final 0: (n + 1,)."""
+    return torch.cat([process.sigmas(n, t_end), torch.zeros(1, dtype=torch.float64)])
 
 
 def from_betas(betas: Tensor, steps: int | str | None = None) -> Tensor:
@@ -337,6 +340,20 @@ def suggest(data: Tensor, *, steps: int = 5, sigma_min: float | None = None, row
         mismatch=mismatch,
         bounded=wanted == _MOST,
     )
+
+
+def langevin_step_size(sigmas: Tensor | Iterable[float], steps: int) -> float:
+    """The step size of annealed Langevin dynamics over these levels, ``steps`` at each, by NCSNv2's rule.
+
+    The variance that is left of a point of data comes nearest to what the next level expects, for the largest ratio of
+    two neighbours. The step is this library's, x + a/2 score + sqrt(a) z, at the smallest positive level; for one level
+    alone it is a tenth of its square. Song and Ermon, 2020, arXiv:2006.09011, technique 4.
+    """
+    grid = [s for s in check_sigmas(sigmas) if s > 0]
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; expected at least one at each level")
+    ratio = max((a / b for a, b in pairwise(grid)), default=1.0)
+    return (0.1 if ratio == 1 else 2 * _step_share(ratio, steps)[0]) * grid[-1] ** 2
 
 
 def _overlap_ratio(dims: int) -> float:

@@ -78,8 +78,14 @@ def test_perturb_has_matching_moments_with_one_time_a_sample():
 
 def test_sigmas_are_uniform_in_time():
     for p in PROCESSES.values():
-        levels = p.sigmas(7)
-        torch.testing.assert_close(p.time(levels), torch.linspace(p.t_max, p.t_min, 7, dtype=F64), rtol=1e-6, atol=1e-9)
+        for levels, end in (
+            (p.sigmas(7), max(p.t_min, 0 if isinstance(p, VE) else 1e-3)),
+            (p.sigmas(7, p.t_min), p.t_min),
+        ):
+            times = torch.linspace(p.t_max, end, 7, dtype=F64)
+            torch.testing.assert_close(p.time(levels), times, rtol=1e-6, atol=1e-9)
+        with pytest.raises(ValueError, match="expected at least one level and"):
+            p.sigmas(7, 1.0)
 
 
 @pytest.mark.parametrize("name", ["ve", "vp", "subvp"])

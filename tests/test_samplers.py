@@ -74,7 +74,7 @@ def flow(sigma) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("sampler", "order"),
-    [(Euler(), 1), (Heun(), 2), (DDIM(), 1), (ReverseSDE(VP(), 0.0), 1), (ReverseSDE(SubVP(), 0.0), 1)],
+    [(Euler(), 1), (Heun(), 2), (DDIM(), 1), (ReverseSDE(VP(), 0.0, True), 1), (ReverseSDE(SubVP(), 0.0, True), 1)],
 )
 def test_order(sampler, order):
     assert sampler.order == order
@@ -190,7 +190,7 @@ def test_score_sde_euler_maruyama(name):
     alpha, sigma = process.alpha(times), process.sigma(times)
     for noise, stored in ((z, "x_next"), (torch.zeros_like(z), "x_mean")):
         score = constant_field(alpha[0] * scaled_score(process, 0.37, x))
-        sampler = ReverseSDE(process)
+        sampler = ReverseSDE(process, explicit=True)
         found, _ = sampler.step(score, x / alpha[0], float(sigma[0]), float(sigma[1]), None, lambda y, n=noise: n)
         expected = torch.tensor(ref[f"{name}/euler_maruyama/{stored}"], dtype=F64)
         torch.testing.assert_close(alpha[1] * found, expected, rtol=1e-5, atol=1e-5)
@@ -323,7 +323,8 @@ PREDICTORS = {
     "heun": Heun(),
     "ddim": DDIM(0.7),
     "ancestral": Ancestral(),
-    "reverse sde": ReverseSDE(VE(0.001, 100)),
+    "reverse sde": ReverseSDE(),
+    "euler-maruyama": ReverseSDE(VE(0.001, 100), explicit=True),
     "reverse diffusion": ReverseDiffusion(VE(0.001, 100)),
     "unipc": UniPC(2),
     "ode": ProbabilityFlow(1e-4, 1e-4),
@@ -356,7 +357,7 @@ def test_native_time_steps_of_a_discrete_process_use_their_own_segment():
     for i in (999, 998, 500):
         high, low = float(p.step_sigmas[i]), float(p.step_sigmas[i - 1])
         alpha, alpha_next = (1 + high**2) ** -0.5, (1 + low**2) ** -0.5
-        step = ReverseSDE(p, 0.0).step
+        step = ReverseSDE(p, 0.0, explicit=True).step
         out, _ = step(lambda x, s: torch.zeros_like(x), torch.ones(1, 1, dtype=F64), high, low, None, torch.zeros_like)
         growth = float(out) * alpha_next / alpha - 1
         assert growth == pytest.approx(high**2 / (1 + high**2) * math.log(high / low), rel=1e-4)
@@ -400,6 +401,7 @@ def test_annealed_langevin_scales_its_steps_and_denoises():
     assert [s for s, _ in seen[7:]] == [1, 1]
 
 
+@pytest.mark.filterwarnings("ignore:explicit steps as long as the last")
 @pytest.mark.parametrize("name", FIXED)
 def test_nfe_is_counted_and_zero_never_evaluated(name):
     calls = []

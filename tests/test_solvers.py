@@ -82,7 +82,8 @@ ORDERS: list[tuple[Sampler, float]] = [
     (Midpoint(), 2),
     (Midpoint("sigma"), 2),
     (RK4(), 4),
-    (StochasticHeun(VP(), 0.0), 2),
+    (StochasticHeun(VP(), 0.0, explicit=True), 2),
+    (StochasticHeun(eta=0.0), 2),
     (DPMSolverSinglestep(2), 2),
     (DPMSolverSinglestep(3), 3),
     (DPMSolverMultistep(2), 2),
@@ -193,11 +194,10 @@ class Moments:
 
 
 WEAK: list[tuple[Sampler, int]] = [
-    (ReverseSDE(VP()), 1),
-    (ReverseSDE(VP(), 0.5), 1),
-    (StochasticHeun(VP()), 2),
-    (StochasticHeun(VP(), 0.5), 2),
-    (StochasticHeun(Cosine(), 2.0), 2),
+    *((ReverseSDE(VP(), eta, explicit), 1) for eta in (1.0, 0.5) for explicit in (False, True)),
+    *((StochasticHeun(VP(), eta, explicit), 2) for eta in (1.0, 0.5) for explicit in (False, True)),
+    (StochasticHeun(Cosine(), 2.0, explicit=True), 2),
+    (StochasticHeun(eta=1.3), 2),
     (SDEDPMSolver(), 2),
     (SDEDPMSolver(0.5), 2),
     (Churn(0.0), 2),
@@ -243,7 +243,7 @@ def test_churn_raises_the_level_as_published():
 
 @pytest.mark.parametrize(
     "sampler",
-    [StochasticHeun(VP()), SDEDPMSolver(), Churn(30.0)],
+    [StochasticHeun(VP(), explicit=True), StochasticHeun(), SDEDPMSolver(), Churn(30.0)],
     ids=lambda s: type(s).__name__,
 )
 def test_laws_on_a_mixture(sampler):
@@ -416,7 +416,7 @@ def test_a_large_request_in_parts():
 
     bound, x = Shifted(torch.arange(10)), 10 * randn(10, 2)
     torch.testing.assert_close(sample(bound, x, levels, Heun(), batch_size=4), sample(bound, x, levels, Heun()))
-    options = {"sampler": ReverseSDE(VP()), "dtype": F64}
+    options = {"sampler": ReverseSDE(VP(), explicit=True), "dtype": F64}
     whole = sample(d.score, (10, 2), levels, generator=PerSampleNoise(1), **options)
     parts = sample(d.score, (10, 2), levels, generator=PerSampleNoise(1), batch_size=3, **options)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)

@@ -19,10 +19,19 @@ __all__ = ["Process"]
 
 
 class Process(ABC):
-    """Base of all processes; ``t_min`` and ``t_max`` bound the times at which sigma is positive and finite."""
+    """Base of all processes; ``t_min`` and ``t_max`` bound the times at which sigma is positive and finite.
+
+    Training and likelihoods go down to t_min, grids of samplers only to ``t_sample``: a last interval from there to
+    t_min would span many times its noise level.
+    """
 
     t_min: float = 0.0
     t_max: float = 1.0
+
+    @property
+    def t_sample(self) -> float:
+        """Where sampling ends: 1e-3, published for VP and sub-VP (Song et al., 2021, arXiv:2011.13456, app. C)."""
+        return max(self.t_min, 1e-3)
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -58,11 +67,14 @@ class Process(ABC):
         sigma_s, sigma_t = self.sigma(s), self.sigma(t)
         return alpha_t / alpha_s, alpha_t * ((sigma_t - sigma_s) * (sigma_t + sigma_s)).sqrt()
 
-    def sigmas(self, n: int) -> Tensor:
-        """n noise levels, descending, uniform in t from t_max to t_min; float64 on the CPU."""
-        if n < 1:
-            raise ValueError(f"n is {n}; expected at least one level")
-        return self.sigma(torch.linspace(self.t_max, self.t_min, n, dtype=torch.float64))
+    def sigmas(self, n: int, t_end: float | None = None) -> Tensor:
+        """n noise levels, descending, uniform in t from t_max to t_end, by default t_sample; float64 on the CPU."""
+        end = self.t_sample if t_end is None else t_end
+        if n < 1 or not self.t_min <= end < self.t_max:
+            raise ValueError(
+                f"n is {n}, t_end is {end:g}; expected at least one level and {self.t_min:g} <= t_end < {self.t_max:g}"
+            )
+        return self.sigma(torch.linspace(self.t_max, end, n, dtype=torch.float64))
 
     @property
     def sigma_range(self) -> tuple[float, float]:

@@ -38,6 +38,11 @@ class VE(Process):
             )
 
     @property
+    def t_sample(self) -> float:
+        """t_min: sigma is sigma_min there."""
+        return self.t_min
+
+    @property
     def _log_ratio(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
 

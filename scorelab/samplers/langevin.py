@@ -3,12 +3,17 @@
 ``step_size`` is a. The NCSN releases run x + a' score + sqrt(2 a') z: their step_lr of 2e-5 is step_size = 4e-5 here.
 Annealed: a_i = step_size sigma_i^2 / sigma_L^2, sigma_L the smallest level.
 
+Where data is a single point, or has structure finer than sigma, the score is -(x - x0)/sigma^2 and the steps settle at
+a variance of sigma^2 / (1 - rho/4), rho = step_size / sigma_L^2, at every level; from rho = 4 on they diverge. So the
+annealed samplers refuse rho >= 4 and warn from rho = 0.8 on. Their default is NCSNv2's rule for the levels at hand.
+
 Song and Ermon, 2019, arXiv:1907.05600; the final denoising step: Jolicoeur-Martineau et al., 2021, arXiv:2009.05475.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,9 +22,27 @@ import torch
 
 from scorelab.checks import broadcast, level
 from scorelab.samplers.base import Sampler, State, evaluate
+from scorelab.sigmas import langevin_step_size
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["AnnealedLangevin", "ConsistentLangevin", "Langevin", "MetropolisLangevin", "UnderdampedLangevin"]
+__all__ = [
+    "PUBLISHED_STEP_SIZES",
+    "AnnealedLangevin",
+    "ConsistentLangevin",
+    "Langevin",
+    "MetropolisLangevin",
+    "UnderdampedLangevin",
+]
+
+PUBLISHED_STEP_SIZES = {
+    "ncsn": 2 * 2e-5,  # 10 levels from 1 to 0.01, 100 steps
+    "ncsnv2_cifar10": 2 * 6.2e-6,  # 232 levels from 50 to 0.01, 5 steps
+    "ncsnv2_celeba": 2 * 3.3e-6,  # 500 from 90, 5 steps
+    "ncsnv2_church": 2 * 4.9e-6,  # 788 from 140, 4 steps
+    "ncsnv2_bedroom": 2 * 1.8e-6,  # 1086 from 190, 3 steps; tower has the same
+    "ncsnv2_ffhq": 2 * 9e-7,  # 2311 from 348, 3 steps
+}
+"""step_size of the releases, whose own step_lr is half of it, all for a smallest level of 0.01."""
 
 
 def langevin_step(x: Tensor, score: Tensor, size: float | Tensor, noise: Tensor) -> Tensor:
@@ -29,9 +52,9 @@ def langevin_step(x: Tensor, score: Tensor, size: float | Tensor, noise: Tensor)
     return x.add(score, alpha=0.5 * size).add_(noise, alpha=math.sqrt(size))
 
 
-def _check(steps: int, step_size: float) -> None:
-    if steps < 1 or not 0 < step_size < math.inf:
-        raise ValueError(f"steps = {steps}, step_size = {step_size:g}; expected steps >= 1 and a positive step_size")
+def _check(steps: int, step_size: float | None) -> None:
+    if steps < 1 or not (step_size is None or 0 < step_size < math.inf):
+        raise ValueError(f"steps = {steps}, step_size = {step_size}; expected steps >= 1 and a positive step_size")
 
 
 @dataclass(frozen=True)
@@ -42,7 +65,7 @@ class Langevin(Sampler):
     """
 
     steps: int = 1000
-    step_size: float = 1e-2
+    step_size: float | None = 1e-2
     denoise: bool = False
 
     every_level = True
@@ -50,9 +73,12 @@ class Langevin(Sampler):
     def __post_init__(self) -> None:
         _check(self.steps, self.step_size)
 
+    def init(self, x: Tensor, sigmas: list[float]) -> State:
+        return langevin_step_size(sigmas, self.steps) if self.step_size is None else self.step_size
+
     def size(self, sigma: float, state: State) -> float:
         """The step size at a level."""
-        return self.step_size
+        return float(state)
 
     def reached(self, sigma: float, sigma_next: float) -> float:
         return 0.0 if sigma_next == 0 and self.denoise else sigma
@@ -89,17 +115,42 @@ class Langevin(Sampler):
 
 @dataclass(frozen=True)
 class AnnealedLangevin(Langevin):
-    """NCSN's sampler: ``steps`` Langevin steps at each level, of size step_size sigma^2 / sigma_L^2."""
+    """NCSN's sampler: ``steps`` Langevin steps at each level, of size step_size sigma^2 / sigma_L^2.
+
+    step_size: None takes ``sigmas.langevin_step_size`` of the levels; ``PUBLISHED_STEP_SIZES`` has the releases'. A
+    ValueError refuses one that is unstable for the smallest level, a RuntimeWarning says where much noise stays.
+    """
 
     steps: int = 100
-    step_size: float = 4e-5
+    step_size: float | None = None
     denoise: bool = True
 
     def init(self, x: Tensor, sigmas: list[float]) -> State:
-        return min(s for s in sigmas if s > 0)
+        """step_size / sigma_L^2."""
+        lowest = min(s for s in sigmas if s > 0)
+        size = float(super().init(x, sigmas))
+        share = size / lowest**2
+        advice = f"expected about {langevin_step_size(sigmas, self.steps):.3g} (step_size=None), or a larger last level"
+        if share >= 4:
+            raise ValueError(
+                f"step_size = {size:.4g} is {share:.3g} times the smallest level squared, sigma = {lowest:.4g}, and "
+                f"diverges from 4 on; {advice}"
+            )
+        if self.step_size is not None and self.excess(share) > 1.25:
+            warnings.warn(
+                f"step_size = {size:.4g} is {share:.3g} times the smallest level squared, sigma = {lowest:.4g}, and "
+                f"leaves up to {self.excess(share):.3g} times the variance of the noise at every level; {advice}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return share
+
+    def excess(self, share: float) -> float:
+        """Variance over sigma^2 that the steps settle at on a point of data, for step_size = share sigma_L^2."""
+        return 1 / (1 - share / 4)
 
     def size(self, sigma: float, state: State) -> float:
-        return self.step_size * (sigma / float(state)) ** 2
+        return float(state) * sigma**2
 
 
 @dataclass(frozen=True)
@@ -109,18 +160,19 @@ class ConsistentLangevin(AnnealedLangevin):
         x <- x0_hat + (1 - e)(x - x0_hat) + sqrt(r^2 - (1 - e)^2 sigma^2) z,    e = step_size / (2 sigma_L^2)
 
     r is sigma but in the last of the ``steps`` at a level, where it is the next one. That needs (1 - e) sigma <= r: a
-    ValueError says how small the ratio of neighbouring levels may be. Jolicoeur-Martineau et al., 2021,
+    ValueError says how small the ratio of neighbouring levels may be. step_size: None keeps 1 - e = (r/sigma)^2 at the
+    smallest ratio, which with one step a level is ancestral sampling. Jolicoeur-Martineau et al., 2021,
     arXiv:2009.05475. Ends on the denoised sample.
     """
 
     steps: int = 1
-    step_size: float = 4e-5
-    denoise: bool = True
 
     def init(self, x: Tensor, sigmas: list[float]) -> State:
         lowest = min(s for s in sigmas if s > 0)
-        keep = 1 - self.step_size / (2 * lowest**2)
         ratio = min((b / a for a, b in pairwise(sigmas) if b > 0), default=1.0)
+        if self.step_size is None:
+            return ratio**2
+        keep = 1 - self.step_size / (2 * lowest**2)
         if not 0 <= keep <= ratio * (1 + 1e-9):
             raise ValueError(
                 f"step_size = {self.step_size:g} keeps {keep:.4g} of the noise, but neighbouring levels have ratios "
@@ -159,8 +211,11 @@ class MetropolisLangevin(AnnealedLangevin):
 
     log_prob: Callable[[Tensor, Tensor], Tensor] | None = None
     steps: int = 100
-    step_size: float = 4e-5
+    step_size: float | None = None
     denoise: bool = False
+
+    def excess(self, share: float) -> float:
+        return 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,6 +263,10 @@ class UnderdampedLangevin(AnnealedLangevin):
     """
 
     friction: float = 0.5
+
+    def excess(self, share: float) -> float:
+        # the splitting has the exact variance of a Gaussian wherever it is stable
+        return 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,7 +17,7 @@ from scorelab.processes import Process
 from scorelab.samplers.base import Sampler, State, evaluate
 from scorelab.samplers.multistep import History, combine, x0_hat
 from scorelab.samplers.ode import Heun
-from scorelab.samplers.stochastic import check_eta
+from scorelab.samplers.stochastic import check_eta, check_explicit, warn_of_left_noise
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["Churn", "SDEDPMSolver", "StochasticHeun"]
@@ -115,19 +115,32 @@ def _native(process: Process, sigma: float, sigma_next: float) -> tuple[float, .
 
 @dataclass(frozen=True)
 class StochasticHeun(Sampler):
-    """The stochastic Heun method on the reverse SDE in the process's own time, x_t = alpha x, with any ``eta``:
+    """Heun's method for the reverse SDE with any ``eta``, its linear part solved exactly and x0_hat linear over a step:
+
+        x' = x0_hat + e^(-h) (x - x0_hat) + r sqrt(1 - (r/sigma)^(2 eta^2)) z,    h = (1 + eta^2) log(sigma/r)
+        x <- x' + [1 - (1 - e^(-h))/h] (x0_hat(x', r) - x0_hat)
+
+    unscaled, so it is the same for every process and right for a point of data, however long the step. ``explicit``
+    takes instead the stochastic Heun method in the ``process``'s own time, x_t = alpha x, where the variance of the
+    noise over a step is the trapezoidal rule of eta^2 g^2; it is unstable where a step spans much of a level, and a
+    RuntimeWarning says so:
 
         dx_t = [f x_t - (1 + eta^2)/2 g^2 score_t] dt + eta g dw,  time running down
 
-    Weak order 2, for the noise does not depend on x: its variance over a step is the trapezoidal rule of eta^2 g^2.
-    eta = 0 is Heun's method in native time. Two evaluations a step, one in a step to 0, which denoises.
+    Weak order 2, for the noise does not depend on x. Two evaluations a step, one in a step to 0, which denoises.
     """
 
-    process: Process
+    process: Process | None = None
     eta: float = 1.0
+    explicit: bool = False
 
     def __post_init__(self) -> None:
         check_eta(self.eta)
+        check_explicit(self.process, self.explicit)
+
+    def init(self, x: Tensor, sigmas: list[float]) -> State:
+        if self.explicit:
+            warn_of_left_noise(self, sigmas)
 
     @property
     def order(self) -> int | None:  # type: ignore[override]
@@ -146,6 +159,17 @@ class StochasticHeun(Sampler):
         first = evaluate(score, x, sigma)
         if sigma_next == 0:
             return x.add(first, alpha=sigma**2), state
+        if self.process is None or not self.explicit:
+            h = (1 + self.eta**2) * math.log(sigma / sigma_next)
+            whole = -math.expm1(-h)
+            guess = x.add(first, alpha=whole * sigma**2)
+            if self.eta > 0:
+                kick = math.sqrt(-math.expm1(-2 * self.eta**2 * math.log(sigma / sigma_next)))
+                guess = guess.add_(noise(x), alpha=sigma_next * kick)
+            # x0_hat(x', r) - x0_hat(x, sigma), without the first's memory: the second evaluation may overwrite it
+            change = x.add(first, alpha=sigma**2).neg_().add_(guess)
+            change = change.add_(evaluate(score, guess, sigma_next), alpha=sigma_next**2)
+            return guess.add(change, alpha=1 - whole / h), state
         alpha, alpha_next, f, f_next, g2, g2_next, dt = _native(self.process, sigma, sigma_next)
         push = -0.5 * (1 + self.eta**2)
         # score_t = score / alpha

@@ -13,9 +13,11 @@ Song et al., 2021, arXiv:2011.13456.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -149,20 +151,67 @@ def check_eta(eta: float) -> None:
         raise ValueError(f"eta is {eta:g}; expected a finite number >= 0")
 
 
+def check_explicit(process: Process | None, explicit: bool) -> None:
+    """Refuse explicit steps without the process in whose time they are made."""
+    if explicit and not isinstance(process, Process):
+        raise TypeError(f"process is {process!r}; expected a process such as VP() for explicit steps in its time")
+
+
+@lru_cache(maxsize=64)
+def _left_variance(sampler: Sampler, sigmas: tuple[float, ...]) -> float:
+    """Variance at the last positive level for data that is a single point: all steps are affine there, so a unit of x
+    alone and one of noise alone go in.
+    """
+    unit = torch.eye(2, dtype=torch.float64)
+    variance = sigmas[0] ** 2
+    for sigma, sigma_next in pairwise(sigmas):
+        x, _ = sampler.step(lambda x, s: -x / s**2, unit[:, :1], sigma, sigma_next, None, lambda _: unit[:, 1:])
+        variance = float(x[0]) ** 2 * variance + float(x[1]) ** 2
+    return variance
+
+
+def warn_of_left_noise(sampler: Sampler, sigmas: list[float]) -> None:
+    """RuntimeWarning if the steps, on data that is a single point, end with too much noise for the last level."""
+    positive = tuple(s for s in sigmas if s > 0)
+    level, sigma = positive[-1], positive[-2:][0]
+    variance = _left_variance(sampler, positive)
+    if variance > 9 * level**2:
+        warnings.warn(
+            f"explicit steps as long as the last, from sigma = {sigma:.4g}, leave noise of standard deviation "
+            f"{math.sqrt(variance):.4g} at sigma = {level:.4g}, {math.sqrt(variance) / level:.3g} times what the level "
+            "says, and no later step removes it: take more levels, end at a larger one, or a sampler with exact linear "
+            "steps (ReverseSDE(), StochasticHeun(), Ancestral())",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
 @dataclass(frozen=True)
 class ReverseSDE(Sampler):
-    """Euler-Maruyama in the process's own time and scaled coordinates, x_t = alpha x:
+    """The reverse SDE with noise eta, its linear part solved exactly and x0_hat kept over a step, unscaled:
+
+        x <- x0_hat + (r/sigma)^(1 + eta^2) (x - x0_hat) + r sqrt(1 - (r/sigma)^(2 eta^2)) z
+
+    It is the same for every process and right for a point of data, however long the step; eta = 1 is ancestral
+    sampling. ``explicit`` takes instead the published Euler-Maruyama steps in the ``process``'s own time and scaled
+    coordinates, x_t = alpha x, which are unstable where a step spans much of a level (a RuntimeWarning says so):
 
         dx_t = [f x_t - (1 + eta^2)/2 g^2 score_t] dt + eta g dw,  time running down
 
     eta = 1 is the reverse SDE, 0 the probability-flow ODE; any eta >= 0 keeps the marginals. A step to 0 denoises.
     """
 
-    process: Process
+    process: Process | None = None
     eta: float = 1.0
+    explicit: bool = False
 
     def __post_init__(self) -> None:
         check_eta(self.eta)
+        check_explicit(self.process, self.explicit)
+
+    def init(self, x: Tensor, sigmas: list[float]) -> State:
+        if self.explicit:
+            warn_of_left_noise(self, sigmas)
 
     @property
     def order(self) -> int | None:  # type: ignore[override]
@@ -181,6 +230,11 @@ class ReverseSDE(Sampler):
         s = evaluate(score, x, sigma)
         if sigma_next == 0:
             return x.add(s, alpha=sigma**2), state
+        if self.process is None or not self.explicit:
+            ratio = sigma_next / sigma
+            x = x.add(s, alpha=(1 - ratio ** (1 + self.eta**2)) * sigma**2)
+            kick = sigma_next * math.sqrt(1 - ratio ** (2 * self.eta**2))
+            return (x.add_(noise(x), alpha=kick) if self.eta > 0 else x), state
         alpha, alpha_next, dt, f, g, *_ = _scales(self.process, sigma, sigma_next)
         # score_t = score / alpha
         keep = (1 + f * dt) * alpha / alpha_next
@@ -196,10 +250,15 @@ class ReverseDiffusion(Sampler):
     """The reverse of the discretised forward step x_t = a x_s + b z, as score_sde's "reverse diffusion":
 
     x_s = x_t - (a - 1) x_t + b^2 score_t + b z            (half the score term and no z for ``ode``)
+
+    An explicit step: where it spans much of a level, noise is left, and a RuntimeWarning says how much.
     """
 
     process: Process
     ode: bool = False
+
+    def init(self, x: Tensor, sigmas: list[float]) -> State:
+        warn_of_left_noise(self, sigmas)
 
     def step(
         self,

@@ -110,7 +110,7 @@ def default_config() -> ConfigDict:
                 "sigma_min": 0.0,  # 0: the model's own
                 "sigma_max": 0.0,
                 "steps": 100,  # Langevin steps a level
-                "step_size": 4e-5,
+                "step_size": 0.0,  # of Langevin steps at the last level; 0: by NCSNv2's rule for the levels
                 "eta": 0.0,
                 "variance": "posterior",
                 "clip": False,  # clamp the denoised sample to the data range

@@ -51,7 +51,7 @@ def build_sampling(config: ConfigDict, model: ScoreModel) -> tuple[Tensor, Sampl
     else:
         noise_levels = getattr(levels, grid)(c.levels, **ends)
     samplers: dict[str, Sampler] = {
-        "annealed_langevin": AnnealedLangevin(c.steps, c.step_size),
+        "annealed_langevin": AnnealedLangevin(c.steps, c.step_size or None),
         "ancestral": Ancestral(c.variance, process),
         "ddim": DDIM(c.eta),
         "euler": Euler(),

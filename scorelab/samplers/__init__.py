@@ -7,6 +7,7 @@ from scorelab.samplers.calibrated import Calibrated, calibrate
 from scorelab.samplers.corrected import AnnealedCorrector, Corrector, LangevinCorrector, PredictorCorrector
 from scorelab.samplers.driver import sample, trajectory
 from scorelab.samplers.langevin import (
+    PUBLISHED_STEP_SIZES,
     AnnealedLangevin,
     ConsistentLangevin,
     Langevin,
@@ -21,6 +22,7 @@ from scorelab.samplers.stochastic import DDIM, Ancestral, ReverseDiffusion, Reve
 
 __all__ = [
     "DDIM",
+    "PUBLISHED_STEP_SIZES",
     "RK4",
     "AdamsBashforth",
     "AdaptiveReverseSDE",

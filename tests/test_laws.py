@@ -12,6 +12,7 @@ from test_solvers import Moments
 from scorelab import sample, sigmas
 from scorelab.samplers import (
     PUBLISHED_STEP_SIZES,
+    Ancestral,
     AnnealedLangevin,
     Euler,
     PredictorCorrector,
@@ -48,6 +49,17 @@ def test_fifty_levels_of_a_process_leave_no_noise(name):
             continue
         with pytest.warns(RuntimeWarning, match="leave noise of standard deviation .* times what the level says"):
             explicit.init(torch.zeros(1, 1), levels)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_forward_variance_is_that_of_the_processs_own_transition(name):
+    """In scaled coordinates the noise of x_t given x_s, by the process; one unit of alpha_s is one of x here."""
+    process = PROCESSES[name]
+    s, t = (torch.tensor(v, dtype=F64) for v in (0.3, 0.5))
+    high, low = float(process.sigma(t)), float(process.sigma(s))
+    _, std = process.transition(s, t)
+    _, forward = Ancestral("forward", process).variances(high, low)
+    assert forward == pytest.approx(float(std / process.alpha(s)) ** 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3, 10, 128])

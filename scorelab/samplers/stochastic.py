@@ -23,18 +23,25 @@ from typing import NamedTuple
 import torch
 
 from scorelab.checks import level
-from scorelab.processes import VE, Process
+from scorelab.processes import Process
 from scorelab.samplers.base import Sampler, State, evaluate
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["DDIM", "Ancestral", "ReverseDiffusion", "ReverseSDE"]
 
 
+@lru_cache(maxsize=8192)
+def _alpha(process: Process, sigma: float) -> float:
+    """The process's scale of the data where its noise level is sigma; 1 at 0."""
+    return float(process.alpha(process.time(torch.tensor(sigma, dtype=torch.float64)))) if sigma > 0 else 1.0
+
+
 @dataclass(frozen=True)
 class Ancestral(Sampler):
     """DDPM's sampler; ``variance`` "posterior" (beta tilde), "forward" (beta) or "learned".
 
-    For the forward variance of a variance-exploding process pass ``process=VE(...)``: sigma^2 - r^2. Learned variance
+    The forward variance is that of x_t given x_s: (sigma^2 - r^2) (alpha_t/alpha_s)^2, unscaled, with the scales of
+    ``process``, by default a variance-preserving one's. Learned variance
     asks the score for ``score_and_variance(x, sigma) -> (score, v)``, v (B, *D) in [0, 1], and takes
     log s^2 = v log(forward) + (1 - v) log(posterior); a score without it is a TypeError. Nichol and Dhariwal, 2021,
     arXiv:2102.09672.
@@ -66,7 +73,10 @@ class Ancestral(Sampler):
     def variances(self, sigma: float, sigma_next: float) -> tuple[float, float]:
         """Posterior and forward variance of a step."""
         gap = (sigma - sigma_next) * (sigma + sigma_next)
-        forward = gap if isinstance(self.process, VE) else gap * (1 + sigma_next**2) / (1 + sigma**2)
+        if self.process is None:
+            forward = gap * (1 + sigma_next**2) / (1 + sigma**2)
+        else:
+            forward = gap * (_alpha(self.process, sigma) / _alpha(self.process, sigma_next)) ** 2
         return sigma_next**2 * gap / sigma**2, forward
 
     def transition(

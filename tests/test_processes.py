@@ -86,6 +86,8 @@ def test_sigmas_are_uniform_in_time():
             torch.testing.assert_close(p.time(levels), times, rtol=1e-6, atol=1e-9)
         with pytest.raises(ValueError, match="expected at least one level and"):
             p.sigmas(7, 1.0)
+        assert p.sigmas(1).tolist() == pytest.approx([p.sigma_range[1]])
+    assert DiscreteVP([0.5]).sigmas(1).tolist() == pytest.approx([1.0])
 
 
 @pytest.mark.parametrize("name", ["ve", "vp", "subvp"])

@@ -51,8 +51,8 @@ def settings(trained: Trained, quick: bool) -> dict[str, tuple[torch.Tensor, Sam
         "DDIM, eta = 0.5": (karras(150), DDIM(0.5)),
         "ancestral": (karras(150), Ancestral()),
         "ancestral, forward variance": (geometric(250), Ancestral("forward", ve)),
-        "reverse SDE (VE time)": (geometric(250), ReverseSDE(ve)),
-        "reverse SDE (VP time)": (geometric(250), ReverseSDE(VP())),
+        "reverse SDE (VE time)": (geometric(250), ReverseSDE(ve, explicit=True)),
+        "reverse SDE (VP time)": (geometric(250), ReverseSDE(VP(), explicit=True)),
         "PC: reverse diffusion + Langevin": (
             geometric(400),
             PredictorCorrector(ReverseDiffusion(ve), LangevinCorrector(0.01)),

@@ -70,7 +70,8 @@ class Process(ABC):
     def sigmas(self, n: int, t_end: float | None = None) -> Tensor:
         """n noise levels, descending, uniform in t from t_max to t_end, by default t_sample; float64 on the CPU."""
         end = self.t_sample if t_end is None else t_end
-        if n < 1 or not self.t_min <= end < self.t_max:
+        # a process of one step has t_min = t_max and one level
+        if n < 1 or not (self.t_min <= end < self.t_max or n == 1):
             raise ValueError(
                 f"n is {n}, t_end is {end:g}; expected at least one level and {self.t_min:g} <= t_end < {self.t_max:g}"
             )

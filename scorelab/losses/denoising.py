@@ -29,7 +29,6 @@ from typing import NamedTuple
 import torch
 
 from scorelab.checks import broadcast, check_batch, nearest_name, widened
-from scorelab.distributions.mixture import squared_distances
 from scorelab.noise import randn
 from scorelab.sigmas import SigmaDistribution
 from scorelab.typing import ScoreFn, Tensor
@@ -156,10 +155,13 @@ class Denoising:
 
 def posterior_mean(x: Tensor, sigma: Tensor, x0: Tensor) -> Tensor:
     """E[x0 | x] for x (B, *D) at sigma (B,) when x0 (N, *D) are all the data, equally likely."""
-    flat, centres = x.flatten(1), x0.flatten(1)
-    logits = squared_distances(flat, centres) / (-2 * sigma.unsqueeze(1) ** 2)
+    # around the data's mean: a matrix product loses the digits of an offset
+    centre, precision = x0.flatten(1).mean(0), sigma.unsqueeze(1) ** -2
+    flat, centres = x.flatten(1) - centre, x0.flatten(1) - centre
+    half = 0.5 * centres.square().sum(1, keepdim=True)
+    # -||x - c||^2 / (2 sigma^2) without ||x||^2, which the softmax ignores: one product, and one array of its size
+    logits = torch.cat([flat * precision, -precision], 1) @ torch.cat([centres, half], 1).T
     # not below e^-40: denormal numbers would slow all that follows
     weight = logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-40.0).exp_()
-    centre = centres.mean(0)
-    found = centre + weight @ (centres - centre) / weight.sum(1, keepdim=True)
-    return found.reshape(x.shape)
+    total, dims = weight @ torch.cat([centres, torch.ones_like(half)], 1), centres.shape[1]
+    return (centre + total.narrow(1, 0, dims) / total.narrow(1, dims, 1)).reshape(x.shape)

@@ -1,15 +1,21 @@
 """Traces of Jacobians of batched vector fields: tr(d f / d x), exactly, by Hutchinson's probes or by Hutch++.
 
 Hutchinson, A stochastic estimator of the trace of the influence matrix, 1990: E[v' J v] = tr J for E[v v'] = I.
-Hutch++ takes the trace exactly on the span Q of J' S for random S, where most of it often lies, and probes the rest:
+Hutch++ takes the trace exactly on the span of an orthonormal Q (K vectors of D) and probes the rest:
 
-    tr J = tr(Q' J Q) + E[w' J w],    w = (I - Q Q') v
+    tr J = tr(Q' J Q) + E[w' J w],    w = sqrt(D - K) (I - Q Q') v / |(I - Q Q') v|,    v Gaussian
 
-Meyer, Musco, Musco and Woodruff, Hutch++: Optimal Stochastic Trace Estimation, 2021, arXiv:2010.09649.
+It is unbiased for any Q that does not depend on v; Q spans J' S for random S, where most of the trace often lies. The
+length of w is set, so that a multiple of the identity, which the Jacobian of a velocity always has in it, adds no
+variance: with (I - Q Q') v itself Hutch++ was ten times worse there than Hutchinson's signs.
+
+Meyer, Musco, Musco and Woodruff, Hutch++: Optimal Stochastic Trace Estimation, 2021, arXiv:2010.09649; the length:
+Epperly, Tropp and Webber, XTrace, 2024, arXiv:2301.07825.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,7 +23,7 @@ import torch
 from scorelab.noise import randn
 from scorelab.typing import Tensor
 
-__all__ = ["exact", "hutchinson", "hutchpp", "probes", "rademacher"]
+__all__ = ["exact", "hutchinson", "hutchpp", "probes", "rademacher", "split"]
 
 Field = Callable[[Tensor], Tensor]
 
@@ -60,38 +66,32 @@ def hutchinson(field: Field, x: Tensor, probes: Tensor, *, create_graph: bool = 
     return value, single.mean(0), single
 
 
-def hutchpp(
-    field: Field, x: Tensor, sketch: Tensor, probes: Tensor, *, create_graph: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """f(x), tr(df/dx) by Hutch++ and the P single estimates (P, B): sketch (K, B, *D), probes (P, B, *D).
+def split(field: Field, x: Tensor, sketch: Tensor, gaussian: Tensor) -> tuple[Tensor, Tensor]:
+    """Q (K, B, *D) of the Jacobian at x by K backward passes, and w (P, B, *D), from S (K, B, *D) and v (P, B, *D).
 
-    With K of the data's dimension or more the trace is exact. Costs 2 K + P backward passes.
+    For a solve they are made once: a Q that follows x turns fast where J' S is nearly singular, and the solver with it.
     """
     with torch.enable_grad():
-        x = x if create_graph and x.requires_grad else x.detach().requires_grad_(True)
+        x = x.detach().requires_grad_(True)
         value = field(x)
-        if not value.requires_grad:  # a constant field
-            still = torch.zeros(len(probes), len(x), dtype=x.dtype, device=x.device)
-            return value, still.mean(0), still
+        rows = [s for s in sketch]
+        if value.requires_grad:
+            rows = [torch.autograd.grad(value, x, s, retain_graph=True)[0] for s in sketch]
+    # (B, D, K)
+    basis = torch.linalg.qr(torch.stack(rows).flatten(2)[: x[0].numel()].permute(1, 2, 0)).Q
+    v = gaussian.flatten(2)
+    w = v - torch.einsum("bdk,pbk->pbd", basis, torch.einsum("bek,pbe->pbk", basis, v))
+    length = math.sqrt(basis.shape[1] - basis.shape[2])
+    w = w * (length / w.norm(dim=2, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny))
+    return basis.permute(2, 0, 1).reshape(-1, *x.shape), w.reshape_as(gaussian)
 
-        def products(vectors: Tensor) -> Tensor:
-            """J' v for vectors (K, B, D)."""
-            rows = [
-                torch.autograd.grad(value, x, v.reshape_as(value), create_graph=create_graph, retain_graph=True)[0]
-                for v in vectors
-            ]
-            return torch.stack(rows).flatten(2)
 
-        flat = sketch.flatten(2)[: x[0].numel()]
-        # an orthonormal basis for each sample, (B, D, K); it is a choice of estimator, so no gradient goes through it
-        basis = torch.linalg.qr(products(flat).detach().permute(1, 2, 0)).Q
-        inside = basis.permute(2, 0, 1)
-        known = (products(inside) * inside).sum((0, 2))
-        v = probes.flatten(2)
-        outside = v - torch.einsum("bdk,pbk->pbd", basis, torch.einsum("bek,pbe->pbk", basis, v))
-        single = known + (products(outside) * outside).sum(2)
-    if not create_graph:
-        value, single = value.detach(), single.detach()
+def hutchpp(
+    field: Field, x: Tensor, inside: Tensor, outside: Tensor, *, create_graph: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f(x), tr(df/dx) by Hutch++ and the P single estimates (P, B), with what ``split`` made; K + P backward passes."""
+    value, _, single = hutchinson(field, x, torch.cat([inside, outside]), create_graph=create_graph)
+    single = single[: len(inside)].sum(0) + single[len(inside) :]
     return value, single.mean(0), single
 
 

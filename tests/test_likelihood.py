@@ -7,7 +7,7 @@ import torch
 from problems import F64, correlated, generator, mixture, randn, ring
 
 from scorelab import PerSampleNoise, bits_per_dim, divergence, log_likelihood, sample_log_prob
-from scorelab.distributions import TARGETS, Gaussian, target
+from scorelab.distributions import TARGETS, Gaussian, GaussianMixture, target
 from scorelab.evaluation import kl_to_model
 
 LOW, HIGH = 0.05, 30.0
@@ -115,14 +115,19 @@ def test_hutchpp_is_exact_with_a_full_sketch_and_unbiased_without():
     d, x = wide(), wide().sample(3, generator())
     sigma = torch.tensor(1e-4, dtype=F64)
     expected = divergence.exact(lambda y: d.score(y, sigma), x)[1]
-    full, rest = randn(12, 3, 12, seed=1), randn(1, 3, 12, seed=2)
-    torch.testing.assert_close(divergence.hutchpp(lambda y: d.score(y, sigma), x, full, rest)[1], expected)
+
+    def field(y):
+        return d.score(y, sigma)
+
+    full = divergence.split(field, x, randn(12, 3, 12, seed=1), randn(1, 3, 12, seed=2))
+    torch.testing.assert_close(divergence.hutchpp(field, x, *full)[1], expected)
     plain, better = [], []
     for seed in range(300):
         sketch = divergence.rademacher((4, 3, 12), x, generator(seed))
         v = divergence.rademacher((12, 3, 12), x, generator(1000 + seed))
-        better.append(divergence.hutchpp(lambda y: d.score(y, sigma), x, sketch, v[:4])[1])
-        plain.append(divergence.hutchinson(lambda y: d.score(y, sigma), x, v)[1])
+        parts = divergence.split(field, x, sketch, randn(4, 3, 12, seed=1000 + seed))
+        better.append(divergence.hutchpp(field, x, *parts)[1])
+        plain.append(divergence.hutchinson(field, x, v)[1])
     found = torch.stack(better)
     gap = (found.mean(0) - expected).abs() / (found.std(0) / math.sqrt(300))
     assert float(gap.max()) < 3.5
@@ -146,6 +151,40 @@ def test_other_probes_are_unbiased(kind, probe, probes):
     )
     gap = (values.mean(0) - d.log_prob(x, 0.1)).abs() / (values.std(0) / math.sqrt(60))
     assert float(gap.max()) < 3.5
+
+
+@pytest.mark.parametrize("dims", [2, 3, 8])
+def test_hutchpp_with_a_probe_for_each_dimension_is_the_exact_trace(dims):
+    """The mixture's own density: a sketch that follows x once needed more than 1,000 steps here."""
+    d = GaussianMixture(randn(5, dims, seed=1), 0.1)
+    x = d.sample(4, generator(2))
+    found = log_likelihood(d.score, x, 0.01, 20.0, prior=lambda z: d.log_prob(z, 20.0), divergence="hutch++", probes=8)
+    torch.testing.assert_close(found.log_prob, d.log_prob(x, 0.01), rtol=0, atol=1e-3)
+    assert found.stderr is None
+
+
+def test_hutchpp_takes_no_more_steps_than_the_exact_trace_and_not_its_bias():
+    d = GaussianMixture(randn(5, 6, seed=1), 0.1)
+    x = d.sample(2, generator(2))
+    options = {"prior": lambda z: d.log_prob(z, 20.0), "rtol": 1e-4, "atol": 1e-4}
+    steps = log_likelihood(d.score, x, 0.01, 20.0, **options).nfe
+    found = [
+        log_likelihood(d.score, x, 0.01, 20.0, divergence="hutch++", probes=5, generator=generator(s), **options)
+        for s in range(20)
+    ]
+    assert max(f.nfe for f in found) < 1.3 * steps
+    values = torch.stack([f.log_prob for f in found])
+    gap = (values.mean(0) - d.log_prob(x, 0.01)).abs() / (values.std(0) / math.sqrt(20))
+    assert float(gap.max()) < 3.5
+
+
+def test_a_multiple_of_the_identity_costs_hutchpp_no_variance():
+    """tr(c I) = c D from every single probe, where (I - QQ')v without its length set varies."""
+    x = randn(3, 7)
+    parts = divergence.split(lambda y: -0.7 * y, x, randn(2, 3, 7, seed=1), randn(5, 3, 7, seed=2))
+    _, trace, single = divergence.hutchpp(lambda y: -0.7 * y, x, *parts)
+    torch.testing.assert_close(single, torch.full((5, 3), -4.9, dtype=F64))
+    torch.testing.assert_close(trace, torch.full((3,), -4.9, dtype=F64))
 
 
 def test_samples_know_their_log_density():

@@ -42,6 +42,11 @@ def normal_log_prob(x: Tensor, std: float) -> Tensor:
     return -0.5 * flat.square().sum(1) / std**2 - flat.shape[1] * (math.log(std) + 0.5 * math.log(2 * math.pi))
 
 
+def _velocity(score: ScoreFn, sigma: Tensor) -> Callable[[Tensor], Tensor]:
+    """dx/dlog(sigma) of x at the noise levels sigma (B,)."""
+    return lambda x: -score(x, sigma) * broadcast(sigma, x) ** 2
+
+
 class _Flow:
     """The ODE of x together with the trace along it: columns of y are x, flattened, and one for each estimate."""
 
@@ -53,23 +58,19 @@ class _Flow:
     @property
     def estimates(self) -> int:
         """Estimates of the trace that are carried along."""
-        return len(self.probes["probes"]) if self.probes else 1
+        return len(self.probes.get("probes", self.probes.get("outside", "1")))
 
     def __call__(self, y: Tensor, u: Tensor, index: Tensor) -> Tensor:
         part = rows(self.score, index) if self.split and len(index) < self.count else self.score
         assert part is not None
-        sigma = u.exp()
-
-        def velocity(point: Tensor) -> Tensor:
-            return -part(point, sigma) * broadcast(sigma, point) ** 2
-
+        velocity = _velocity(part, u.exp())
         point = y[:, : self.dims].reshape(-1, *self.shape)
         mine = {name: probe[:, index] for name, probe in self.probes.items()}
         if not mine:
             slope, trace = traces.exact(velocity, point, create_graph=self.differentiable)
             columns = trace.unsqueeze(1)
         else:
-            estimate = traces.hutchpp if "sketch" in mine else traces.hutchinson
+            estimate = traces.hutchpp if "inside" in mine else traces.hutchinson
             slope, _, single = estimate(velocity, point, create_graph=self.differentiable, **mine)
             columns = single.T
         # along the flow d log p / du = -div(dx/du), so what must be added to the prior is +div
@@ -84,7 +85,7 @@ def _draw(divergence: str, probes: int, kind: str, x: Tensor, generator: torch.G
     """The probes of a solve, fixed over it; none for the exact trace."""
     if divergence not in ("exact", "hutchinson", "hutch++"):
         raise ValueError(f"divergence is {divergence!r}; expected 'exact', 'hutchinson' or 'hutch++'")
-    # of Hutch++'s, two are for the rest that says the error
+    # of Hutch++'s, two thirds are for the rest, which says the error
     least = 4 if divergence == "hutch++" else 1
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is {type(generator).__name__}; expected a torch.Generator for the probes")
@@ -92,7 +93,9 @@ def _draw(divergence: str, probes: int, kind: str, x: Tensor, generator: torch.G
         raise ValueError(f"probes is {probes}; expected at least {least} for {divergence}")
     if kind not in ("rademacher", "gaussian"):
         raise ValueError(f"probe is {kind!r}; expected 'rademacher' or 'gaussian'")
-    if divergence == "exact":
+    dims = x[0].numel() if len(x) else 1
+    # Hutch++'s with one for each dimension span x, where the trace itself takes as many products
+    if divergence == "exact" or (divergence == "hutch++" and probes >= dims):
         return {}
     generator = fresh_generator() if generator is None else generator
     if divergence == "hutchinson":
@@ -100,7 +103,7 @@ def _draw(divergence: str, probes: int, kind: str, x: Tensor, generator: torch.G
     third = probes // 3
     return {
         "sketch": traces.probes(kind, (third, *x.shape), x, generator),
-        "probes": traces.probes(kind, (probes - 2 * third, *x.shape), x, generator),
+        "gaussian": traces.probes("gaussian", (probes - third, *x.shape), x, generator),
     }
 
 
@@ -160,6 +163,9 @@ def _transport(
     with torch.no_grad():
         check_broadcasting(counted, x, begin, math.sqrt(begin * end))
     _check_autograd(counted, x, begin)
+    if "sketch" in drawn:
+        inside, outside = traces.split(_velocity(counted, level(begin, x).repeat(len(x))), x, **drawn)
+        drawn = {"inside": inside, "outside": outside}
     flow = _Flow(counted, x, drawn, differentiable)
     with torch.enable_grad() if differentiable else torch.no_grad():
         start = torch.cat([x.flatten(1), x.new_zeros(len(x), flow.estimates)], 1)
@@ -196,7 +202,8 @@ def log_likelihood(
     prior: log-density (B,) at sigma_max, unscaled; by default N(0, (sigma_max^2 + data_std^2) I), exact only as
     sigma_max grows. divergence: "exact" (one backward pass a dimension), "hutchinson" or "hutch++" with ``probes``
     backward passes of kind ``probe``, "rademacher" or "gaussian"; probes are fixed over the solve and the estimate is
-    unbiased. rtol, atol: tolerance per sample, for x and for log p alike. method: "dopri5" or "bosh3". differentiable:
+    unbiased. Hutch++ is for Jacobians of fast falling spectrum, and exact from one probe a dimension on. rtol, atol:
+    tolerance per sample, for x and for log p alike. method: "dopri5" or "bosh3". differentiable:
     keep the graph, for gradients by x and by the score's parameters.
 
     Raises ValueError for shapes or levels that don't fit or a score that is not finite, RuntimeError past max_steps.

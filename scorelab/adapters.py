@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scorelab.checks import broadcast, check_output, level, rows, widened
+from scorelab.checks import broadcast, call, check_output, level, rows, widened
 from scorelab.processes import Process
 from scorelab.typing import ScoreFn, Tensor
 
@@ -144,7 +144,8 @@ def check_score(
         eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
         x = x0 + sigma * eps
         with torch.no_grad():
-            out = check_output(fn(x, level(sigma, x)), x, sigma)
+            at = level(sigma, x)
+            out = check_output(call(fn, x, at), x, at)
         readings = {
             "score": -sigma * out,
             "minus the score": sigma * out,

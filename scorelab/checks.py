@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from scorelab.typing import ScoreFn, Tensor
 
 __all__ = [
     "broadcast",
+    "call",
     "check_batch",
     "check_finite",
     "check_known",
@@ -146,6 +148,19 @@ def check_known(score: ScoreFn, least: float, most: float) -> None:
             f"sigmas span [{least:g}, {most:g}] but this score knows [{low:g}, {high:g}] (its sigma_range): "
             "choose levels inside"
         )
+
+
+def call(fn: Callable[[Tensor, Tensor], Any], x: Tensor, sigma: Tensor) -> Any:
+    """fn(x, sigma), and what to add to a function that differentiates inside where gradients are off."""
+    try:
+        return fn(x, sigma)
+    except RuntimeError as error:
+        if torch.is_grad_enabled() or "require grad" not in str(error):
+            raise
+        raise ValueError(
+            "the score differentiates inside, but gradients are off here; expected 'with torch.enable_grad(): "
+            "x = x.detach().requires_grad_(True)' inside the function, around what it differentiates"
+        ) from error
 
 
 def check_output(output: object, x: Tensor, sigma: Tensor | float) -> Tensor:

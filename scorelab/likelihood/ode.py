@@ -131,11 +131,12 @@ def _check_autograd(score: ScoreFn, x: Tensor, sigma: float) -> None:
         if score(x.detach().requires_grad_(True), sigmas).requires_grad:
             return
     with torch.no_grad():
-        moved = score(x + sigma, sigmas)
+        moved = score(x + sigma, sigmas).clone()
         if not torch.equal(moved, score(x, sigmas)):
             raise ValueError(
                 "the score changes with x but its output carries no gradient, and the log-density needs its trace; "
-                "expected a score that autograd can follow: no torch.no_grad, inference_mode, detach or NumPy inside"
+                "expected a score that autograd can follow: no torch.no_grad, inference_mode, detach or NumPy inside, "
+                "and create_graph=True where it differentiates itself"
             )
 
 

@@ -286,23 +286,28 @@ def _stages(
 
 
 def check_broadcasting(score: ScoreFn, x: Tensor, sigma: float, other: float) -> Tensor:
-    """The score at a 0-dim sigma, after comparing its first three rows with those at (B,) levels (2 evaluations).
+    """The score at a 0-dim sigma, after comparing rows at both of two 0-dim levels with those at (B,) levels.
 
-    Every second of the (B,) levels is ``other``: a sigma that broadcasts along a wrong axis of the same length shows.
+    Of the (B,) levels every second is ``other``, so that a score that reads one level for all, or lets sigma broadcast
+    along a wrong axis of the same length, shows. 3 evaluations, of a single sample 2.
 
     Raises ValueError, naming ``scorelab.broadcast``, where the two forms differ.
     """
-    one = score(x, level(sigma, x))
+    # a score may use the memory of its last output again
+    one = score(x, level(sigma, x)).clone()
     check_finite(one, "the score", "check the score function")
+    expected = one[:3].detach().clone()
+    if len(x) > 1:
+        expected[1] = score(x, level(other, x))[1].detach()
     try:
         levels = level(sigma, x).repeat(len(x))
         levels[1::2] = other
-        each = score(x, levels)
+        each = score(x, levels)[:3].detach()
     except RuntimeError as error:
         raise ValueError(_BROADCAST.format(f"it failed for sigma of shape ({len(x)},): {error}")) from error
-    some = one[:3:2].detach()
-    if not torch.allclose(some, each[:3:2].detach(), rtol=1e-3, atol=1e-3 * float(some.abs().max()), equal_nan=True):
-        raise ValueError(_BROADCAST.format("the two results differ"))
+    for mine, whole in zip(each, expected, strict=True):
+        if not torch.allclose(whole, mine, rtol=1e-3, atol=1e-3 * float(whole.abs().max()), equal_nan=True):
+            raise ValueError(_BROADCAST.format("the two results differ"))
     return one
 
 
@@ -344,8 +349,8 @@ class ProbabilityFlow(Sampler):
 
     def __post_init__(self) -> None:
         Controller(self.rtol, self.atol, self.max_steps, self.method)
-        # two to compare the forms of sigma, and a step
-        least = 2 + len(PAIRS[self.method].places)
+        # three to compare the forms of sigma, and a step
+        least = 3 + len(PAIRS[self.method].places)
         if self.max_nfe is not None and self.max_nfe < least:
             raise ValueError(f"max_nfe is {self.max_nfe}; expected None or at least {least}: a start and one step")
 
@@ -385,7 +390,7 @@ class ProbabilityFlow(Sampler):
             # the first step, or x was changed since (by a corrector): from here anew
             known.begin, span = sigma, math.log(sigma / known.end)
             if known.run is None:
-                known.nfe += 2
+                known.nfe += 3 if len(x) > 1 else 2
                 first = check_broadcasting(score, x, sigma, math.sqrt(sigma * sigma_next))
                 known.run = begun(x.flatten(1), -(sigma**2) * first.flatten(1), span)
             elif known.nfe + 1 > most:

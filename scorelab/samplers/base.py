@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scorelab.checks import check_batch, check_finite, check_known, check_output, check_sigmas, level, rows
+from scorelab.checks import call, check_batch, check_finite, check_known, check_output, check_sigmas, level, rows
 from scorelab.noise import Noise, PerSampleNoise
 from scorelab.predictions import denoise_from_score
 from scorelab.typing import ScoreFn, Shape, Tensor
@@ -110,7 +110,8 @@ class _Half:
 
 
 class Counted:
-    """The user's score with its output checked and its evaluations counted.
+    """The user's score with its output checked and its evaluations counted; what is returned holds until the next call,
+    which may overwrite it (a CUDA graph, a compiled network): who keeps it longer makes a copy.
 
     With ``denoised``, ``x0_hat`` is the denoised sample of the first evaluation since it was None. ``levels`` are noise
     levels that were made into tensors beforehand.
@@ -127,18 +128,18 @@ class Counted:
             self.score_and_variance = self._score_and_variance
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        return self._note(self.score(x, sigma), x, sigma)
+        return self._note(call(self.score, x, sigma), x, sigma)
 
     def _note(self, output: object, x: Tensor, sigma: Tensor) -> Tensor:
         self.nfe += 1
         found = check_output(output, x, sigma)
-        # at once: a compiled network may overwrite its output in the next call
+        # at once, for the next call may overwrite it
         if self.denoised and self.x0_hat is None:
             self.x0_hat = denoise_from_score(found, x, sigma)
         return found
 
     def _score_and_variance(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        output, v = self.score.score_and_variance(x, sigma)  # type: ignore[attr-defined]
+        output, v = call(self.score.score_and_variance, x, sigma)  # type: ignore[attr-defined]
         return self._note(output, x, sigma), check_output(v, x, sigma)
 
     def _rows(self, index: Tensor) -> ScoreFn:
@@ -147,7 +148,7 @@ class Counted:
 
         def few(x: Tensor, sigma: Tensor) -> Tensor:
             self.nfe += 1
-            return check_output(restricted(x, sigma), x, sigma)
+            return check_output(call(restricted, x, sigma), x, sigma)
 
         return few
 
@@ -163,7 +164,7 @@ def evaluate(score: ScoreFn, x: Tensor, sigma: float) -> Tensor:
 
 
 def evaluate_scaled(score: ScoreFn, x: Tensor, sigma: float) -> Tensor:
-    """sigma score, which is -eps_hat = -dx/dsigma, in new memory: a compiled network may overwrite its last output."""
+    """sigma score, which is -eps_hat = -dx/dsigma, in memory of its own."""
     at = _level(score, x, sigma)
     # a product with a 0-dim tensor costs half of one with a number
     return score(x, at) * at

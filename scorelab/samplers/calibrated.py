@@ -32,8 +32,8 @@ from scipy.optimize import minimize
 from tqdm.auto import tqdm
 
 from scorelab import sigmas as levels_of
-from scorelab.checks import check_batch, check_finite, check_known, check_output, check_sigmas, level
-from scorelab.samplers.base import Sampler, State, evaluate_scaled
+from scorelab.checks import check_batch, check_finite, check_known, check_sigmas, level
+from scorelab.samplers.base import Counted, Sampler, State, evaluate_scaled
 from scorelab.samplers.multistep import adams_weights, combine
 from scorelab.samplers.ode import RK4
 from scorelab.typing import ScoreFn, Tensor
@@ -138,7 +138,7 @@ def _solve(score: ScoreFn, x: Tensor, sigma_min: float, sigma_max: float, steps:
         outputs: list[Tensor] = []
 
         def noting(y: Tensor, sigma: Tensor, outputs: list[Tensor] = outputs) -> Tensor:
-            outputs.append(check_output(score(y, sigma), y, sigma).clone())
+            outputs.append(score(y, sigma).clone())
             return outputs[-1]
 
         xs.append(x)
@@ -179,7 +179,7 @@ def _least_squares(
     values: list[Tensor] = []
     rows = []
     for i, (a, b) in enumerate(pairwise(grid)):
-        values.insert(0, check_output(score(x, level(a, x)), x, a) * -a)
+        values.insert(0, score(x, level(a, x)) * -a)
         prior = torch.tensor(_initial(grid, i, history), dtype=torch.float64)
         used = values[: len(prior)]
         wanted = (reference.end if b == 0 else reference.at(b)) - x
@@ -275,7 +275,8 @@ def _descend(
             values: list[Tensor] = []
             grid_here = grid.to(x)
             for i, row in enumerate(rows):
-                values.insert(0, -grid_here[i] * check_output(score(here, grid_here[i]), x, grid_here[i]))
+                # kept for the gradient by the level, so in memory of its own
+                values.insert(0, -grid_here[i] * score(here, grid_here[i]).clone())
                 weights = ((grid[i + 1] - grid[i]) * row).to(x)
                 here = here + torch.tensordot(weights, torch.stack(values[: len(row)]), 1)
                 del values[max(begin.lengths) :]
@@ -347,7 +348,7 @@ def calibrate(
     if sigma_min <= 0:
         raise ValueError(f"sigma_min is {sigma_min:g}; expected a positive noise level")
     check_known(score, sigma_min, sigma_max)
-    began = time.perf_counter()
+    began, score = time.perf_counter(), Counted(score)
     x = x_calibration.detach()
     train, stop = 3 * len(x) // 5, 4 * len(x) // 5
     fitted, judged, held = slice(0, train), slice(train, stop), slice(stop, len(x))

@@ -236,7 +236,8 @@ class MetropolisLangevin(AnnealedLangevin):
     ) -> Tensor:
         assert self.log_prob is not None
         size, at = self.size(sigma, state), level(sigma, x)
-        s, density = evaluate(score, x, sigma), self.log_prob(x, at)
+        # a score may use the memory of its last output again
+        s, density = evaluate(score, x, sigma).clone(), self.log_prob(x, at)
         for _ in range(self.steps):
             z = noise(x)
             proposal = langevin_step(x, s, size, z)

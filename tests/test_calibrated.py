@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from problems import F64, generator, mixture, randn, ring
+from problems import F64, correlated, generator, mixture, randn, ring
 
-from scorelab import ScoreModel, sample, sigmas
+from scorelab import ScoreModel, sample, sigmas, trajectory
 from scorelab.models import Constant, LogSigma
 from scorelab.nn import MLP
 from scorelab.predictions import edm
 from scorelab.processes import VE
-from scorelab.samplers import RK4, AdamsBashforth, Calibrated, Euler, calibrate
+from scorelab.samplers import RK4, AdamsBashforth, Calibrated, Euler, PredictorCorrector, calibrate
 
 LOW, HIGH = 0.01, 40.0
 
@@ -35,13 +35,14 @@ def test_it_lands_nearer_than_the_best_multistep_solver(method):
     calls = []
 
     def score(y, sigma):
-        calls.append(float(sigma))
+        calls.append((len(y), float(sigma)))
         return d.score(y, sigma)
 
     mine = error(sample(score, x, sampler=found), exact)
     plain = error(sample(d.score, x, sigmas.karras(6, sigma_min=LOW, sigma_max=HIGH), AdamsBashforth(3)), exact)
-    assert calls == pytest.approx(found.sigmas[:-1])
-    assert len(calls) == 6
+    # first it is known again by four points
+    assert [rows for rows, _ in calls] == [4] + 6 * [500]
+    assert [sigma for _, sigma in calls[1:]] == pytest.approx(found.sigmas[:-1])
     assert mine < plain / 3
     assert found.report["held_out_error"] == pytest.approx(mine, rel=0.6)
     assert found.report["uncalibrated_held_out_error"] == pytest.approx(plain, rel=0.5)
@@ -156,3 +157,64 @@ def test_report_is_plain_json(tmp_path):
     )
     found.save(tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["report"] == found.report
+
+
+FEW = {"sigma_min": LOW, "sigma_max": HIGH, "method": "least_squares", "trials": 2, "reference_steps": 16}
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return calibrate(mixture().score, starts(20, 0), nfe=3, **FEW)
+
+
+def bound(rows):
+    """A score that takes batches of this many rows only."""
+    shift = torch.zeros(rows, 2, dtype=torch.float64)
+    return lambda x, s: mixture().score(x + shift, s)
+
+
+@pytest.mark.parametrize(
+    ("same", "rows"),
+    [
+        (mixture().score, 11),
+        (lambda x, s: mixture().score(x, s) * 1.01, 1),
+        (lambda x, s: mixture().score(x.bfloat16().double(), s), 11),
+        (bound(3), 3),
+        (bound(11), 11),
+    ],
+)
+def test_the_score_it_was_fitted_to_passes_in_any_precision(fitted, tmp_path, same, rows):
+    """Warnings are errors here; the check is not counted as evaluations."""
+    fitted.save(tmp_path / "s.json")
+    for sampler in (fitted, Calibrated.load(tmp_path / "s.json"), PredictorCorrector(fitted)):
+        last = list(trajectory(same, starts(rows, 1), sampler=sampler, generator=generator()))[-1]
+        # a correction after each step but the last
+        assert last.nfe == (5 if isinstance(sampler, PredictorCorrector) else 3)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (ring().score, "another score"),
+        (lambda x, s: 2 * mixture().score(x, s), "another score"),
+        (lambda x, s: -mixture().score(x, s), "another score"),
+        (lambda x, s: mixture().score(x, 1.5 * s), "another score"),
+        (lambda x, s: -x, "another score"),
+        (correlated().score, r"for data of shape \(2,\), not \(3,\)"),
+    ],
+)
+def test_another_score_is_warned_of_through_files_and_wrappers(fitted, tmp_path, other, message):
+    fitted.save(tmp_path / "s.json")
+    x = HIGH * randn(9, 3 if "shape" in message else 2)
+    for sampler in (fitted, Calibrated.load(tmp_path / "s.json"), PredictorCorrector(fitted)):
+        with pytest.warns(RuntimeWarning, match=message):
+            sample(other, x, sampler=sampler, generator=generator())
+
+
+def test_a_file_that_names_no_score_is_warned_of(fitted, tmp_path):
+    fitted.save(tmp_path / "s.json")
+    text = json.loads((tmp_path / "s.json").read_text())
+    del text["fingerprint"]
+    (tmp_path / "s.json").write_text(json.dumps(text))
+    with pytest.warns(RuntimeWarning, match="does not say to which score"):
+        assert Calibrated.load(tmp_path / "s.json") == fitted

@@ -63,6 +63,9 @@ class Sampler(ABC):
     order: int | None = None
     every_level: bool = False
 
+    def verify(self, score: ScoreFn, x: Tensor) -> None:  # noqa: B027
+        """Warn, before the first step from x (B, *D), of a score that this sampler was not made for."""
+
     def init(self, x: Tensor, sigmas: list[float]) -> State:
         """The state before the first step."""
         return None
@@ -263,6 +266,8 @@ def drive(
 
     def stepping() -> Iterator[Step]:
         current, count = x, len(x)
+        if count:
+            sampler.verify(counted.score, current)
         state = sampler.init(current, grid)
         yield Step(current.to(dtype), None, grid[0], 0)
         for sigma, sigma_next in pairwise(grid):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -34,6 +35,7 @@ from tqdm.auto import tqdm
 from scorelab import sigmas as levels_of
 from scorelab.checks import check_batch, check_finite, check_known, check_sigmas, level
 from scorelab.samplers.base import Counted, Sampler, State, evaluate_scaled
+from scorelab.samplers.fingerprint import Fingerprint
 from scorelab.samplers.multistep import adams_weights, combine
 from scorelab.samplers.ode import RK4
 from scorelab.typing import ScoreFn, Tensor
@@ -49,12 +51,13 @@ class Calibrated(Sampler):
     """A sampler with noise levels and weights of its own: ``sample(score, x, sampler=Calibrated.load(path))``.
 
     sigmas: nfe levels and a final 0; weights: row i holds w_i0, w_i1, ... (newest first, at most i + 1); report: how it
-    was fitted and its errors.
+    was fitted and its errors; fingerprint: of the score it was fitted to: ``sample`` warns of another one.
     """
 
     sigmas: tuple[float, ...]
     weights: Weights
     report: dict[str, Any] = field(default_factory=dict, compare=False)
+    fingerprint: Fingerprint | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         grid = check_sigmas(self.sigmas, at_least=2)
@@ -66,6 +69,10 @@ class Calibrated(Sampler):
         for i, row in enumerate(self.weights):
             if not 1 <= len(row) <= i + 1 or not all(math.isfinite(w) for w in row):
                 raise ValueError(f"row {i} of the weights is {row}; expected 1 to {i + 1} finite numbers")
+
+    def verify(self, score: ScoreFn, x: Tensor) -> None:
+        if self.fingerprint is not None:
+            self.fingerprint.verify(score, x)
 
     def init(self, x: Tensor, sigmas: list[float]) -> State:
         return 0, ()
@@ -90,9 +97,10 @@ class Calibrated(Sampler):
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file."""
+        mark = None if self.fingerprint is None else self.fingerprint.text()
         text = {"format": _FORMAT, "sigmas": self.sigmas, "weights": self.weights, "report": self.report}
         aside = Path(path).with_name(Path(path).name + ".writing")
-        aside.write_text(json.dumps(text, indent=1) + "\n")
+        aside.write_text(json.dumps({**text, "fingerprint": mark}, indent=1) + "\n")
         aside.replace(path)
 
     @classmethod
@@ -103,9 +111,18 @@ class Calibrated(Sampler):
             if found.get("format") != _FORMAT:
                 raise ValueError(f"its format is {found.get('format')!r}, not {_FORMAT!r}")
             weights = tuple(tuple(float(w) for w in row) for row in found["weights"])
-            return cls(tuple(float(s) for s in found["sigmas"]), weights, found["report"])
+            kept = found.get("fingerprint")
+            mark = None if kept is None else Fingerprint.parse(kept)
+            made = cls(tuple(float(s) for s in found["sigmas"]), weights, found["report"], mark)
         except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no calibrated sampler ({error}); make one with scorelab calibrate") from error
+        if "fingerprint" not in found:
+            warnings.warn(
+                f"{path} does not say to which score it was fitted, so that can't be checked: calibrate again",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return made
 
 
 @dataclass(frozen=True)
@@ -381,4 +398,6 @@ def calibrate(
             "uncalibrated_held_out_error": judge(plain, held),
             "seconds": time.perf_counter() - began,
         }
-    return Calibrated(found.sigmas, found.weights, report)
+        middle = math.sqrt(sigma_min * sigma_max)
+        mark = Fingerprint.of(score, middle, float(reference.at(middle).square().mean().sqrt()), x)
+    return Calibrated(found.sigmas, found.weights, report, mark)

@@ -121,6 +121,14 @@ class PredictorCorrector(Sampler):
         """That of the predictor."""
         return self.predictor.every_level
 
+    @property
+    def sigmas(self) -> tuple[float, ...] | None:
+        """The predictor's own levels, if it has any."""
+        return getattr(self.predictor, "sigmas", None)
+
+    def verify(self, score: ScoreFn, x: Tensor) -> None:
+        self.predictor.verify(score, x)
+
     def reached(self, sigma: float, sigma_next: float) -> float:
         corrected = self.corrector is not None and not self.corrector_first and sigma_next > 0
         return sigma_next if corrected else self.predictor.reached(sigma, sigma_next)

@@ -1,7 +1,8 @@
 """scorelab: score-based generative modelling around one function, score(x, sigma) = grad_x log p(x; sigma)."""
 
 from scorelab import distributions, losses, nn, predictions, processes, samplers, sigmas
-from scorelab.adapters import broadcast, check_score, clipped, from_denoiser, from_eps, from_time_score
+from scorelab.adapters import broadcast, clipped, from_denoiser, from_eps, from_time_score
+from scorelab.evaluation import check_score
 from scorelab.likelihood import LogLikelihood, bits_per_dim, log_likelihood, sample_log_prob, variational_bound
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise

@@ -6,17 +6,15 @@ rows of a batch (``.rows(index)``) keeps that through every adapter.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from scorelab.checks import broadcast, call, check_output, level, rows, widened
+from scorelab.checks import broadcast, check_output, rows, widened
 from scorelab.processes import Process
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["Report", "broadcast", "check_score", "clipped", "from_denoiser", "from_eps", "from_time_score"]
+__all__ = ["broadcast", "clipped", "from_denoiser", "from_eps", "from_time_score"]
 
 
 class _Adapted:
@@ -104,58 +102,3 @@ def clipped(score: ScoreFn, low: float, high: float) -> ScoreFn:
         return torch.where(inside, s, bounded)
 
     return _Adapted(score, formula)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What ``check_score`` found: relative errors of the candidate readings, and the best of them."""
-
-    errors: dict[str, float]
-    best: str
-    ok: bool
-
-    def __str__(self) -> str:
-        lines = [f"  {name:<28} relative error {error:.3g}" for name, error in self.errors.items()]
-        verdict = "it is the score" if self.ok else f"it looks like {self.best}"
-        return "\n".join([f"check_score: {verdict}", *lines])
-
-
-def check_score(
-    fn: ScoreFn,
-    x0: Tensor,
-    *,
-    sigma_min: float,
-    sigma_max: float,
-    tolerance: float = 0.5,
-    generator: torch.Generator | None = None,
-) -> Report:
-    """Compare a function with what a score of the data x0 (N, *D) must return, and name what it returns instead.
-
-    At noise levels between sigma_min and sigma_max data is noised, x = x0 + sigma eps, and the mean squared error of
-    every reading of the output against eps is measured: a score is -eps / sigma up to what cannot be predicted, so its
-    error is below that of predicting zero. ``ok`` says that the reading "score" is the best and its error is below
-    ``tolerance`` (1 is the zero predictor). Uses 8 levels, each one evaluation of the whole batch.
-    """
-    generator = torch.Generator(x0.device).manual_seed(0) if generator is None else generator
-    ratio = (sigma_max / sigma_min) ** (1 / 7)
-    totals: dict[str, float] = {}
-    for i in range(8):
-        sigma = sigma_min * ratio**i
-        eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
-        x = x0 + sigma * eps
-        with torch.no_grad():
-            at = level(sigma, x)
-            out = check_output(call(fn, x, at), x, at)
-        readings = {
-            "score": -sigma * out,
-            "minus the score": sigma * out,
-            "eps": out,
-            "minus eps": -out,
-            "the denoised sample x0_hat": (x - out) / sigma,
-            "sigma^2 * score": -out / sigma,
-        }
-        for name, eps_hat in readings.items():
-            error = float((eps_hat - eps).square().mean())
-            totals[name] = totals.get(name, 0.0) + (error if math.isfinite(error) else math.inf) / 8
-    best = min(totals, key=lambda name: totals[name])
-    return Report(totals, best, best == "score" and totals[best] < tolerance)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from problems import F64, PROCESSES, mixture, randn, ring
 
-from scorelab import VP, DiscreteVP, broadcast, check_score, clipped, from_denoiser, from_eps, from_time_score
+from scorelab import VP, DiscreteVP, broadcast, clipped, from_denoiser, from_eps, from_time_score
 from scorelab.processes import linear_betas
 
 X, SIGMA = 3 * randn(6, 2), torch.tensor(0.7, dtype=F64)
@@ -77,24 +77,6 @@ def test_broadcast_has_one_rule():
         broadcast(torch.ones(2), x)
     with pytest.raises(ValueError, match=r"sigma has shape \(3, 1\)"):
         broadcast(torch.ones(3, 1), x)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "name"),
-    [
-        (lambda x, s: mixture().score(x, s), "score"),
-        (lambda x, s: -mixture().score(x, s), "minus the score"),
-        (lambda x, s: -s * mixture().score(x, s), "eps"),
-        (lambda x, s: mixture().denoise(x, s), "the denoised sample x0_hat"),
-        (lambda x, s: s**2 * mixture().score(x, s), "sigma^2 * score"),
-    ],
-)
-def test_check_score_names_what_a_function_returns(wrong, name):
-    data = mixture().sample(2000, torch.Generator().manual_seed(0))
-    report = check_score(wrong, data, sigma_min=0.3, sigma_max=10.0)
-    assert report.best == name
-    assert report.ok == (name == "score")
-    assert name in str(report) or report.ok
 
 
 def test_bad_input_is_refused():

@@ -6,10 +6,20 @@ import inspect
 
 import pytest
 import torch
-from problems import F64, generator, mixture, randn
+from problems import F64, correlated, generator, mixture, randn, ring
 
-from scorelab import PerSampleNoise, bits_per_dim, log_likelihood, sample, sample_log_prob, samplers, sigmas
+from scorelab import (
+    PerSampleNoise,
+    bits_per_dim,
+    check_score,
+    log_likelihood,
+    sample,
+    sample_log_prob,
+    samplers,
+    sigmas,
+)
 from scorelab.checks import broadcast
+from scorelab.distributions import Empirical, Gaussian, target
 from scorelab.likelihood import variational_bound
 from scorelab.processes import VE
 from scorelab.samplers import (
@@ -210,3 +220,86 @@ def test_its_density_needs_the_graph_of_what_it_differentiates():
     found = log_likelihood(prepared, randn(4, 2), 0.1, 1.0).log_prob
     expected = log_likelihood(lambda x, s: -x / (1 + broadcast(s, x) ** 2), randn(4, 2), 0.1, 1.0).log_prob
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        (lambda x, s: mixture().score(x, s), "score"),
+        (lambda x, s: -mixture().score(x, s), "minus the score"),
+        (lambda x, s: -s * mixture().score(x, s), "eps"),
+        (lambda x, s: mixture().denoise(x, s), "the denoised sample x0_hat"),
+        (lambda x, s: s**2 * mixture().score(x, s), "sigma^2 * score"),
+    ],
+)
+def test_check_score_names_what_a_function_returns(wrong, name):
+    data = mixture().sample(2000, torch.Generator().manual_seed(0))
+    report = check_score(wrong, data, sigma_min=0.3, sigma_max=10.0)
+    assert report.best == name
+    assert report.ok == (name == "score")
+    assert name in str(report) or report.ok
+
+
+def gaussian(dims):
+    return Gaussian(torch.zeros(dims, dtype=F64), torch.eye(dims, dtype=F64))
+
+
+EXACT = {
+    "normal in 1-D": (gaussian(1), 0.01, 10.0),
+    "normal in 2-D": (gaussian(2), 0.01, 10.0),
+    "normal in 100-D": (gaussian(100), 0.01, 10.0),
+    "normal, large levels": (gaussian(2), 5.0, 200.0),
+    "ring": (ring(), 0.002, 0.1),
+    "checkerboard": (target("checkerboard", dtype=F64), 0.002, 80.0),
+    "correlated": (correlated(), 0.05, 20.0),
+    "ten points": (Empirical(randn(10, 64)), 0.02, 20.0),
+}
+MENDED = {
+    "exact": lambda score: score,
+    "1 % off": lambda score: lambda x, s: 1.01 * score(x, s),
+}
+BROKEN = {
+    "twice": lambda score: lambda x, s: 2 * score(x, s),
+    "half": lambda score: lambda x, s: 0.5 * score(x, s),
+    "zero": lambda score: lambda x, s: 0 * x,
+    "minus": lambda score: lambda x, s: -score(x, s),
+    "eps": lambda score: lambda x, s: -s * score(x, s),
+    "of twice sigma": lambda score: lambda x, s: score(x, 2 * s),
+    "of half sigma": lambda score: lambda x, s: score(x, 0.5 * s),
+    "shifted": lambda score: lambda x, s: score(x + 3.0, s),
+    "not finite": lambda score: lambda x, s: score(x, s) / 0,
+}
+
+
+@pytest.mark.parametrize("count", [50, 3000])
+@pytest.mark.parametrize("change", MENDED.values(), ids=MENDED)
+@pytest.mark.parametrize(("d", "low", "high"), EXACT.values(), ids=EXACT)
+def test_check_score_accepts_exact_scores(d, low, high, change, count):
+    """Whatever of eps can be predicted at these levels: nearly nothing of N(0, I) at sigma = 0.01."""
+    report = check_score(change(d.score), d.sample(count, generator(3)), sigma_min=low, sigma_max=high)
+    assert report.ok, str(report)
+    assert "it is the score" in str(report)
+
+
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(("d", "low", "high"), EXACT.values(), ids=EXACT)
+def test_check_score_refuses_wrong_scores(d, low, high, change):
+    report = check_score(change(d.score), d.sample(1000, generator(3)), sigma_min=low, sigma_max=high)
+    assert not report.ok, str(report)
+
+
+def test_check_score_refuses_the_score_of_other_data():
+    """The ring's on the checkerboard's points, each exact for its own."""
+    data = target("checkerboard", dtype=F64).sample(1000, generator())
+    report = check_score(ring().score, data, sigma_min=0.05, sigma_max=10.0)
+    assert not report.ok
+    assert "at sigma = " in str(report)
+
+
+def test_check_score_names_bad_input():
+    with pytest.raises(ValueError, match="1 points"):
+        check_score(ring().score, randn(1, 2), sigma_min=0.1, sigma_max=1.0)
+    with pytest.raises(ValueError, match="strictly descending"):
+        check_score(ring().score, randn(9, 2), sigma_min=1.0, sigma_max=0.1)
+    with pytest.raises(ValueError, match="not finite"):
+        check_score(ring().score, 0 * randn(9, 2) / 0, sigma_min=0.1, sigma_max=1.0)

@@ -11,7 +11,8 @@ Adams-Bashforth integrates the polynomial through the h_j exactly (by Gauss-Lege
     on "eps"        dx/dsigma = eps_hat                   polynomial in log sigma       exponential
     on "x0"         d(x/sigma)/dsigma = -x0_hat/sigma^2   polynomial in log sigma       exponential
 
-All are unscaled; a step to 0 returns x0_hat. The first steps, with fewer evaluations behind them, use lower orders.
+All are unscaled; a step to 0 returns x0_hat. The first steps, with fewer evaluations behind them, use lower orders: the
+official code of DPM-Solver++ (3M) and UniPC begins the same way, but its second step differs.
 
 Zhang and Chen, Fast Sampling of Diffusion Models with Exponential Integrator, 2023, arXiv:2204.13902; Lu et al.,
 DPM-Solver++, 2022, arXiv:2211.01095; Zhao et al., UniPC, 2023, arXiv:2302.04867.

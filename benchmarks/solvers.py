@@ -76,7 +76,7 @@ def exact(name: str) -> GaussianMixture:
     if name == "gmm2d":
         angle = torch.arange(8, dtype=torch.float64) * math.pi / 4
         return GaussianMixture(torch.stack([angle.cos(), angle.sin()], 1), 0.08)
-    return GaussianMixture(digits().x0.double().reshape(-1, 64), 0.15)
+    return GaussianMixture(digits().reference().double().reshape(-1, 64), 0.15)
 
 
 def problem(name: str) -> Problem:

@@ -17,15 +17,15 @@ def judge(x: torch.Tensor) -> dict[str, float]:
     """
     data = digits()
     assert data.labels is not None
-    pixels, labels = data.x0.flatten(1).numpy(), data.labels.numpy()
+    pixels, labels = data.reference().flatten(1).numpy(), data.labels.numpy()
     order = np.random.RandomState(0).permutation(len(pixels))
     train, held = order[:1200], order[1200:]
     classifier = MLPClassifier((128,), alpha=1e-2, max_iter=400, random_state=0)
     classifier.fit(pixels[train], labels[train])
     on_held = classifier.predict_proba(pixels[held])
     probabilities = classifier.predict_proba(x.clamp(-1, 1).flatten(1).double().numpy())
-    own, _ = nearest_distances(data.x0, data.x0, same=True)
-    near, _ = nearest_distances(x, data.x0)
+    own, _ = nearest_distances(data.reference(), data.reference(), same=True)
+    near, _ = nearest_distances(x, data.reference())
     return {
         "confidence": float(probabilities.max(1).mean()),
         "confidence_of_real_digits": float(on_held.max(1).mean()),

@@ -76,7 +76,7 @@ def test_calibrate_then_sample_with_it(run, tmp_path, capsys):
 
 
 def test_likelihood_states_what_it_is(run, capsys):
-    assert main(["likelihood", f"--workdir={run}", "--n=2", "--levels=16", "--tolerance=1e-2"]) == 0
+    assert main(["likelihood", f"--workdir={run}", "--n=2", "--levels=17", "--tolerance=1e-2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["samples"] == 2
     assert "bins of width 0.125" in found["statement"]

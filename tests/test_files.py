@@ -151,14 +151,14 @@ def test_size_crops_at_the_centre_and_scales_to_cover(tmp_path):
 def test_sixteen_bits_rotation_and_palettes(tmp_path):
     deep = RNG.integers(0, 65536, (6, 9), dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    found = load("folder", Files(str(tmp_path))).pixels[0, 0].numpy()
+    found = load("folder", Files(str(tmp_path))).stored[0, 0]
     np.testing.assert_array_equal(found, np.round(deep / 257))
     (tmp_path / "deep.png").unlink()
     upright = Image.fromarray(COLOUR[0])
     exif = Image.Exif()
     exif[0x0112] = 3  # turned by 180 degrees
     upright.save(tmp_path / "turned.png", exif=exif)
-    found = load("folder", Files(str(tmp_path))).pixels[0].numpy()
+    found = load("folder", Files(str(tmp_path))).stored[0]
     np.testing.assert_array_equal(found, COLOUR[0, ::-1, ::-1].transpose(2, 0, 1))
     Image.fromarray(np.full((6, 9), 0.5, np.float32)).save(tmp_path / "turned.tiff")
     with pytest.raises(ValueError, match="floating-point pixels; save such data as .npy"):
@@ -217,7 +217,7 @@ def damaged(tmp_path: Path, name: str, data: bytes) -> Files:
 def test_damage_ends_in_a_message_with_the_file(tmp_path):
     (tmp_path / "empty").mkdir()
     np.save(tmp_path / "nan.npy", np.full((3, 2), np.nan))
-    np.save(tmp_path / "flat.npy", np.full((3, 4, 4), 7, np.uint8))
+    np.save(tmp_path / "flat.npy", np.full((3, 7, 5), 7, np.uint8))
     np.save(tmp_path / "words.npy", np.array(["a", "b"]))
     np.savez(tmp_path / "odd.npz", pictures=GRAY)
     np.savez(tmp_path / "labels.npz", images=GRAY, labels=LABELS[:5])
@@ -239,7 +239,7 @@ def test_damage_ends_in_a_message_with_the_file(tmp_path):
         ("arrays", Files(str(tmp_path / "nan.npy")), "nan.npy: data is not finite at 3 of 3"),
         ("arrays", Files(str(tmp_path / "flat.npy")), "flat.npy: the data set is constant"),
         ("arrays", Files(str(tmp_path / "words.npy")), "words.npy: it holds <U1"),
-        ("arrays", Files(str(tmp_path / "odd.npz")), "odd.npz holds pictures; expected"),
+        ("arrays", Files(str(tmp_path / "odd.npz")), "odd.npz .*holds pictures; expected"),
         ("arrays", Files(str(tmp_path / "labels.npz")), "labels.npz: labels of shape .5,. for 12 samples"),
         ("arrays", Files(str(tmp_path / "nan.npy"), flip=True), "are for uint8 images"),
         ("zip", damaged(tmp_path, "f.zip", b"PK"), "f.zip can't be read"),

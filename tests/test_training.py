@@ -18,7 +18,7 @@ from problems import generator
 
 from scorelab import ScoreModel, losses, sample, sigmas
 from scorelab.cli.main import main
-from scorelab.data import Arrays, Drawn, digits, load
+from scorelab.data import Arrays, Drawn, Values, digits, load
 from scorelab.distributions import target
 from scorelab.losses import Denoising
 from scorelab.models import UnitVariance
@@ -133,7 +133,7 @@ def test_non_finite_losses_stop_before_any_weight_changes():
     c = small()
     parts = build(c)
     data = digits()
-    trainer = Trainer(Experiment(Broken((data.x0 + 1) / 2, None, (0.0, 1.0)), parts.model, parts.objective), c)
+    trainer = Trainer(Experiment(Broken((data.reference() + 1) / 2, None, (0.0, 1.0)), parts.model, parts.objective), c)
     trainer.advance()
     trainer.advance()
     kept = {k: v.clone() for k, v in trainer.model.state_dict().items()}
@@ -371,13 +371,13 @@ def test_training_learns():
 def test_data():
     d = digits()
     assert d.data_shape == (1, 8, 8)
-    assert float(d.x0.min()) == -1
-    assert float(d.x0.max()) == 1
-    assert d.data_range == (0.0, 16.0)
+    assert float(d.reference().min()) == -1
+    assert float(d.reference().max()) == 1
+    assert d.values == Values(0.0, 16.0, 1.0, (0.0, 16.0))
     # an epoch is a permutation: every digit once, in another order the next time
     first = torch.cat([d.batch(0, i, 599) for i in range(3)])
     second = torch.cat([d.batch(0, i, 599) for i in range(3, 6)])
-    assert torch.equal(first.flatten(1).sum(1).sort().values, d.x0.flatten(1).sum(1).sort().values)
+    assert torch.equal(first.flatten(1).sum(1).sort().values, d.reference().flatten(1).sum(1).sort().values)
     assert not torch.equal(first, second)
     assert torch.equal(d.batch(0, 2, 700), d.batch(0, 2, 700))
     points = load("moons")

@@ -61,7 +61,7 @@ def test_samples_and_losses_at_fixed_noise(tmp_path):
         assert picture.size == (24, 24)
     drew = rows(tmp_path, "sample_mean")
     assert [r["step"] for r in drew] == [3, 4]
-    data = digits().x0.double()
+    data = digits().reference().double()
     assert drew[0]["data_mean"] == pytest.approx([float(data.mean())])
     assert drew[0]["data_std"] == pytest.approx([float(data.std())])
     with Image.open(tmp_path / "samples" / "step_00000004.png") as picture:
@@ -126,7 +126,7 @@ class Slow(Arrays):
 def test_slow_data_is_said(tmp_path, capsys):
     c = small(3)
     parts = build(c)
-    parts.data = Slow(digits().x0)
+    parts.data = Slow(digits().reference())
     trainer = Trainer(parts, c)
     watch = Watch(trainer, tmp_path, progress=True)
     for _ in range(2):

@@ -62,7 +62,7 @@ def digits_section(out: Path) -> Section:
     began = time.perf_counter()
     x = sample_model(model, config, 100, torch.Generator().manual_seed(0))
     sampled = time.perf_counter() - began
-    data = digits().x0
+    data = digits().reference()
     distance, index = nearest_distances(x, data)
     own, _ = nearest_distances(data, data, same=True)
     made, axes = figure(2, size=4.4)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from scorelab.cli.sampling import load_run
+from scorelab.data import Values
 from scorelab.likelihood import bits_per_dim, log_likelihood
 from scorelab.noise import PerSampleNoise, randn
 from scorelab.samplers import calibrate
@@ -15,6 +16,19 @@ from scorelab.training import load_data, own_score
 from scorelab.typing import Tensor
 
 __all__ = ["calibrate_run", "likelihood_run"]
+
+
+def _spacing(values: Values | None, levels: int) -> float:
+    """The distance, in the model's units, of neighbouring values of data that takes ``levels`` of them."""
+    if values is None or not values.step:
+        raise ValueError(f"--levels={levels}, but the data is continuous; expected no --levels, for its log-density")
+    count = round((values.most - values.least) / values.step) + 1
+    if levels != count:
+        raise ValueError(
+            f"--levels={levels}, but the data goes from {values.least:g} to {values.most:g} by {values.step:g}; "
+            f"expected --levels={count}"
+        )
+    return values.spacing
 
 
 def calibrate_run(workdir: Path, out: Path, *, nfe: int, method: str, starts: int, seed: int, step: int) -> str:
@@ -39,17 +53,27 @@ def calibrate_run(workdir: Path, out: Path, *, nfe: int, method: str, starts: in
 def likelihood_run(
     workdir: Path, *, n: int, divergence: str, probes: int, levels: int, seed: int, step: int, tolerance: float
 ) -> str:
-    """Mean log-likelihood of ``n`` data of a run in nats, and bits per dimension of images with ``levels`` steps."""
+    """Mean log-likelihood of ``n`` data of a run in nats, held-out ones if it has any, or bits per dimension.
+
+    ``levels``, for bits, is how many values a number of the data may take; another count than its own is a ValueError.
+    """
     config, model, found = load_run(workdir, step=step)
-    data = load_data(config).reference()[:n].to(model.device)
+    source, held = load_data(config), config.data.validation
+    data = (source.hold_out(held) if held else source.reference())[:n].to(model.device)
+    spacing = _spacing(source.values, levels) if levels else 0.0
     low, high = model.sigma_range
     generator = torch.Generator().manual_seed(seed)
     options = {"divergence": divergence, "probes": probes, "rtol": tolerance, "atol": tolerance}
     data_std = float(data.square().mean().sqrt())
-    numbers: dict[str, object] = {"step": found, "samples": len(data), "divergence": divergence, "sigma_min": low}
+    numbers: dict[str, object] = {
+        "step": found,
+        "samples": len(data),
+        "of": "held-out data" if held else "training data",
+    }
+    numbers |= {"divergence": divergence, "sigma_min": low}
 
-    def summary(value: Tensor) -> list[float]:
-        return [float(value.mean()), float(value.std() / len(value) ** 0.5) if len(value) > 1 else float("nan")]
+    def summary(value: Tensor) -> list[float | None]:
+        return [float(value.mean()), float(value.std() / len(value) ** 0.5) if len(value) > 1 else None]
 
     if levels:
         bits = bits_per_dim(
@@ -57,7 +81,7 @@ def likelihood_run(
             data,
             low,
             high,
-            spacing=2 / levels,
+            spacing=spacing,
             data_std=data_std,
             generator=generator,
             **options,  # type: ignore[arg-type]

@@ -54,12 +54,13 @@ def dry_run(config: ConfigDict) -> str:
     # weights, gradients, two Adam moments and the averages of the weights, float32
     fixed = (4 + len(config.optim.ema) + len(config.optim.ema_power)) * 4 * count
     low, high = model.sigma_range
-    values = "any" if model.data_range is None else "{:g} to {:g}".format(*model.data_range)
+    values, scaled = experiment.data.values, "" if model.data_range is None else ", scaled to [-1, 1]"
+    span = "any" if values is None else f"{values.least:g} to {values.most:g}{scaled}"
     return "\n".join(
         [
             str(config).rstrip(),
             "---",
-            f"data: {config.data.source}, shape {model.data_shape}, values {values}",
+            f"data: {config.data.source}, shape {model.data_shape}, values {span}",
             f"model: {type(model.net).__name__}, {count:,} parameters, prediction {model.prediction.name}",
             f"noise levels: sigma from {low:.4g} to {high:.4g} ({type(model.process).__name__})",
             f"training: {t.steps:,} steps of {t.batch_size}, {t.steps * t.batch_size:,} samples",

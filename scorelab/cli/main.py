@@ -29,7 +29,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
                        [--step STEP] [--weights ema|model|ema_0.9999|ema_power_0.1]
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
        scorelab report --workdir runs/x
-       scorelab likelihood --workdir runs/x [--n 64] [--levels 16] [--divergence hutchinson] [--probes 1]"""
+       scorelab likelihood --workdir runs/x [--n 64] [--levels 17] [--divergence hutchinson] [--probes 1]"""
 
 
 def main(argv: list[str] | None = None) -> int:

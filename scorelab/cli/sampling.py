@@ -13,11 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from scorelab import parallel
+from scorelab.data import Values
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.plotting.pictures import are_images, picture_bytes, tiled
 from scorelab.training import Snapshot, checkpoint, reconstruct, sample_model
-from scorelab.training.run import recorded_config
+from scorelab.training.run import recorded_config, recorded_values
 from scorelab.typing import Tensor
 
 __all__ = ["RunSamples", "check_out", "load_run", "sample_run", "write_samples"]
@@ -25,9 +26,10 @@ __all__ = ["RunSamples", "check_out", "load_run", "sample_run", "write_samples"]
 
 @dataclass(frozen=True)
 class RunSamples:
-    """Samples (N, *D), inside range, with the model and the step they come from."""
+    """Samples (N, *D) as the model sees them, what their numbers mean, and the model and the step they come from."""
 
     x: Tensor
+    values: Values | None
     model: ScoreModel
     step: int
 
@@ -103,7 +105,14 @@ def sample_run(
     config, model, found = load_run(workdir, step=step, weights=weights)
     model.to(parallel.join())
     count = n or config.sampling.samples
-    return RunSamples(sample_model(model, config, count, PerSampleNoise(seed), sampler=sampler), model, found)
+    x = sample_model(model, config, count, PerSampleNoise(seed), sampler=sampler)
+    return RunSamples(x, _values(workdir, model), model, found)
+
+
+def _values(workdir: Path, model: ScoreModel) -> Values | None:
+    """What a run's numbers mean; of one that did not record it, by the model's range."""
+    found = recorded_values(workdir)
+    return found if found or model.data_range is None else Values(*model.data_range, ends=model.data_range)
 
 
 def check_out(out: Path) -> None:
@@ -113,23 +122,20 @@ def check_out(out: Path) -> None:
 
 
 def write_samples(run: RunSamples, out: Path) -> str:
-    """Write ``.npz`` (values in data_range), one PNG grid, or a directory of PNGs; says what was written."""
+    """Write ``.npz`` (numbers as the data has them), one PNG grid, or a directory of PNGs; says what was written."""
     check_out(out)
     images = are_images(run.model.data_shape)
     out = out.with_suffix(".npz") if not images and out.suffix == ".png" else out
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
-        x = run.x
-        if run.model.data_range is not None:
-            low, high = run.model.data_range
-            x = (x.clamp(-1, 1) + 1) * ((high - low) / 2) + low
+        x = run.x if run.values is None else run.values.outside(run.x)
         np.savez_compressed(out, samples=x.cpu().numpy())
     elif not images:
         raise ValueError(f"samples of shape {run.model.data_shape} are no images; write them to a .npz file")
     elif out.suffix == ".png":
-        Image.fromarray(tiled(run.x)).save(out)
+        Image.fromarray(tiled(run.x, run.values)).save(out)
     else:
         out.mkdir(exist_ok=True)
-        for i, picture in enumerate(picture_bytes(run.x)):
+        for i, picture in enumerate(picture_bytes(run.x, run.values)):
             Image.fromarray(picture).save(out / f"{i:06d}.png")
     return f"{len(run.x)} samples of step {run.step}: {out}"

@@ -1,17 +1,22 @@
 """Where batches come from. A batch is a function of (seed, step) alone, and each of its rows of its place besides: a
 resumed run sees the same data, and so do several processes that share a batch.
 
-Images are float32 (B, C, H, W) in [-1, 1] inside; ``data_range`` records the range outside.
+Images are float32 (B, C, H, W) in [-1, 1] inside; ``values`` maps them to what they are outside, and back.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 
 from scorelab.checks import check_batch, check_finite, check_range
+from scorelab.data.values import Values, found
 from scorelab.distributions import Distribution
 from scorelab.noise import counted, counter_generator, streams
 from scorelab.typing import Shape, Tensor
@@ -23,7 +28,7 @@ class Source(ABC):
     """``batch(seed, step, size)`` gives x0 (size, *data_shape), or only some rows of it."""
 
     data_shape: Shape
-    data_range: tuple[float, float] | None = None
+    values: Values | None = None
 
     @abstractmethod
     def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Tensor:
@@ -37,18 +42,26 @@ class Source(ABC):
         """Samples (count, *data_shape) that no batch will hold from now on; ValueError if there are too few."""
         raise ValueError(f"{type(self).__name__} has fresh samples at every step; expected data.validation = 0")
 
+    def fingerprint(self) -> dict[str, Any]:
+        """By what a run knows its data again, by name; nothing where its settings say it all."""
+        return {}
+
 
 class Stored(Source):
-    """A data set of N samples; every epoch takes them in a new order."""
+    """N samples in a tensor, or in a NumPy array that may be memory-mapped; every epoch takes them in a new order."""
 
+    values: Values
     labels: Tensor | None = None
+    most_reference: int = 2**62
+    """Samples that statistics are taken of, at most."""
 
-    def __init__(self, count: int, labels: Tensor | None) -> None:
+    def __init__(self, stored: Tensor | np.ndarray, labels: Tensor | None) -> None:
+        count = len(stored)
         if count == 0:
             raise ValueError("the data set is empty; expected at least one sample: check its source")
         if labels is not None and len(labels) != count:
             raise ValueError(f"{len(labels)} labels for {count} samples; expected one each")
-        self.count, self.labels = count, labels
+        self.stored, self.count, self.labels = stored, count, labels
         self._order: tuple[tuple[int, int], Tensor] | None = None
         self._trained: Tensor | None = None
 
@@ -57,7 +70,30 @@ class Stored(Source):
 
     @abstractmethod
     def take(self, index: Tensor) -> Tensor:
+        """These samples, inside."""
+
+    def kept(self, index: Tensor) -> Tensor:
         """These samples, as they are stored."""
+        if isinstance(self.stored, Tensor):
+            return self.stored[index]
+        rows = self.stored[index.numpy()]
+        return torch.from_numpy(rows if rows.dtype == np.uint8 else rows.astype(np.float32, copy=False))
+
+    def reference(self) -> Tensor:
+        # 256 MiB at most, evenly spread
+        count = max(1, min(self.most_reference, 2**26 // math.prod(self.data_shape)))
+        return self.take(torch.arange(0, len(self), -(-len(self) // count)))
+
+    def fingerprint(self) -> dict[str, Any]:
+        # of larger data some rows stand for all
+        rows = max(1, 2**28 // self.kept(torch.tensor([0])).nbytes)
+        content = hashlib.sha256()
+        for index in torch.split(torch.arange(0, len(self), -(-len(self) // rows)), 1024):
+            content.update(self.kept(index).contiguous().numpy().data)
+        known: dict[str, Any] = {"samples": len(self), "shape": list(self.data_shape), "content": content.hexdigest()}
+        if self.labels is not None:
+            known["labels"] = hashlib.sha256(self.labels.contiguous().numpy().data).hexdigest()
+        return known
 
     def hold_out(self, count: int) -> Tensor:
         if not 0 < count < len(self):
@@ -88,75 +124,85 @@ class Stored(Source):
         return known[1]
 
 
-def _refuse_constant(x: Tensor) -> None:
-    low, high = float(x.min()), float(x.max())
-    if low == high:
-        raise ValueError(f"the data set is constant, every value is {low:g}: check its source and scaling")
+def _parts(x: Tensor | np.ndarray) -> Iterator[Tensor]:
+    """The rows in order, some MiB at a time."""
+    size = max(1, 2**21 // max(1, math.prod(x.shape[1:])))
+    for first in range(0, len(x), size):
+        part = x[first : first + size]
+        yield part if isinstance(part, Tensor) else torch.from_numpy(np.asarray(part, np.float64))
 
 
 class Arrays(Stored):
-    """A data set in memory, x0 (N, *D) in [-1, 1] if ``data_range`` is given.
+    """A data set x0 (N, *D), scaled to [-1, 1] if its ``data_range`` is given and else left as it is.
 
+    A NumPy array stays where it is, memory-mapped for example, and is read row by row; a tensor is scaled at once.
     Raises ValueError for data that is empty, constant, not finite, or outside the declared range.
     """
 
-    def __init__(self, x0: Tensor, labels: Tensor | None = None, data_range: tuple[float, float] | None = None) -> None:
-        check_batch(x0, "data")
-        super().__init__(len(x0), labels)
-        check_finite(x0, "data")
-        _refuse_constant(x0)
+    def __init__(
+        self,
+        x0: Tensor | np.ndarray,
+        labels: Tensor | None = None,
+        data_range: tuple[float, float] | None = None,
+    ) -> None:
+        if isinstance(x0, Tensor):
+            check_batch(x0, "data")
+            check_finite(x0, "data")
+        super().__init__(x0, labels)
+        self.values = found(_parts(x0))
         if data_range is not None:
-            low, high = data_range
-            check_range(x0, data_range)
-            x0 = (x0 - low) * (2 / (high - low)) - 1
-        self.x0, self.data_range = x0, data_range
+            ends = torch.tensor([self.values.least, self.values.most])
+            check_range(ends, data_range)
+            self.values = Values(*data_range, self.values.step, data_range)
+        if isinstance(x0, Tensor):
+            self.stored = self.values.inside(x0)
         self.data_shape = tuple(x0.shape[1:])
 
     def take(self, index: Tensor) -> Tensor:
-        return self.x0[index]
+        return self.kept(index) if isinstance(self.stored, Tensor) else self.values.inside(self.kept(index))
 
     def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Tensor:
         return self.take(self.indices(seed, step, size, rows))
 
     def reference(self) -> Tensor:
-        return self.x0
+        return self.stored if isinstance(self.stored, Tensor) else super().reference()
 
 
 class Images(Stored):
     """uint8 images (N, C, H, W), in memory or memory-mapped; batches are float32 in [-1, 1].
 
-    flip: half of them left to right. dequantise: (k + u)/128 - 1 with uniform u instead of k/127.5 - 1. Both follow
-    from (seed, step, place in the batch). Raises ValueError for images that are none, empty or constant.
+    flip: half of them left to right. dequantise: (k + u)/128 - 1 with uniform u instead of k/127.5 - 1. In batches both
+    follow from (seed, step, place in the batch); elsewhere there are no flips, and u is 1/2.
+
+    Raises ValueError for images that are none, empty or constant.
     """
 
+    most_reference = 10_000
+
     def __init__(
-        self, pixels: Tensor, labels: Tensor | None = None, *, flip: bool = False, dequantise: bool = False
+        self, pixels: Tensor | np.ndarray, labels: Tensor | None = None, *, flip: bool = False, dequantise: bool = False
     ) -> None:
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4:
+        if pixels.dtype not in (torch.uint8, np.uint8) or pixels.ndim != 4:
             raise ValueError(f"images are {pixels.dtype} {tuple(pixels.shape)}; expected uint8 (N, C, H, W)")
-        super().__init__(len(pixels), labels)
-        _refuse_constant(pixels)
-        self.pixels, self.flip, self.dequantise = pixels, flip, dequantise
-        self.data_shape, self.data_range = tuple(pixels.shape[1:]), (0.0, 255.0)
+        super().__init__(pixels, labels)
+        found(_parts(pixels))
+        self.flip, self.dequantise = flip, dequantise
+        self.data_shape = tuple(pixels.shape[1:])
+        # with noise of a step's width added a value stands in the middle of its bin
+        self.values = Values(0.0, 255.0, 1.0, (-0.5, 255.5) if dequantise else (0.0, 255.0))
 
     def take(self, index: Tensor) -> Tensor:
-        return self.pixels[index].float().mul_(1 / 127.5).sub_(1)
+        return self.values.inside(self.kept(index).float())
 
     def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Tensor:
         rows = range(size) if rows is None else rows
-        x = self.pixels[self.indices(seed, step, size, rows)].float()
+        x = self.kept(self.indices(seed, step, size, rows)).float()
         if self.flip:
             flipped = counted("uniform", (1,), rows, seed, step, 6).flatten() < 0.5
             x[flipped] = x[flipped].flip(-1)
         if self.dequantise:
-            return x.add_(counted("uniform", self.data_shape, rows, seed, step, 8)).mul_(1 / 128).sub_(1)
-        return x.mul_(1 / 127.5).sub_(1)
-
-    def reference(self) -> Tensor:
-        # 512 MiB at most
-        count = max(1, min(10_000, 2**27 // math.prod(self.data_shape)))
-        some = torch.arange(0, len(self), -(-len(self) // count))
-        return self.take(some)
+            x.add_(counted("uniform", self.data_shape, rows, seed, step, 8)).sub_(0.5)
+        return self.values.inside(x)
 
 
 class Drawn(Source):

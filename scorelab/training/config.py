@@ -6,6 +6,7 @@ Every key an experiment may set stands in ``default_config``; ml_collections ref
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,9 @@ def default_config() -> ConfigDict:
                 "flip": False,  # half of the images left to right
                 "dequantise": False,  # uniform noise within a grey level
                 "skip_bad": False,  # leave out files that can't be used
-                "cache": "",  # a folder for decoded images that do not fit in memory
+                "cache": "",  # a folder for decoded images and unpacked arrays that do not fit in memory
+                "background": "white",  # the colour behind transparent images, a name or "#rrggbb"
+                "layout": "",  # of arrays: channels_first | channels_last | no_channels; empty: by their shape
                 "workers": 0,  # threads that make batches ahead: where a GPU would wait for them
                 "validation": 0,  # samples kept out of training, for training.validate_every
             },
@@ -169,6 +172,8 @@ class Experiment:
     objective: Denoising
     held_out: Tensor | None = None
     """Samples that training does not see, ``data.validation`` of them."""
+    sigma_data: float = 1.0
+    """Root mean square of the data, which the model was made for."""
 
 
 def choose(value: str, names: tuple[str, ...], key: str) -> str:
@@ -190,7 +195,9 @@ def load_data(config: ConfigDict) -> Source:
     size = tuple(c.size or ())
     if len(size) not in (0, 2) or any(not isinstance(n, int) or n < 1 for n in size):
         raise ValueError(f"data.size is {c.size!r}; expected (height, width), whole numbers, or () for the images' own")
-    files = Files(c.path or "", size, c.grayscale, c.flip, c.dequantise, c.skip_bad, c.cache or "")
+    files = Files(
+        c.path or "", size, c.grayscale, c.flip, c.dequantise, c.skip_bad, c.cache or "", c.background, c.layout
+    )
     return load(c.source, files)
 
 
@@ -264,8 +271,22 @@ def _levels(kind: str, process: Process, sequence: Tensor, sigma_data: float) ->
     )
 
 
-def build(config: ConfigDict) -> Experiment:
+def _warn_of_scale(x0: Tensor, process: Process) -> None:
+    """RuntimeWarning if the largest noise does not cover the data: samples begin as noise alone."""
+    high, std = process.sigma_range[1], float(x0.std()) if x0.numel() < 2**27 else sigma_data_of(x0)
+    if std > high:
+        warnings.warn(
+            f"the data has a standard deviation of {std:.4g}, the largest noise level is {high:.4g}: samples would "
+            "begin far from it; raise process.sigma_max to several times that, or scale the data",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
     """All parts; weights are drawn from ``config.seed`` without touching global random state.
+
+    sigma_data: what a model was made for, where the data may have changed since; None: the data's root mean square.
 
     Raises ValueError for a value that is not known or does not fit, naming the key.
     """
@@ -273,7 +294,9 @@ def build(config: ConfigDict) -> Experiment:
     check_types(config)
     _check_training(config)
     data = load_data(config)
-    sigma_data, process = sigma_data_of(data.reference()), build_process(config)
+    reference, process = data.reference(), build_process(config)
+    _warn_of_scale(reference, process)
+    sigma_data = sigma_data_of(reference) if sigma_data is None else sigma_data
     net = _network(m, data.data_shape, config.seed)
     prediction = (
         edm(sigma_data)
@@ -293,7 +316,7 @@ def build(config: ConfigDict) -> Experiment:
         process,
         prediction,
         data_shape=data.data_shape,
-        data_range=data.data_range,
+        data_range=None if data.values is None else data.values.ends,
         input_scale=scale,
         label=label,
         levels=None if isinstance(process, DiscreteVP) or label != "index" else sequence,
@@ -301,4 +324,4 @@ def build(config: ConfigDict) -> Experiment:
     distribution = _levels(t.sigmas, process, sequence, sigma_data)
     weight = weighting(t.weighting, sigma_data=sigma_data, sigmas=distribution)
     held_out = data.hold_out(config.data.validation) if config.data.validation else None
-    return Experiment(data, model, Denoising(distribution, weight, t.stable_target), held_out)
+    return Experiment(data, model, Denoising(distribution, weight, t.stable_target), held_out, sigma_data)

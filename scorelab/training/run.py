@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ml_collections import ConfigDict
 
 from scorelab import parallel
 from scorelab.checks import check_range
+from scorelab.data import Values
 from scorelab.models import ScoreModel
 from scorelab.training import checkpoint
 from scorelab.training.config import build, default_config
@@ -30,7 +32,7 @@ from scorelab.training.precision import settled_precision
 from scorelab.training.sampling import check_sampling
 from scorelab.training.watch import Watch, keep_until
 
-__all__ = ["Interrupted", "recorded_config", "train"]
+__all__ = ["Interrupted", "recorded_config", "recorded_data", "recorded_values", "train"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -83,7 +85,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any], default: dict[str, An
 
 def _begun(path: Path) -> bool:
     """Whether this is what a run leaves that was killed before it had written its config."""
-    return path.name == "config.writing" or (path.name == "checkpoints" and path.is_dir() and not any(path.iterdir()))
+    if path.name in ("config.writing", "data.writing", "data.json"):
+        return True
+    return path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
 
 
 def recorded_config(workdir: Path) -> dict[str, Any] | None:
@@ -95,13 +99,7 @@ def recorded_config(workdir: Path) -> dict[str, Any] | None:
                 f"{workdir} is not empty and holds no config.json; expected a new directory or a run's own"
             )
         return None
-    try:
-        found = json.loads(settings.read_text())
-    except ValueError as error:
-        raise ValueError(f"{settings} is damaged ({error}); repair it or choose another --workdir") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{settings} holds {found!r}; expected an experiment: repair it or choose another --workdir")
-    return found
+    return _read(settings)
 
 
 def _check_owner(workdir: Path, config: ConfigDict, accept_changes: bool) -> None:
@@ -129,10 +127,53 @@ def _check_owner(workdir: Path, config: ConfigDict, accept_changes: bool) -> Non
             )
 
 
-def _write_config(workdir: Path, config: ConfigDict) -> None:
-    aside = workdir / "config.writing"
-    aside.write_text(json.dumps(_plain(config), indent=1) + "\n")
-    aside.replace(workdir / "config.json")
+def recorded_data(workdir: Path) -> dict[str, Any]:
+    """What a run directory says of its data: its fingerprint, sigma_data, and what its numbers mean; empty if nothing.
+
+    ValueError if it is damaged.
+    """
+    return _read(workdir / "data.json") or {}
+
+
+def recorded_values(workdir: Path) -> Values | None:
+    """What the numbers of a run's data mean; None if that is not recorded."""
+    found = recorded_data(workdir).get("values")
+    if found is None:
+        return None
+    return Values(found["least"], found["most"], found["step"], None if found["ends"] is None else tuple(found["ends"]))
+
+
+def _about_data(trainer: Trainer, workdir: Path, accept_changes: bool) -> dict[str, Any]:
+    """What is to be recorded of the data; ValueError, saying what differs, if the run was trained on other data."""
+    experiment, before = trainer.experiment, recorded_data(workdir)
+    now, values = experiment.data.fingerprint(), experiment.data.values
+    changed = [f"{k}: {before[k]} there, {v} now" for k, v in now.items() if before.get(k, v) != v]
+    changed = ["its " + c.split(":")[0] if len(c) > 100 else c for c in changed]
+    if changed and not accept_changes:
+        raise ValueError(
+            f"{workdir} was trained on other data ({'; '.join(changed)}): choose another --workdir, or go on with this "
+            "data by --accept_changes, the network's scale (sigma_data) staying as it was"
+        )
+    return {**now, "sigma_data": experiment.sigma_data, "values": None if values is None else asdict(values)}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None if there is no such file, ValueError if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); repair it or choose another --workdir") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {found!r}; expected what a run wrote: repair it or choose another --workdir")
+    return found
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    aside = path.with_suffix(".writing")
+    aside.write_text(json.dumps(found, indent=1) + "\n")
+    aside.replace(path)
 
 
 @contextmanager
@@ -167,6 +208,7 @@ def _resume(trainer: Trainer, workdir: Path, accept_changes: bool, held: ExitSta
     config, folder, step = trainer.config, workdir / "checkpoints", -1
     if trainer.rank == 0:
         _check_owner(workdir, config, accept_changes)
+        about = _about_data(trainer, workdir, accept_changes)
         # it is made before config.json is written
         gone = recorded_config(workdir) is not None and not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +229,8 @@ def _resume(trainer: Trainer, workdir: Path, accept_changes: bool, held: ExitSta
     if step >= 0:
         trainer.restore(checkpoint.place_of(folder, step))
     if trainer.rank == 0:
-        _write_config(workdir, config)
+        _write(workdir / "data.json", about)
+        _write(workdir / "config.json", _plain(config))
 
 
 def train(
@@ -204,16 +247,17 @@ def train(
     with _Signals() as signals, ExitStack() as held:
         device = parallel.join()
         recorded = recorded_config(workdir)
-        experiment = build(config)
+        known = recorded_data(workdir)
+        experiment = build(config, sigma_data=known.get("sigma_data"))
         experiment.model.to(device)
         if config.training.precision == "auto":
             # a run keeps the precision that it was begun in
-            known = (recorded or {}).get("training", {}).get("precision")
-            config.training.precision = known or settled_precision("auto", experiment.model)
+            begun = (recorded or {}).get("training", {}).get("precision")
+            config.training.precision = begun or settled_precision("auto", experiment.model)
         if config.training.sample_every:
             check_sampling(config, experiment.model)
         trainer = Trainer(experiment, config)
-        if experiment.data.data_range is not None:
+        if experiment.model.data_range is not None:
             check_range(trainer.batches.data.batch(config.seed, 0, config.training.batch_size), (-1.0, 1.0), "batch 0")
         _resume(trainer, workdir, accept_changes, held)
         watch = Watch(trainer, workdir, progress)

@@ -186,7 +186,7 @@ class Watch:
         if not are_images(tuple(x.shape[1:])):
             np.savez_compressed(folder / f"step_{step:08d}.npz", samples=x.cpu().numpy())
             return
-        picture = tiled(x)
+        picture = tiled(x, self.trainer.experiment.data.values)
         Image.fromarray(picture).save(folder / f"step_{step:08d}.png")
         if self._events is not None:
             self._events.add_image("samples", picture, step, dataformats="HW" if picture.ndim == 2 else "HWC")

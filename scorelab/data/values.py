@@ -1,0 +1,73 @@
+"""What the numbers of a data set mean, and the one pair of maps between them and what a model sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from scorelab.typing import Tensor
+
+__all__ = ["Values", "found"]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Numbers from ``least`` to ``most``, ``step`` apart (0: any between), of which ``ends`` become -1 and 1 inside.
+
+    ends None: inside they are as they are outside. Bytes are (0, 255, 1) with ends (0, 255), or, dequantised by uniform
+    noise of a step's width, with ends (-0.5, 255.5): inside, value k then stands in the middle of its bin.
+    """
+
+    least: float
+    most: float
+    step: float = 0.0
+    ends: tuple[float, float] | None = None
+
+    @property
+    def scale(self) -> float:
+        """Inside units for one outside."""
+        return 1.0 if self.ends is None else 2 / (self.ends[1] - self.ends[0])
+
+    @property
+    def spacing(self) -> float:
+        """``step`` in inside units."""
+        return self.step * self.scale
+
+    def inside(self, x: Tensor) -> Tensor:
+        """What a model sees of numbers outside."""
+        return x if self.ends is None else torch.sub(x, self.ends[0]).mul_(self.scale).sub_(1)
+
+    def outside(self, x: Tensor) -> Tensor:
+        """The numbers that a model's samples stand for, within ``least`` and ``most`` if these are the data's ends."""
+        if self.ends is None:
+            return x
+        return ((x.clamp(-1, 1) + 1) / self.scale + self.ends[0]).clamp(self.least, self.most)
+
+    def bytes(self, x: Tensor) -> Tensor:
+        """uint8, 0 at ``least`` and 255 at ``most``, of numbers inside; rounded."""
+        share = (self.outside(x.float()) - self.least) / (self.most - self.least)
+        return (255 * share.clamp(0, 1)).round().to(torch.uint8)
+
+
+def found(parts: Iterable[Tensor]) -> Values:
+    """The range of a data set, given in parts of its rows; step 1 where all are whole numbers.
+
+    Raises ValueError for numbers that are not finite (naming the sample) or all the same.
+    """
+    least, most, whole, before = torch.inf, -torch.inf, True, 0
+    for part in parts:
+        low, high = (float(v) for v in part.aminmax())
+        # infinity and NaN show at one of the ends
+        if not -torch.inf < low <= high < torch.inf:
+            bad = ~torch.isfinite(part).flatten(1).all(1)
+            raise ValueError(
+                f"data is not finite at sample {before + int(bad.nonzero()[0])}; expected finite numbers: remove or "
+                "repair these"
+            )
+        least, most, before = min(least, low), max(most, high), before + len(part)
+        whole = whole and (not part.is_floating_point() or bool((part == part.round()).all()))
+    if least == most:
+        raise ValueError(f"the data set is constant, every value is {least:g}: check its source and scaling")
+    return Values(least, most, 1.0 if whole else 0.0)

@@ -37,8 +37,8 @@ def settled_precision(name: str, model: ScoreModel) -> str:
     A CPU without such instructions makes 2 images a second in bf16 where fp32 makes 33 (28x28, 4 million weights, AVX2,
     2 cores). On CPUs with them oneDNN reads unwritten memory in the weight gradients of convolutions over images that
     are 1 or 2 long in some direction (relative errors from 7 to infinity, where fp32 has 1e-7): conv3d at depth 2,
-    stride 2 at a last size of 1. Of 4,464 convolutions in 1-D to 3-D on a CPU with AMX (PyTorch 2.13) 244 were wrong,
-    some in their output or the gradient of x, all of them at a size of 1. "auto" is fp32 there, and "bf16" a ValueError.
+    stride 2 at a last size of 1. Of 4,464 small convolutions on a CPU with AMX (PyTorch 2.13) 244 results were wrong,
+    some in outputs or gradients of x, all at a size of 1. "auto" is fp32 there, and "bf16" a ValueError.
     """
     if name not in _NAMES:
         raise ValueError(f"training.precision is {name!r}; {nearest_name(name, _NAMES)}")

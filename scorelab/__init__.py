@@ -1,6 +1,6 @@
 """scorelab: score-based generative modelling around one function, score(x, sigma) = grad_x log p(x; sigma)."""
 
-from scorelab import distributions, losses, nn, predictions, processes, samplers, sigmas
+from scorelab import distributions, losses, nn, predictions, processes, samplers, sigmas  # noqa: F401
 from scorelab.adapters import broadcast, clipped, from_denoiser, from_eps, from_time_score
 from scorelab.evaluation import check_score
 from scorelab.likelihood import LogLikelihood, bits_per_dim, log_likelihood, sample_log_prob, variational_bound
@@ -13,6 +13,7 @@ from scorelab.typing import ScoreFn
 
 __version__ = "0.1.0"
 
+# "nn" is left out: a star import must not hide torch's
 __all__ = [
     "VE",
     "VP",
@@ -38,7 +39,6 @@ __all__ = [
     "from_time_score",
     "log_likelihood",
     "losses",
-    "nn",
     "predictions",
     "processes",
     "sample",

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from scorelab import processes
 from scorelab.checks import broadcast, check_batch, check_sigmas, widened
@@ -26,6 +28,7 @@ from scorelab.nn import NETWORKS
 from scorelab.predictions import EPS, PREDICTIONS, X0, Prediction, V, coefficients, edm
 from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP
 from scorelab.typing import ScoreFn, Shape, Tensor
+from scorelab.writing import whole
 
 __all__ = ["Conditioned", "Constant", "LogSigma", "ScoreModel", "UnitVariance", "process_from_dict", "process_to_dict"]
 
@@ -170,7 +173,16 @@ class ScoreModel(nn.Module):
             scale = self.input_scale(sigma)
         label = self._label(sigma).expand(len(x))
         scaled = (scale.reshape(level.shape) * x).to(x.dtype)
-        output: Tensor = self.net(scaled, label) if condition is None else self.net(scaled, label, condition)
+        try:
+            output: Tensor = self.net(scaled, label) if condition is None else self.net(scaled, label, condition)
+        except RuntimeError as error:
+            own = next((p.dtype for p in self.parameters()), x.dtype)
+            if x.dtype == own or torch.is_autocast_enabled(x.device.type):
+                raise
+            raise TypeError(
+                f"x is {x.dtype}, the network's weights are {own}, and it fails on that ({error}); pass x.to({own}), "
+                f"or convert the model with .to({x.dtype})"
+            ) from error
         if output.shape != x.shape:
             raise ValueError(
                 f"the network returned shape {tuple(output.shape)} for input {tuple(x.shape)}; expected the same shape"
@@ -213,10 +225,11 @@ class ScoreModel(nn.Module):
 
     def to_dict(self) -> dict[str, Any]:
         """All settings but the weights, as JSON can hold them; ValueError for a callable or prediction of one's own."""
-        known = type(self.net).__name__ if type(self.net) in NETWORKS.values() else None
+        net = unwrapped(self.net)
+        known = type(net).__name__ if type(net) in NETWORKS.values() else None
         return {
             "format": 1,
-            "net": None if known is None else {"name": known, **self.net.config},  # type: ignore[dict-item]
+            "net": None if known is None else {"name": known, **net.config},  # type: ignore[dict-item]
             "process": process_to_dict(self.process),
             "prediction": _prediction_name(self.prediction),
             "data_shape": list(self.data_shape),
@@ -229,14 +242,20 @@ class ScoreModel(nn.Module):
         }
 
     def save(self, path: str | Path) -> None:
-        """Write ``model.json`` and ``model.safetensors`` into the directory ``path``."""
+        """Write ``model.json`` and ``model.safetensors`` into the directory ``path``.
+
+        The network is saved without what torch.compile or DataParallel wrap around it, shared weights under each of
+        their names. Raises ValueError for a process, prediction or function of one's own.
+        """
         folder = Path(path)
-        settings = json.dumps(self.to_dict(), indent=1)
+        settings, state = json.dumps(self.to_dict(), indent=1), unwrapped(self.net).state_dict()
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "model.json").write_text(settings + "\n")
-        save_file(
-            {k: v.detach().contiguous().cpu() for k, v in self.net.state_dict().items()}, folder / "model.safetensors"
-        )
+        with whole(folder / "model.safetensors") as aside:
+            # shared weights are written under each of their names
+            apart = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+            save_file(apart, aside)
+        with whole(folder / "model.json") as aside:
+            aside.write_text(settings + "\n")
 
     @classmethod
     def load(cls, path: str | Path, net: nn.Module | None = None, *, weights: str = "model.safetensors") -> ScoreModel:
@@ -251,8 +270,19 @@ class ScoreModel(nn.Module):
                 raise ValueError(
                     f"{folder} holds no {name}; expected a directory written by ScoreModel.save or training"
                 )
-        model = cls.from_dict(json.loads((folder / "model.json").read_text()), net)
-        _load_weights(model.net, load_file(folder / weights), folder / weights)
+        try:
+            settings = json.loads((folder / "model.json").read_text())
+            if not isinstance(settings, dict):
+                raise TypeError(f"it holds {settings!r}")
+            model = cls.from_dict(settings, net)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            said = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{folder / 'model.json'} can't be used ({said}): save the model again") from error
+        try:
+            state = load_file(folder / weights)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder / weights} is damaged ({error}): save the model again") from error
+        _load_weights(unwrapped(model.net), state, folder / weights)
         return model.eval()
 
     @classmethod
@@ -307,20 +337,34 @@ class Conditioned:
         return self if len(self.condition) == 1 else Conditioned(self.model, self.condition[index])
 
 
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The network inside torch.compile's and DataParallel's wrappers."""
+    while True:
+        if isinstance(net, (nn.DataParallel, DistributedDataParallel)):
+            net = net.module
+        elif isinstance(inner := getattr(net, "_orig_mod", None), nn.Module):
+            net = inner
+        else:
+            return net
+
+
 def process_to_dict(process: Process) -> dict[str, Any]:
     """A process as JSON can hold it."""
     name = type(process).__name__
-    if isinstance(process, DiscreteVP):
+    if type(process) is DiscreteVP:
         return {"name": name, "betas": process.betas.tolist()}
-    if isinstance(process, (VE, VP, SubVP, Cosine, Flow)):
-        return {"name": name, **dataclasses.asdict(process)}
+    if type(process) in (VE, VP, SubVP, Cosine, Flow):
+        return {"name": name, **dataclasses.asdict(process)}  # type: ignore[call-overload]
     raise ValueError(f"{name} is not one of scorelab's processes and cannot be saved")
 
 
 def process_from_dict(settings: dict[str, Any]) -> Process:
     """The process of ``process_to_dict``."""
     arguments = {k: v for k, v in settings.items() if k != "name"}
-    return getattr(processes, settings["name"])(**arguments)  # type: ignore[no-any-return]
+    made = getattr(processes, str(settings["name"]), None)
+    if made not in (VE, VP, SubVP, Cosine, Flow, DiscreteVP):
+        raise ValueError(f"unknown process {settings['name']!r}")
+    return made(**arguments)  # type: ignore[no-any-return]
 
 
 def _prediction_name(prediction: Prediction) -> str:

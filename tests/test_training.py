@@ -54,6 +54,13 @@ def small(steps: int = 6, **changes):
     for key, value in changes.items():
         group, name = key.split("__")
         c[group][name] = value
+    # what a part does not read is refused
+    default = default_config()
+    if c.model.net == "mlp":
+        for name in ("blocks", "multipliers", "dropout"):
+            c.model[name] = default.model[name]
+    if c.process.name != "ve":
+        c.process.sigma_max = default.process.sigma_max
     return c
 
 
@@ -299,11 +306,11 @@ def test_another_experiments_directory_is_refused_and_left_alone(tmp_path):
     train(small(3), tmp_path, progress=False)  # going on for longer is no other experiment
     # nor is a setting that did not exist when the run began, at its default
     settings = json.loads((tmp_path / "config.json").read_text())
-    del settings["optim"]["decay_from"], settings["training"]["fsdp"]
+    del settings["optim"]["warmup"], settings["training"]["fsdp"]
     (tmp_path / "config.json").write_text(json.dumps(settings))
     train(small(4), tmp_path, progress=False)
-    with pytest.raises(ValueError, match=r"optim.decay_from: 10000 there, 5 now.*--accept_changes"):
-        train(small(5, optim__decay_from=5), tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"optim.warmup: 100 there, 5 now.*--accept_changes"):
+        train(small(5, optim__warmup=5), tmp_path, progress=False)
     train(small(5, optim__lr=0.1), tmp_path, progress=False, accept_changes=True)
     assert json.loads((tmp_path / "config.json").read_text())["optim"]["lr"] == 0.1
     assert rows(tmp_path)[-1]["step"] == 5
@@ -311,7 +318,7 @@ def test_another_experiments_directory_is_refused_and_left_alone(tmp_path):
     options = {"model__label": "index", "sampling__levels": 6}
     indexed = tmp_path.parent / "indexed"
     train(small(2, **options), indexed, progress=False)
-    train(small(3, sampling__eta=0.5, **options), indexed, progress=False)
+    train(small(3, sampling__sampler="ddim", sampling__eta=0.5, **options), indexed, progress=False)
     with pytest.raises(ValueError, match="sampling.levels: 6 there, 7 now"):
         train(small(4, **{**options, "sampling__levels": 7}), indexed, progress=False)
     # what it wrote is not begun over when its checkpoints are gone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -46,7 +47,7 @@ def calibrate_run(workdir: Path, out: Path, *, nfe: int, method: str, starts: in
     return (
         f"{out}: {nfe} evaluations on step {found}, held-out error {r['held_out_error']:.3g} against "
         f"{r['uncalibrated_held_out_error']:.3g} of Adams-Bashforth, fitted in {r['seconds']:.0f} s; "
-        f"use it with: scorelab sample --workdir {workdir} --sampler {out}"
+        f"use it with: scorelab sample --workdir {quote(str(workdir))} --sampler {quote(str(out))}"
     )
 
 

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from scorelab.training import Trainer, build
+from scorelab.training.precision import check_compiler
 from scorelab.training.sampling import check_sampling
 
 __all__ = ["activation_bytes", "dry_run"]
@@ -45,9 +46,11 @@ def dry_run(config: ConfigDict) -> str:
     if config.training.sample_every:
         check_sampling(config, model)
     # all that training would refuse
+    if config.training.compile:
+        check_compiler(model.device)
     config.training.compile = config.training.fsdp = False
     config.data.workers = 0
-    Trainer(experiment, config)
+    Trainer(experiment, config).rehearse()
     count = sum(p.numel() for p in model.parameters())
     t = config.training
     activations = activation_bytes(model.net, model.data_shape, t.batch_size // t.accumulate)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import io
 import os
 import platform
+import runpy
 import signal
 import sys
+import traceback
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from absl import flags
@@ -24,7 +27,7 @@ from scorelab.checks import nearest_name
 __all__ = ["main"]
 
 _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir runs/x [--config.optim.lr=1e-3] [--dry_run]
-                       [--accept_changes]
+                       [--accept_changes] [--step STEP]
        scorelab sample --workdir runs/x [--n 64] [--seed 0] [--out FILE.png|FILE.npz|DIRECTORY] [--sampler FILE.json]
                        [--step STEP] [--weights ema|model|ema_0.9999|ema_power_0.1]
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
@@ -35,6 +38,10 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when it is done, 2 for input that can't be used, 130 when interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        # a locale without the letters of a path must not end a command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
         "sample": _sample,
@@ -90,47 +97,66 @@ def _parse(arguments: list[str], values: flags.FlagValues) -> None:
         raise ValueError(f"unexpected argument {rest[0]!r}; options are written --name=value")
 
 
-def _check_config_file(arguments: list[str]) -> None:
-    """Refuse a config that is no Python file with a ``get_config``, before ml_collections stumbles over it."""
-    given = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
-    given += [b for a, b in pairwise(arguments) if a == "--config"]
-    for name in given:
-        path = Path(name.split(":")[0])
-        if not path.is_file():
-            raise ValueError(f"--config: there is no file {path}; expected a Python file, e.g. configs/digits/ncsn.py")
-        try:
-            tree = ast.parse(path.read_text())
-        except (SyntaxError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config: {path} is no Python file ({error})") from error
-        if not any(isinstance(node, ast.FunctionDef) and node.name == "get_config" for node in tree.body):
-            raise ValueError(
-                f"--config: {path} has no get_config(); expected a function that returns "
-                "scorelab.training.default_config() with the experiment's own values"
-            )
+def _config_file(arguments: list[str]) -> tuple[ConfigDict, list[str]]:
+    """The experiment of the file that --config names, as it stands there, and the other arguments."""
+    name, rest, given = "", [], iter(arguments)
+    for argument in given:
+        if argument == "--config":
+            name = next(given, "")
+        elif argument.startswith("--config="):
+            name = argument.split("=", 1)[1]
+        else:
+            rest.append(argument)
+    if not name:
+        raise ValueError("--config is missing; expected a config file, e.g. --config configs/digits/ncsn.py")
+    path, wanted = Path(name).expanduser(), []
+    if not path.is_file() and ":" in name:
+        # file.py:word hands the word to get_config
+        path, wanted = Path(name.rpartition(":")[0]).expanduser(), [name.rpartition(":")[2]]
+    if not path.is_file():
+        raise ValueError(f"--config: there is no file {path}; expected a Python file, e.g. configs/digits/ncsn.py")
+    # modules beside it can be imported
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        config = runpy.run_path(str(path)).get("get_config")
+        config = config(*wanted) if callable(config) else config
+    except SyntaxError as error:
+        raise ValueError(f"--config: {path} is no Python file ({error})") from error
+    except Exception as error:
+        line = next(
+            (f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), 0
+        )
+        said = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise ValueError(f"--config: {path}, line {line}: {type(error).__name__}: {said}") from error
+    if not isinstance(config, ConfigDict):
+        got = "has no get_config()" if config is None else f"gives {type(config).__name__}"
+        raise ValueError(
+            f"--config: {path} {got}; expected a function get_config() that returns "
+            "scorelab.training.default_config() with the experiment's own values"
+        )
+    return config, rest
 
 
 def _train(arguments: list[str]) -> None:
-    _check_config_file(arguments)
+    config, rest = _config_file(arguments)
+    _check_keys(rest)
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
-    holder = config_flags.DEFINE_config_file(
-        "config", None, "the experiment, a Python file", flag_values=values, sys_argv=["scorelab", *arguments[1:]]
-    )
+    holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["scorelab", *rest[1:]])
     flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
-    flags.DEFINE_bool("accept_changes", False, "go on with settings that differ from the run's", flag_values=values)
+    flags.DEFINE_integer("step", 0, "the checkpoint to go on from", flag_values=values)
+    flags.DEFINE_bool("accept_changes", False, "go on with settings or data other than the run's", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print the experiment and its cost, and train nothing", flag_values=values)
-    _check_keys(arguments)
     # ml_collections takes None for the text of a number
-    nothing = [a for a in arguments if a.startswith("--config.") and a.endswith("=None")]
-    _parse([a for a in arguments if a not in nothing], values)
+    nothing = [a for a in rest if a.startswith("--config.") and a.endswith("=None")]
+    _parse([a for a in rest if a not in nothing], values)
     config = holder.value
-    if config is None:
-        raise ValueError("--config is missing; expected a config file, e.g. --config configs/digits/ncsn.py")
     with config.ignore_type():
         for argument in nothing:
             config.update_from_flattened_dict({argument[len("--config.") : -len("=None")]: None})
     from scorelab import parallel
     from scorelab.cli.dry_run import dry_run
     from scorelab.training import train
+    from scorelab.training.checkpoint import last_step
 
     _keep_freed_memory()
     if values["dry_run"].value:
@@ -138,11 +164,10 @@ def _train(arguments: list[str]) -> None:
         return
     if not values["workdir"].value:
         raise ValueError("--workdir is missing; expected a directory for the run, e.g. --workdir runs/digits")
-    train(config, values["workdir"].value, accept_changes=bool(values["accept_changes"].value))
+    workdir, step = _workdir(values), int(values["step"].value or 0)
+    train(config, workdir, accept_changes=bool(values["accept_changes"].value), step=step or None)
     if parallel.world()[0] == 0:
-        print(
-            f"trained to step {config.training.steps}; sample with: scorelab sample --workdir {values['workdir'].value}"
-        )
+        print(f"trained to step {last_step(workdir)}; sample with: scorelab sample --workdir {quote(str(workdir))}")
 
 
 def _keep_freed_memory() -> None:
@@ -196,15 +221,16 @@ def _sample(arguments: list[str]) -> None:
     n, seed, step = (int(values[name].value or 0) for name in ("n", "seed", "step"))
     if n < 0 or values["n"].value == 0:
         raise ValueError(f"--n is {n}; expected a positive number of samples, or none for the experiment's own")
-    sampler = Path(values["sampler"].value) if values["sampler"].value else None
-    if values["out"].value:
-        check_out(Path(values["out"].value))
+    sampler = Path(values["sampler"].value).expanduser() if values["sampler"].value else None
+    out = Path(values["out"].value).expanduser() if values["out"].value else None
+    if out is not None and os.environ.get("RANK", "0") == "0":
+        check_out(out)
     weights = str(values["weights"].value)
     run = sample_run(workdir, n=n, seed=seed, step=step, weights=weights, sampler=sampler)
     name = (
         f"drawn_{run.step:08d}" + (f"_{weights}" if weights != "ema" else "") + (f"_{sampler.stem}" if sampler else "")
     )
-    out = Path(values["out"].value) if values["out"].value else workdir / "samples" / f"{name}.png"
+    out = out or workdir / "samples" / f"{name}.png"
     if parallel.world()[0] == 0:
         print(write_samples(run, out))
 
@@ -212,7 +238,7 @@ def _sample(arguments: list[str]) -> None:
 def _workdir(values: flags.FlagValues) -> Path:
     if not values["workdir"].value:
         raise ValueError("--workdir is missing; expected the directory of a run, e.g. --workdir runs/digits")
-    return Path(str(values["workdir"].value))
+    return Path(str(values["workdir"].value)).expanduser()
 
 
 def _run_flags(numbers: dict[str, int | None], texts: dict[str, str | None]) -> flags.FlagValues:
@@ -230,9 +256,11 @@ def _calibrate(arguments: list[str]) -> None:
     _parse(arguments, values)
     workdir = _workdir(values)
     from scorelab.cli.analysis import calibrate_run
+    from scorelab.writing import check_writable
 
     nfe, starts, seed, step = (int(values[name].value or 0) for name in ("nfe", "starts", "seed", "step"))
-    out = Path(values["out"].value or workdir / f"sampler_{nfe}.json")
+    out = Path(values["out"].value or workdir / f"sampler_{nfe}.json").expanduser()
+    check_writable(out)
     print(calibrate_run(workdir, out, nfe=nfe, method=str(values["method"].value), starts=starts, seed=seed, step=step))
 
 

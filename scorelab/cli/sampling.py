@@ -20,6 +20,7 @@ from scorelab.plotting.pictures import are_images, picture_bytes, tiled
 from scorelab.training import Snapshot, checkpoint, reconstruct, sample_model
 from scorelab.training.run import recorded_config, recorded_values
 from scorelab.typing import Tensor
+from scorelab.writing import check_writable, whole
 
 __all__ = ["RunSamples", "check_out", "load_run", "sample_run", "write_samples"]
 
@@ -116,9 +117,12 @@ def _values(workdir: Path, model: ScoreModel) -> Values | None:
 
 
 def check_out(out: Path) -> None:
-    """Refuse a file of another kind, before samples are drawn for it."""
+    """Refuse what can't be written, before samples are drawn for it: files of another kind, directories in use."""
     if out.suffix not in ("", ".png", ".npz"):
         raise ValueError(f"--out is {out}; expected .png, .npz, or a directory for single PNGs")
+    if not out.suffix and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out is {out}, which is there and not empty; expected a new directory, or an empty one")
+    check_writable(out if out.suffix else out / "000000.png")
 
 
 def write_samples(run: RunSamples, out: Path) -> str:
@@ -129,13 +133,16 @@ def write_samples(run: RunSamples, out: Path) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
         x = run.x if run.values is None else run.values.outside(run.x)
-        np.savez_compressed(out, samples=x.cpu().numpy())
+        with whole(out) as aside, aside.open("wb") as file:
+            np.savez_compressed(file, samples=x.cpu().numpy())
     elif not images:
         raise ValueError(f"samples of shape {run.model.data_shape} are no images; write them to a .npz file")
     elif out.suffix == ".png":
-        Image.fromarray(tiled(run.x, run.values)).save(out)
+        with whole(out) as aside:
+            Image.fromarray(tiled(run.x, run.values)).save(aside, "PNG")
     else:
         out.mkdir(exist_ok=True)
         for i, picture in enumerate(picture_bytes(run.x, run.values)):
-            Image.fromarray(picture).save(out / f"{i:06d}.png")
+            with whole(out / f"{i:06d}.png") as aside:
+                Image.fromarray(picture).save(aside, "PNG")
     return f"{len(run.x)} samples of step {run.step}: {out}"

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import warnings
 import zipfile
 import zlib
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+
+from scorelab.writing import whole
 
 __all__ = ["IN_MEMORY", "LAYOUTS", "Files", "Listing", "decode", "fitted", "fitted_row", "white_of"]
 
@@ -60,7 +61,7 @@ class Files:
         """The path, which must exist."""
         if not self.path:
             raise ValueError("data.path is empty; expected the file or folder to read")
-        place = Path(self.path)
+        place = Path(self.path).expanduser()
         if not place.exists():
             raise ValueError(f"data.path: there is no {place}; expected an existing file or folder")
         return place
@@ -242,13 +243,13 @@ def _cached(listing: Listing, files: Files) -> tuple[np.ndarray, list[str]]:
     names = list(listing.names)
     what = [listing.where, names, listing.stamp, files.size, files.grayscale, files.skip_bad, files.background]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    folder = Path(files.cache)
+    folder = Path(files.cache).expanduser()
     place, about = folder / f"{key}.u8", folder / f"{key}.json"
     found = _whole(place, about)
     if found is None:
         folder.mkdir(parents=True, exist_ok=True)
-        aside, kept, shape = folder / f"{key}.{os.getpid()}", [], ()
-        try:
+        kept, shape = [], ()
+        with whole(place) as aside:
             with aside.open("wb") as file:
                 for name, row in _pixels(listing, files):
                     file.write(np.ascontiguousarray(row).data)
@@ -256,13 +257,10 @@ def _cached(listing: Listing, files: Files) -> tuple[np.ndarray, list[str]]:
                     shape = row.shape
             if not kept:
                 raise _none_read(listing)
-            aside.replace(place)
-            # last, and whole: without it the images are decoded again
-            found = {"shape": [len(kept), *shape], "names": kept}
+        # last, and whole: without it the images are decoded again
+        found = {"shape": [len(kept), *shape], "names": kept}
+        with whole(about) as aside:
             aside.write_text(json.dumps(found))
-            aside.replace(about)
-        finally:
-            aside.unlink(missing_ok=True)
     return np.memmap(place, np.uint8, "r", shape=tuple(found["shape"])), found["names"]
 
 

@@ -29,6 +29,7 @@ from scorelab.checks import nearest_name
 from scorelab.data.decoding import IN_MEMORY, Files, Listing, decode, fitted, fitted_row, white_of
 from scorelab.data.sources import Arrays, Drawn, Images, Source, digits
 from scorelab.distributions import TARGETS, target
+from scorelab.writing import whole
 
 __all__ = ["FORMATS", "Files", "load", "read_idx"]
 
@@ -160,7 +161,7 @@ def _archived(archive: np.lib.npyio.NpzFile, files: Files) -> tuple[np.ndarray, 
                 f"it holds {', '.join(archive.files)}; expected the data under images, samples, x0, data or arr_0"
             )
         labels = archive["labels"] if "labels" in archive.files else None
-        return _unpacked(files.place, key, Path(files.cache)) if files.cache else archive[key], labels
+        return _unpacked(files.place, key, Path(files.cache).expanduser()) if files.cache else archive[key], labels
 
 
 def _unpacked(place: Path, key: str, cache: Path) -> np.ndarray:
@@ -172,13 +173,8 @@ def _unpacked(place: Path, key: str, cache: Path) -> np.ndarray:
         member = archive.getinfo(f"{key}.npy")
         if not copy.is_file() or copy.stat().st_size != member.file_size:
             cache.mkdir(parents=True, exist_ok=True)
-            aside = cache / f"{copy.name}.{os.getpid()}"
-            try:
-                with archive.open(member) as packed, aside.open("wb") as file:
-                    shutil.copyfileobj(packed, file, 2**20)
-                aside.replace(copy)
-            finally:
-                aside.unlink(missing_ok=True)
+            with whole(copy) as aside, archive.open(member) as packed, aside.open("wb") as file:
+                shutil.copyfileobj(packed, file, 2**20)
     found: np.ndarray = np.load(copy, mmap_mode="r", allow_pickle=False)
     return found
 

@@ -7,6 +7,8 @@ import html
 import json
 from pathlib import Path
 
+from scorelab.writing import whole
+
 __all__ = ["Section", "write_page"]
 
 Section = tuple[str, str, list["Path | bytes"], object]
@@ -70,8 +72,10 @@ def write_page(path: Path, title: str, sections: list[Section]) -> Path:
         shown = "".join(_picture(p, len(pictures) > 1 and isinstance(p, Path)) for p in pictures)
         table = f"<details><summary>numbers</summary>{_numbers(numbers)}</details>" if numbers is not None else ""
         parts.append(f"<h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>{shown}{table}")
-    path.write_text(
+    page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style><body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"
     )
+    with whole(path) as aside:
+        aside.write_text(page, encoding="utf-8")
     return path

@@ -19,6 +19,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from scorelab.checks import call, check_batch, check_finite, check_known, check_output, check_sigmas, level, rows
 from scorelab.noise import Noise, PerSampleNoise
@@ -112,6 +114,24 @@ class _Half:
         return _Half(restricted, self.dtype)
 
 
+def warn_of_training(score: object) -> None:
+    """RuntimeWarning of a network left in training mode, where that changes what it computes: dropout, batch norm."""
+    while score is not None and not isinstance(score, nn.Module):
+        # what a score is made of: an adapter's function, a condition's model, a bound method's object
+        score = next(
+            (part for name in ("fn", "model", "score", "__self__") if (part := getattr(score, name, None))), None
+        )
+    for module in () if score is None else score.modules():
+        if module.training and (isinstance(module, _BatchNorm) or float(getattr(module, "p", 0) or 0) > 0):
+            warnings.warn(
+                f"the network is in training mode, so its {type(module).__name__} is at work; expected model.eval() "
+                "before sampling and densities",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return
+
+
 class Counted:
     """The user's score with its output checked and its evaluations counted; what is returned holds until the next call,
     which may overwrite it (a CUDA graph, a compiled network): who keeps it longer makes a copy.
@@ -121,6 +141,7 @@ class Counted:
     """
 
     def __init__(self, score: ScoreFn, denoised: bool = False) -> None:
+        warn_of_training(score)
         self.score, self.denoised = score, denoised
         self.levels: dict[float, Tensor] = {}
         self.nfe = 0

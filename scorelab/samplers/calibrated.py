@@ -39,6 +39,7 @@ from scorelab.samplers.fingerprint import Fingerprint
 from scorelab.samplers.multistep import adams_weights, combine
 from scorelab.samplers.ode import RK4
 from scorelab.typing import ScoreFn, Tensor
+from scorelab.writing import whole
 
 __all__ = ["Calibrated", "calibrate"]
 
@@ -99,9 +100,8 @@ class Calibrated(Sampler):
         """Write one JSON file."""
         mark = None if self.fingerprint is None else self.fingerprint.text()
         text = {"format": _FORMAT, "sigmas": self.sigmas, "weights": self.weights, "report": self.report}
-        aside = Path(path).with_name(Path(path).name + ".writing")
-        aside.write_text(json.dumps({**text, "fingerprint": mark}, indent=1) + "\n")
-        aside.replace(path)
+        with whole(Path(path)) as aside:
+            aside.write_text(json.dumps({**text, "fingerprint": mark}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Calibrated:

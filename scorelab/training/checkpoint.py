@@ -36,7 +36,13 @@ def _digest(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Put a file or folder on the disk itself; Windows opens no folders, and syncs only what it may write."""
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() or os.name == "posix" else os.O_RDWR)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(handle)
     finally:
@@ -129,6 +135,24 @@ def latest(folder: Path) -> Path | None:
     """The checkpoint of the highest step, None if there is none."""
     found = places(folder)
     return found[-1] if found else None
+
+
+def last_step(workdir: Path) -> int:
+    """The step of a run directory's last checkpoint, 0 if it has none."""
+    found = latest(workdir / "checkpoints")
+    return 0 if found is None else int(found.name[5:])
+
+
+def go_back(folder: Path, step: int) -> None:
+    """Set the checkpoints after a step aside, as ``aside_step_...``; ValueError if there is none of that step."""
+    steps = [int(p.name[5:]) for p in places(folder)]
+    if step not in steps:
+        raise ValueError(f"{folder} has no checkpoint of step {step}; there: {', '.join(map(str, steps)) or 'none'}")
+    for place in places(folder):
+        if int(place.name[5:]) > step:
+            kept = folder / f"aside_{place.name}"
+            shutil.rmtree(kept, ignore_errors=True)
+            place.rename(kept)
 
 
 def sound(folder: Path) -> Path | None:

@@ -125,6 +125,58 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
+_FILES = ("idx", "mnist", "fashion_mnist", "cifar10", "arrays", "folder", "zip", ":")
+_IMAGES = ("folder", "zip", ":")
+_USED = {
+    "data.path": ("data.source", _FILES),
+    "data.size": ("data.source", _FILES),
+    "data.grayscale": ("data.source", _FILES),
+    "data.flip": ("data.source", _FILES),
+    "data.dequantise": ("data.source", _FILES),
+    "data.skip_bad": ("data.source", ("folder", "zip")),
+    "data.cache": ("data.source", ("folder", "zip", "arrays")),
+    "data.background": ("data.source", _IMAGES),
+    "data.layout": ("data.source", ("arrays", "idx", "mnist", ":")),
+    **{
+        f"model.{key}": ("model.net", ("unet",))
+        for key in ("label", "input_scale", "multipliers", "blocks", "attention", "head", "dropout")
+    },
+    **{f"model.{key}": ("model.net", ("mlp",)) for key in ("depth", "features")},
+    **{f"process.{key}": ("process.name", ("ve",)) for key in ("sigma_min", "sigma_max")},
+    **{f"process.{key}": ("process.name", ("vp", "subvp")) for key in ("beta_min", "beta_max")},
+    "process.steps": ("process.name", ("ddpm", "ddpm_cosine")),
+    "optim.decay_from": ("optim.schedule", ("inverse_sqrt",)),
+    "sampling.eta": ("sampling.sampler", ("ddim",)),
+    "sampling.variance": ("sampling.sampler", ("ancestral",)),
+    **{f"sampling.{key}": ("sampling.sampler", ("annealed_langevin",)) for key in ("steps", "step_size")},
+    **{
+        f"sampling.{key}": ("sampling.grid", ("karras", "geometric", "log_linear"))
+        for key in ("sigma_min", "sigma_max")
+    },
+}
+"""Settings that some choices leave unused: by which setting, and for which of its values they are read (":" for a torch
+data set)."""
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value or None if value in ((), "", None) else value
+
+
+def _check_used(config: ConfigDict) -> None:
+    """Refuse (ValueError) a setting with a value of its own that what was chosen does not read."""
+    default = default_config()
+    for name, (choice, readers) in _USED.items():
+        (part, key), (above, chooser) = name.split("."), choice.split(".")
+        value, chosen = config[part][key], config[above][chooser]
+        if _plain(value) == _plain(default[part][key]) or chosen in readers or (":" in readers and ":" in chosen):
+            continue
+        reading = ", ".join(repr(r) if r != ":" else "a torch data set" for r in readers)
+        raise ValueError(
+            f"{name} is {value!r}, which {choice}={chosen!r} does not read (only {reading}): leave it out, or choose "
+            "another"
+        )
+
+
 _PROCESSES = ("ve", "vp", "subvp", "cosine", "flow", "ddpm", "ddpm_cosine")
 _PREDICTIONS = {"x0": X0, "eps": EPS, "score": SCORE, "v": V, "flow": FLOW}
 
@@ -323,5 +375,6 @@ def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
     )
     distribution = _levels(t.sigmas, process, sequence, sigma_data)
     weight = weighting(t.weighting, sigma_data=sigma_data, sigmas=distribution)
+    _check_used(config)
     held_out = data.hold_out(config.data.validation) if config.data.validation else None
     return Experiment(data, model, Denoising(distribution, weight, t.stable_target), held_out, sigma_data)

@@ -31,7 +31,7 @@ from scorelab.training.batches import Batches
 from scorelab.training.config import Experiment
 from scorelab.training.ema import averages_of
 from scorelab.training.optim import learning_rate, optimiser
-from scorelab.training.precision import autocast, lay_out, settled_precision
+from scorelab.training.precision import autocast, check_compiler, lay_out, settled_precision
 from scorelab.training.sharding import full, full_state, like, spread
 
 __all__ = ["BINS", "Metrics", "NonFiniteError", "Trainer"]
@@ -106,6 +106,7 @@ class Trainer:
         self._bins = nn.functional.one_hot(torch.tensor(rows) * BINS // t.batch_size, BINS).float().to(device)
         self._sums = torch.zeros(4, BINS, device=device)
         if t.compile:
+            check_compiler(device)
             self.model.net.compile()
         self._network: Callable[[Tensor, Tensor], Tensor] = self.model
         if self.processes > 1 and not t.fsdp:
@@ -162,6 +163,19 @@ class Trainer:
         elif isinstance(self._network, DistributedDataParallel) and not last:
             return self._network.no_sync()
         return nullcontext()
+
+    def rehearse(self) -> None:
+        """One row of a batch through the objective, changing nothing; ValueError for settings that don't go together.
+
+        All that is not known before a step is made: weights of the loss, what the network refuses.
+        """
+        noised = self.batches.at(self.step)
+        training = self.model.training
+        try:
+            with torch.no_grad():
+                self.experiment.objective.losses(self.model.eval(), Noised(*(x[:1] for x in noised)))
+        finally:
+            self.model.train(training)
 
     def advance(self, measure: bool = True) -> Metrics | None:
         """One step; None where nothing was measured, or the step skipped.

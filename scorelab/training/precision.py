@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from scorelab.checks import nearest_name
 from scorelab.models import ScoreModel
 
-__all__ = ["autocast", "lay_out", "multiplies_in_bf16", "settled_precision", "unsafe_convolution"]
+__all__ = ["autocast", "check_compiler", "lay_out", "multiplies_in_bf16", "settled_precision", "unsafe_convolution"]
 
 _NAMES = ("auto", "fp32", "bf16")
 
@@ -90,6 +92,18 @@ def unsafe_convolution(model: ScoreModel) -> str:
             if (k > 1 or n != m) and min(n, m) <= max(2, k // 2):
                 return f"{tuple(before)} to {tuple(after)}"
     return ""
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse (ValueError) to compile where there is no compiler for the code that torch.compile writes."""
+    names = ("c++", "g++", "clang++") if device.type == "cpu" else ("cc", "gcc", "clang")
+    named = os.environ.get("CXX" if device.type == "cpu" else "CC")
+    if os.name == "posix" and not any(shutil.which(n) for n in ((named,) if named else names)):
+        kind = "C++" if device.type == "cpu" else "C"
+        raise ValueError(
+            f"training.compile needs a {kind} compiler, and there is no {named or ' or '.join(names)}; install one, "
+            "g++ for example, or leave it False"
+        )
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -27,10 +27,11 @@ from scorelab.data import Values
 from scorelab.models import ScoreModel
 from scorelab.training import checkpoint
 from scorelab.training.config import build, default_config
-from scorelab.training.engine import Trainer
+from scorelab.training.engine import NonFiniteError, Trainer
 from scorelab.training.precision import settled_precision
 from scorelab.training.sampling import check_sampling
 from scorelab.training.watch import Watch, keep_until
+from scorelab.writing import whole
 
 __all__ = ["Interrupted", "recorded_config", "recorded_data", "recorded_values", "train"]
 
@@ -85,7 +86,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], default: dict[str, An
 
 def _begun(path: Path) -> bool:
     """Whether this is what a run leaves that was killed before it had written its config."""
-    if path.name in ("config.writing", "data.writing", "data.json"):
+    if path.name in ("config.writing", "data.json") or path.name.endswith(("_config.json", "_data.json")):
         return True
     return path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
 
@@ -171,9 +172,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps(found, indent=1) + "\n")
-    aside.replace(path)
+    with whole(path) as aside:
+        aside.write_text(json.dumps(found, indent=1) + "\n")
 
 
 @contextmanager
@@ -201,7 +201,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(opened)
 
 
-def _resume(trainer: Trainer, workdir: Path, accept_changes: bool, held: ExitStack) -> None:
+def _resume(trainer: Trainer, workdir: Path, accept_changes: bool, held: ExitStack, back_to: int | None) -> None:
     """Go on from the last whole checkpoint, in all processes alike; then the directory is this experiment's, and locked
     while ``held``.
     """
@@ -214,6 +214,8 @@ def _resume(trainer: Trainer, workdir: Path, accept_changes: bool, held: ExitSta
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(_locked(folder))
         checkpoint.sweep(folder)
+        if back_to is not None:
+            checkpoint.go_back(folder, back_to)
         found = checkpoint.sound(folder)
         step = -1 if found is None else checkpoint.verify(found)
         rows = keep_until(workdir / "metrics.jsonl", sys.maxsize)
@@ -234,16 +236,22 @@ def _resume(trainer: Trainer, workdir: Path, accept_changes: bool, held: ExitSta
 
 
 def train(
-    config: ConfigDict, workdir: str | Path, *, progress: bool = True, accept_changes: bool = False
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    progress: bool = True,
+    accept_changes: bool = False,
+    step: int | None = None,
 ) -> ScoreModel:
     """Train an experiment to ``training.steps`` in a run directory, going on from its last whole checkpoint if it has
-    one; under torchrun with all its processes, on the GPU if there is one.
+    one; under torchrun with all its processes, on the GPU if there is one. step: go on from this checkpoint instead,
+    and set later ones aside.
 
     Returns the model with averaged weights. Raises ValueError for bad settings, another experiment's directory (unless
     ``accept_changes``) or checkpoints of which none is whole, NonFiniteError, OSError for a checkpoint that can't be
     written, and Interrupted once it has saved where SIGINT or SIGTERM stopped it (a second signal stops at once).
     """
-    workdir, config = Path(workdir), copy.deepcopy(config)
+    workdir, config = Path(workdir).expanduser(), copy.deepcopy(config)
     with _Signals() as signals, ExitStack() as held:
         device = parallel.join()
         recorded = recorded_config(workdir)
@@ -259,14 +267,25 @@ def train(
         trainer = Trainer(experiment, config)
         if experiment.model.data_range is not None:
             check_range(trainer.batches.data.batch(config.seed, 0, config.training.batch_size), (-1.0, 1.0), "batch 0")
-        _resume(trainer, workdir, accept_changes, held)
+        _resume(trainer, workdir, accept_changes, held, step)
         watch = Watch(trainer, workdir, progress)
         try:
             _loop(trainer, watch, workdir / "checkpoints", signals)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}{_way_back(workdir, config.optim.lr)}") from error
         finally:
             watch.close()
             trainer.batches.close()
     return trainer.averaged()
+
+
+def _way_back(workdir: Path, lr: float) -> str:
+    """How to go on after a loss that is not finite: from the checkpoint before the last, which may hold the cause."""
+    steps = [int(p.name[5:]) for p in checkpoint.places(workdir / "checkpoints")]
+    if not steps:
+        return ""
+    before = steps[-2:][0]
+    return f"; to go on from step {before}, add --step={before} --config.optim.lr={lr / 3:.3g} --accept_changes"
 
 
 def _loop(trainer: Trainer, watch: Watch, folder: Path, signals: _Signals) -> None:

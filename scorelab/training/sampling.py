@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from ml_collections import ConfigDict
@@ -23,6 +27,7 @@ from scorelab.samplers import (
     ReverseSDE,
     Sampler,
     sample,
+    trajectory,
 )
 from scorelab.training.config import choose
 from scorelab.typing import ScoreFn, Tensor
@@ -63,11 +68,17 @@ def build_sampling(config: ConfigDict, model: ScoreModel) -> tuple[Tensor, Sampl
 
 
 def check_sampling(config: ConfigDict, model: ScoreModel) -> None:
-    """Refuse (ValueError) settings of ``config.sampling`` that can't be sampled with, before training needs them."""
+    """Refuse (ValueError) settings of ``config.sampling`` that can't be sampled with, before training needs them.
+
+    Two samples take the sampler's first step, with Langevin's and the adaptive solver's number of evaluations cut.
+    """
+    c = config.sampling
     for key in ("samples", "batch_size"):
-        if config.sampling[key] < 1:
-            raise ValueError(f"sampling.{key} is {config.sampling[key]}; expected at least 1")
-    noise_levels, _ = build_sampling(config, model)
+        if c[key] < 1:
+            raise ValueError(f"sampling.{key} is {c[key]}; expected at least 1")
+    if c.clip and model.data_range is None:
+        raise ValueError("sampling.clip is for data scaled to [-1, 1], images of bytes or digits; expected False")
+    noise_levels, sampler = build_sampling(config, model)
     low, high = model.sigma_range
     least, most = float(noise_levels[noise_levels > 0].min()), float(noise_levels[0])
     if least < low * (1 - 1e-6) or most > high * (1 + 1e-6):
@@ -75,6 +86,25 @@ def check_sampling(config: ConfigDict, model: ScoreModel) -> None:
             f"sampling's noise levels span [{least:g}, {most:g}], "
             f"the model's [{low:g}, {high:g}]; expected them inside: set sampling.sigma_min and sigma_max"
         )
+    shorter: dict[str, Any] = {}
+    if isinstance(sampler, AnnealedLangevin):
+        # the rule for the size of a step takes their number
+        shorter = {"steps": 1, "step_size": sampler.step_size or levels.langevin_step_size(noise_levels, c.steps)}
+    elif isinstance(sampler, ProbabilityFlow):
+        shorter = {"max_nfe": 20}
+    training = model.training
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            if shorter:
+                warnings.filterwarnings("ignore", "the sampler stopped early", RuntimeWarning)
+            score, start = own_score(model.eval(), config), (2, *model.data_shape)
+            some = replace(sampler, **shorter)  # type: ignore[type-var]
+            for _ in islice(trajectory(score, start, noise_levels, some, generator=PerSampleNoise(0)), 2):
+                pass
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"config.sampling can't be sampled with: {error}") from error
+    finally:
+        model.train(training)
 
 
 def own_score(model: ScoreModel, config: ConfigDict) -> ScoreFn:

@@ -21,11 +21,13 @@ from tqdm.auto import tqdm
 
 from scorelab import parallel
 from scorelab.losses.denoising import Noised
+from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise, counted
 from scorelab.plotting.pictures import are_images, tiled
 from scorelab.training.engine import BINS, Metrics, Trainer
 from scorelab.training.sampling import sample_model
 from scorelab.typing import Tensor
+from scorelab.writing import whole
 
 __all__ = ["TIMINGS", "Watch", "keep_until"]
 
@@ -49,9 +51,8 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
         if early:
             kept.append(line)
             rows.append(row)
-    aside = path.with_suffix(".writing")
-    aside.write_text("".join(line + "\n" for line in kept))
-    aside.replace(path)
+    with whole(path) as aside:
+        aside.write_text("".join(line + "\n" for line in kept))
     return rows
 
 
@@ -128,22 +129,28 @@ class Watch:
         if not validate and not draw:
             return
         model = self.trainer.averaged()
-        if validate:
-            bins = self._fixed_noise_losses(model)
-            self._write({"step": step, "validation_loss": float(np.mean(bins)), "validation_bins": bins})
-        if draw:
-            config = self.trainer.config
+        for wanted_now, what, part in ((validate, "validation loss", self._validate), (draw, "samples", self._draw)):
+            if not wanted_now:
+                continue
             try:
-                x = sample_model(model, config, config.sampling.samples, PerSampleNoise(0), progress=False)
-            except ValueError as error:
-                # of samples that are not finite: the run is worth more than they are
-                warnings.warn(f"no samples at step {step}: {error}", RuntimeWarning, stacklevel=2)
-                return
-            mean, std = _moments(x)
-            own = {"data_mean": self._data_mean, "data_std": self._data_std}
-            self._write({"step": step, "sample_mean": mean, "sample_std": std, **own})
-            if self._first:
-                self._show(x, step)
+                part(model, step)
+            except Exception as error:
+                # the run is worth more than its evaluations; the next one is tried again
+                why = " ".join(f"{type(error).__name__}: {error}".split())
+                warnings.warn(f"no {what} at step {step}: {why}", RuntimeWarning, stacklevel=2)
+
+    def _validate(self, model: ScoreModel, step: int) -> None:
+        bins = self._fixed_noise_losses(model)
+        self._write({"step": step, "validation_loss": float(np.mean(bins)), "validation_bins": bins})
+
+    def _draw(self, model: ScoreModel, step: int) -> None:
+        config = self.trainer.config
+        x = sample_model(model, config, config.sampling.samples, PerSampleNoise(0), progress=False)
+        mean, std = _moments(x)
+        own = {"data_mean": self._data_mean, "data_std": self._data_std}
+        self._write({"step": step, "sample_mean": mean, "sample_std": std, **own})
+        if self._first:
+            self._show(x, step)
 
     def _fixed_noise_losses(self, model: torch.nn.Module) -> list[float]:
         """The mean loss in each part of the noise levels: held-out samples if there are any, always the same noise."""
@@ -184,9 +191,11 @@ class Watch:
         folder = self.workdir / "samples"
         folder.mkdir(exist_ok=True)
         if not are_images(tuple(x.shape[1:])):
-            np.savez_compressed(folder / f"step_{step:08d}.npz", samples=x.cpu().numpy())
+            with whole(folder / f"step_{step:08d}.npz") as aside, aside.open("wb") as file:
+                np.savez_compressed(file, samples=x.cpu().numpy())
             return
         picture = tiled(x, self.trainer.experiment.data.values)
-        Image.fromarray(picture).save(folder / f"step_{step:08d}.png")
+        with whole(folder / f"step_{step:08d}.png") as aside:
+            Image.fromarray(picture).save(aside, "PNG")
         if self._events is not None:
             self._events.add_image("samples", picture, step, dataformats="HW" if picture.ndim == 2 else "HWC")

@@ -1,0 +1,36 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["check_writable", "whole"]
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place beside ``path`` to write to, which takes its name at the end; nothing is left of it if that is never
+    reached, and what was at ``path`` stays: a full disk leaves no file of 0 bytes."""
+    aside = path.with_name(f".{os.getpid()}_{path.name}")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse (ValueError) a place for a file that can't be written, before there is anything to write; its folder is
+    made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        tried = path.with_name(f".{os.getpid()}_{path.name}")
+        tried.write_bytes(b"")
+        tried.unlink()
+    except OSError as error:
+        raise ValueError(f"{path} can't be written ({error.strerror}); choose another place") from error

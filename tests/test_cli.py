@@ -183,7 +183,7 @@ def test_config_files_that_are_none_and_other_early_refusals(run, tmp_path, caps
     cases = {
         str(ROOT / "README.md"): "is no Python file",
         str(tmp_path / "missing.py"): "there is no file",
-        str(bare): "has no get_config()",
+        str(bare): "has no get_config() or it returns None",
     }
     for path, message in cases.items():
         assert main(["train", "--config", path, f"--workdir={tmp_path / 'r'}"]) == 2

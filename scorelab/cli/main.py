@@ -122,14 +122,14 @@ def _config_file(arguments: list[str]) -> tuple[ConfigDict, list[str]]:
         config = config(*wanted) if callable(config) else config
     except SyntaxError as error:
         raise ValueError(f"--config: {path} is no Python file ({error})") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = next(
             (f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), 0
         )
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise ValueError(f"--config: {path}, line {line}: {type(error).__name__}: {said}") from error
     if not isinstance(config, ConfigDict):
-        got = "has no get_config()" if config is None else f"gives {type(config).__name__}"
+        got = "has no get_config() or it returns None" if config is None else f"gives {type(config).__name__}"
         raise ValueError(
             f"--config: {path} {got}; expected a function get_config() that returns "
             "scorelab.training.default_config() with the experiment's own values"

@@ -116,12 +116,10 @@ class _Half:
 
 def warn_of_training(score: object) -> None:
     """RuntimeWarning of a network left in training mode, where that changes what it computes: dropout, batch norm."""
-    while score is not None and not isinstance(score, nn.Module):
-        # what a score is made of: an adapter's function, a condition's model, a bound method's object
-        score = next(
-            (part for name in ("fn", "model", "score", "__self__") if (part := getattr(score, name, None))), None
-        )
-    for module in () if score is None else score.modules():
+    # what a score is made of: an adapter's function, a condition's model, a bound method's object
+    for name in ("fn", "fn", "fn", "model", "__self__"):
+        score = score if isinstance(score, nn.Module) else getattr(score, name, score)
+    for module in score.modules() if isinstance(score, nn.Module) else ():
         if module.training and (isinstance(module, _BatchNorm) or float(getattr(module, "p", 0) or 0) > 0):
             warnings.warn(
                 f"the network is in training mode, so its {type(module).__name__} is at work; expected model.eval() "

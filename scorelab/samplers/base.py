@@ -120,7 +120,8 @@ def warn_of_training(score: object) -> None:
     for name in ("fn", "fn", "fn", "model", "__self__"):
         score = score if isinstance(score, nn.Module) else getattr(score, name, score)
     for module in score.modules() if isinstance(score, nn.Module) else ():
-        if module.training and (isinstance(module, _BatchNorm) or float(getattr(module, "p", 0) or 0) > 0):
+        p = getattr(module, "p", 0)
+        if module.training and (isinstance(module, _BatchNorm) or (isinstance(p, (int, float)) and p > 0)):
             warnings.warn(
                 f"the network is in training mode, so its {type(module).__name__} is at work; expected model.eval() "
                 "before sampling and densities",

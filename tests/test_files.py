@@ -214,6 +214,7 @@ def damaged(tmp_path: Path, name: str, data: bytes) -> Files:
     return Files(str(tmp_path / name))
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")  # zipfile's own, when such an archive is made
 def test_damage_ends_in_a_message_with_the_file(tmp_path):
     (tmp_path / "empty").mkdir()
     np.save(tmp_path / "nan.npy", np.full((3, 2), np.nan))
@@ -224,6 +225,10 @@ def test_damage_ends_in_a_message_with_the_file(tmp_path):
     with zipfile.ZipFile(tmp_path / "half.zip", "w") as archive:
         archive.write(next(pictures(tmp_path / "i").rglob("*.png")), "1.png")
         archive.writestr("dataset.json", json.dumps({"labels": [["2.png", 0]]}))
+    with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive:
+        for _ in range(2):
+            archive.write(next((tmp_path / "i").rglob("*.png")), "1.png")
+    np.save(tmp_path / "hollow.npy", np.zeros((5, 0, 3)))
     cases = [
         ("folder", Files(), "data.path is empty"),
         ("folder", Files(str(tmp_path / "none")), "there is no .*none"),
@@ -236,6 +241,13 @@ def test_damage_ends_in_a_message_with_the_file(tmp_path):
         ("cifar10", damaged(tmp_path, "d.bin", b"1" * 3000), "d.bin holds 3000 bytes; expected a multiple of 3073"),
         ("cifar10", Files(str(tmp_path / "empty")), "holds no data_batch"),
         ("arrays", damaged(tmp_path, "e.npy", b"123"), "e.npy can't be read"),
+        (
+            "arrays",
+            Files(str(next((tmp_path / "i").rglob("*.png")))),
+            "can't be read .*begins with 89504e470d0a, as neither",
+        ),
+        ("zip", Files(str(tmp_path / "twice.zip")), "twice.zip can't be read .*it holds 1.png twice"),
+        ("arrays", Files(str(tmp_path / "hollow.npy")), "hollow.npy: it holds float64 .5, 0, 3.; expected"),
         ("arrays", Files(str(tmp_path / "nan.npy")), "nan.npy: data is not finite at 3 of 3"),
         ("arrays", Files(str(tmp_path / "flat.npy")), "flat.npy: the data set is constant"),
         ("arrays", Files(str(tmp_path / "words.npy")), "words.npy: it holds <U1"),

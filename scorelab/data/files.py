@@ -140,6 +140,10 @@ def _numpy(files: Files) -> Source:
             f"data.path is {place}, a folder; expected a .npy or .npz file: data.source='folder' reads images"
         )
     try:
+        with place.open("rb") as file:
+            begins = file.read(6)
+        if begins != b"\x93NUMPY" and begins[:2] != b"PK":
+            raise ValueError(f"it begins with {begins.hex()}, as neither does")
         opened = np.load(place, mmap_mode="r", allow_pickle=False)
         x, labels = (opened, None) if isinstance(opened, np.ndarray) else _archived(opened, files)
     except MemoryError as error:
@@ -188,7 +192,7 @@ def _arrays(x: np.ndarray, labels: Sequence[Any] | np.ndarray | None, files: Fil
 
 
 def _source(x: np.ndarray, labels: Sequence[Any] | np.ndarray | None, files: Files) -> Source:
-    if x.ndim < 2 or x.dtype.kind not in "uif" or len(x) == 0:
+    if x.ndim < 2 or x.dtype.kind not in "uif" or x.size == 0:
         raise ValueError(f"it holds {x.dtype} {x.shape}; expected numbers (N, *D) with N >= 1, points on a line (N, 1)")
     kept = None if labels is None else _labels(labels, [f"sample {i}" for i in range(len(x))])
     x = _channels_first(x, files.layout)
@@ -305,6 +309,9 @@ def _zip(files: Files) -> Source:
     try:
         archive = zipfile.ZipFile(place)
         names = _visible(archive.namelist(), str(place))
+        twice = [n for n, count in Counter(archive.namelist()).items() if count > 1]
+        if twice:
+            raise ValueError(f"it holds {twice[0]} twice")
         tables = [PurePosixPath(n) for n in archive.namelist() if PurePosixPath(n).name == "dataset.json"]
         table = min(tables, key=lambda n: len(n.parts), default=None)
         pairs = None if table is None else json.loads(archive.read(str(table)))["labels"]

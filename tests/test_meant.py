@@ -519,9 +519,11 @@ def test_a_run_that_did_not_record_its_data_goes_on(tmp_path):
     (run / "data.json").unlink()
     train(settings(folder, steps=3), run, progress=False)
     assert json.loads((run / "data.json").read_text())["samples"] == 8
-    (run / "data.json").write_text("{")
-    with pytest.raises(ValueError, match="data.json is damaged"):
-        train(settings(folder, steps=4), run, progress=False)
+    for damage in ("{", '{"values": 3}', '{"values": {"least": 0}}', '{"sigma_data": "wide"}'):
+        (run / "data.json").write_text(damage)
+        with pytest.raises(ValueError, match="data.json is damaged"):
+            train(settings(folder, steps=4), run, progress=False)
+        assert main(["sample", f"--workdir={run}", "--n=2"]) == 2
 
 
 @pytest.mark.parametrize("dequantise", [False, True])

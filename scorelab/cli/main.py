@@ -127,7 +127,8 @@ def _config_file(arguments: list[str]) -> tuple[ConfigDict, list[str]]:
             (f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), 0
         )
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
-        raise ValueError(f"--config: {path}, line {line}: {type(error).__name__}: {said}") from error
+        where = f"{path}, line {line}" if line else path
+        raise ValueError(f"--config: {where}: {type(error).__name__}: {said}") from error
     if not isinstance(config, ConfigDict):
         got = "has no get_config() or it returns None" if config is None else f"gives {type(config).__name__}"
         raise ValueError(

@@ -58,7 +58,7 @@ class _Flow:
     @property
     def estimates(self) -> int:
         """Estimates of the trace that are carried along."""
-        return len(self.probes.get("probes", self.probes.get("outside", "1")))
+        return next((len(self.probes[name]) for name in ("probes", "outside") if name in self.probes), 1)
 
     def __call__(self, y: Tensor, u: Tensor, index: Tensor) -> Tensor:
         part = rows(self.score, index) if self.split and len(index) < self.count else self.score

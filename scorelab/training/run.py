@@ -133,15 +133,22 @@ def recorded_data(workdir: Path) -> dict[str, Any]:
 
     ValueError if it is damaged.
     """
-    return _read(workdir / "data.json") or {}
+    path = workdir / "data.json"
+    found = _read(path) or {}
+    try:
+        if "sigma_data" in found:
+            found["sigma_data"] = float(found["sigma_data"])
+        if (v := found.get("values")) is not None:
+            ends = None if v["ends"] is None else (float(v["ends"][0]), float(v["ends"][1]))
+            found["values"] = Values(float(v["least"]), float(v["most"]), float(v["step"]), ends)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); repair it or choose another --workdir") from error
+    return found
 
 
 def recorded_values(workdir: Path) -> Values | None:
     """What the numbers of a run's data mean; None if that is not recorded."""
-    found = recorded_data(workdir).get("values")
-    if found is None:
-        return None
-    return Values(found["least"], found["most"], found["step"], None if found["ends"] is None else tuple(found["ends"]))
+    return recorded_data(workdir).get("values")
 
 
 def _about_data(trainer: Trainer, workdir: Path, accept_changes: bool) -> dict[str, Any]:

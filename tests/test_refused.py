@@ -160,7 +160,13 @@ def test_config_files_of_any_kind_are_read(tmp_path, write, monkeypatch, capsys)
 def test_config_files_are_read_in_a_locale_that_knows_ascii_only(tmp_path):
     (tmp_path / "c.py").write_bytes(f"# Überschrift\n{TINY}".encode())
     command = [sys.executable, "-m", "scorelab.cli", "train", f"--config={tmp_path / 'c.py'}", "--dry_run"]
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONUTF8": "0",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     done = subprocess.run([*command, "--config.training.steps=7"], env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b"steps: 7" in done.stdout
@@ -189,7 +195,13 @@ def test_config_files_that_fail_are_one_line(tmp_path, capsys, text, message):
 def test_messages_survive_a_locale_without_their_letters(tmp_path):
     folder = tmp_path / "größe"
     command = [sys.executable, "-m", "scorelab.cli", "sample", f"--workdir={folder}"]
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONUTF8": "0",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1

@@ -35,14 +35,17 @@ def gallery(tmp_path_factory) -> Gallery:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_kl_table(gallery, name):
-    """KL(data || model) on 10,000 fresh points with exact traces, sigma_min a tenth of the target's deviation."""
+    """KL(data || model) on 40,000 fresh points with exact traces, sigma_min a tenth of the target's deviation.
+
+    With 10,000 the standard error, 0.0013 on the rings, decided which side of the bar a model of 0.009 came out on.
+    """
     t = gallery.trained(name)
     kl = kl_to_model(
         t.distribution,
         t.model,
         t.sigma_min,
         t.sigma_max,
-        count=10_000,
+        count=40_000,
         data_std=t.data_std,
         rtol=1e-4,
         atol=1e-4,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,22 @@ def test_likelihood_states_what_it_is(run, capsys):
     assert main(["likelihood", f"--workdir={run}", "--n=2", "--tolerance=1e-2"]) == 0
     assert "log_prob_nats" in json.loads(capsys.readouterr().out)
     assert main(["likelihood", f"--workdir={run}", "--n=0"]) == 2
+
+
+def test_runs_from_before_a_setting_there_is_now_are_read(run, tmp_path, capsys):
+    old = shutil.copytree(run, tmp_path / "old")
+    settings = json.loads((old / "config.json").read_text())
+    for group, key in (
+        ("data", "background"),
+        ("data", "layout"),
+        ("sampling", "step_size"),
+        ("training", "precision"),
+    ):
+        del settings[group][key]
+    (old / "config.json").write_text(json.dumps(settings))
+    (old / "data.json").unlink()
+    assert main(["likelihood", f"--workdir={old}", "--n=2", "--levels=17", "--tolerance=1e-1"]) == 0
+    assert main(["sample", f"--workdir={old}", "--n=2", f"--out={tmp_path / 'x.png'}"]) == 0
 
 
 def test_points_are_trained_and_written_as_arrays(tmp_path):

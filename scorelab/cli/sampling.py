@@ -17,7 +17,7 @@ from scorelab.data import Values
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.plotting.pictures import are_images, picture_bytes, tiled
-from scorelab.training import Snapshot, checkpoint, reconstruct, sample_model
+from scorelab.training import Snapshot, checkpoint, default_config, reconstruct, sample_model
 from scorelab.training.run import recorded_config, recorded_values
 from scorelab.typing import Tensor
 from scorelab.writing import check_writable, whole
@@ -52,7 +52,10 @@ def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[Con
         found = checkpoint.verify(place)
     except ValueError as damage:
         raise ValueError(f"{damage}: take another by --step, or train on, which sets it aside") from damage
-    config, width = ConfigDict(recorded), weights.removeprefix("ema_power_")
+    config, width = default_config().unlock(), weights.removeprefix("ema_power_")
+    # settings that came after the run have their defaults
+    with config.ignore_type():
+        config.update(recorded)
     first = next(iter(torch.load(place / "training.pt", weights_only=True)["averages"]))
     weights = "ema" if weights == first else weights
     stored = sorted(p.stem for p in place.glob("*.safetensors"))

@@ -9,6 +9,7 @@ from scorelab.noise import PerSampleNoise
 from scorelab.predictions import Prediction, convert
 from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP
 from scorelab.samplers import Step, sample, trajectory
+from scorelab.scores import combined
 from scorelab.typing import ScoreFn
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "broadcast",
     "check_score",
     "clipped",
+    "combined",
     "convert",
     "distributions",
     "from_denoiser",

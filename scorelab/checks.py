@@ -10,20 +10,18 @@ from typing import Any
 
 import torch
 
-from scorelab.typing import ScoreFn, Tensor
+from scorelab.typing import Tensor
 
 __all__ = [
     "broadcast",
     "call",
     "check_batch",
     "check_finite",
-    "check_known",
     "check_output",
     "check_range",
     "check_sigmas",
     "level",
     "nearest_name",
-    "rows",
     "widened",
 ]
 
@@ -62,12 +60,6 @@ def level(sigma: float, x: Tensor) -> Tensor:
 def widened(x: Tensor) -> Tensor:
     """x in float32 if it is in half precision."""
     return x.float() if x.dtype in _HALF else x
-
-
-def rows(score: ScoreFn, index: Tensor) -> ScoreFn | None:
-    """The score restricted to some rows of the batch, or None if it does not say how (then never split it)."""
-    restrict = getattr(score, "rows", None)
-    return None if restrict is None else restrict(index)
 
 
 def check_batch(x: Tensor, what: str = "x", shape: Sequence[int] | None = None) -> None:
@@ -138,16 +130,6 @@ def check_sigmas(sigmas: Tensor | Iterable[float], at_least: int = 1) -> list[fl
     if grid[0] == 0:
         raise ValueError("sigmas starts at 0; expected a positive first level: 0 may only come last")
     return grid
-
-
-def check_known(score: ScoreFn, least: float, most: float) -> None:
-    """Refuse noise levels outside the score's ``sigma_range``, if it has one."""
-    low, high = getattr(score, "sigma_range", (0.0, float("inf")))
-    if most > high * (1 + 1e-4) or least < low * (1 - 1e-4):
-        raise ValueError(
-            f"sigmas span [{least:g}, {most:g}] but this score knows [{low:g}, {high:g}] (its sigma_range): "
-            "choose levels inside"
-        )
 
 
 def call(fn: Callable[[Tensor, Tensor], Any], x: Tensor, sigma: Tensor) -> Any:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from problems import F64, PROCESSES, mixture, randn, ring
 
-from scorelab import VP, DiscreteVP, broadcast, clipped, from_denoiser, from_eps, from_time_score
+from scorelab import VP, DiscreteVP, broadcast, clipped, combined, from_denoiser, from_eps, from_time_score, sample
 from scorelab.processes import linear_betas
 
 X, SIGMA = 3 * randn(6, 2), torch.tensor(0.7, dtype=F64)
@@ -88,3 +88,75 @@ def test_bad_input_is_refused():
         from_denoiser(lambda x, s: x[:, :1])(X, SIGMA)
     with pytest.raises(ValueError, match="sigma has shape"):
         from_time_score(lambda x, t: x, VP())(X, torch.ones(2, dtype=F64))
+
+
+class Bound:
+    """A score bound to the rows of a batch, row i of which is N(shift_i, 1), with all that may be known of a score."""
+
+    def __init__(self, shift: torch.Tensor, low: float = 0.1, high: float = 10.0, device: str = "cpu") -> None:
+        self.shift, self.sigma_range, self.device = shift, (low, high), torch.device(device)
+        self.calls: list[int] = []
+
+    def __call__(self, x, sigma):
+        self.calls.append(len(x))
+        return -(x - self.shift) / (1 + broadcast(sigma, x) ** 2)
+
+    def rows(self, index):
+        return Bound(self.shift[index], *self.sigma_range)
+
+    def score_and_variance(self, x, sigma):
+        return self(x, sigma), torch.full_like(x, 0.25)
+
+
+def test_a_score_of_scores_keeps_what_is_known_of_its_parts():
+    first, second = Bound(randn(6, 2), 0.1, 10.0), Bound(randn(6, 2, seed=1), 0.02, 4.0)
+    score = combined(lambda x, sigma, a, b: a + 2 * (b - a), first, second, variance=True)
+    x, sigma = randn(6, 2, seed=2), torch.tensor(0.7, dtype=F64)
+    a, b = first(x, sigma), second(x, sigma)
+    assert torch.equal(score(x, sigma), a + 2 * (b - a))
+    assert score.sigma_range == (0.1, 4.0)
+    assert score.device == torch.device("cpu")
+    index = torch.tensor([4, 1])
+    assert torch.equal(score.rows(index)(x[index], sigma), score(x, sigma)[index])
+    assert score.rows(index).rows(torch.tensor([1])).sigma_range == (0.1, 4.0)
+    # the variance comes from the evaluation of the first part, and is nowhere unasked
+    first.calls.clear()
+    value, v = score.score_and_variance(x, sigma)
+    assert first.calls == [6]
+    assert torch.equal(value, score(x, sigma))
+    assert torch.equal(v, torch.full_like(x, 0.25))
+    assert not hasattr(combined(lambda x, s, a: a, first), "score_and_variance")
+    assert not hasattr(combined(lambda x, s, a: a, lambda x, s: x, variance=True), "score_and_variance")
+    # one part that may be bound to its rows and does not say so, and the whole is never split
+    assert not hasattr(combined(lambda x, s, a, b: a + b, first, lambda x, s: -x), "rows")
+    with pytest.raises(TypeError, match="got int; expected a callable"):
+        combined(lambda x, s, a, b: a + b, first, 3)
+    with pytest.raises(ValueError, match="choose levels inside"):
+        sample(score, x, [5.0, 1.0, 0.0])
+
+
+def test_a_score_of_scores_is_split_and_found_in_training():
+    """In parts of a batch each row keeps its own part of the condition, in half precision and through clipping, too."""
+    shift = 3 * randn(7, 2).float()
+    score = clipped(combined(lambda x, s, a: a, Bound(shift)), -50, 50)
+    x = 4 * randn(7, 2, seed=3).float()
+    levels = [4.0, 1.0, 0.2, 0.0]
+    whole = sample(score, x, levels)
+    assert torch.equal(whole, sample(score, x, levels, batch_size=3))
+    half = sample(score, x.bfloat16(), levels, batch_size=3)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), whole, rtol=0.02, atol=0.1)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5))
+    with pytest.warns(RuntimeWarning, match="training mode, so its Dropout"):
+        sample(combined(lambda x, s, a, b: a, Bound(shift), from_eps(net_score(net))), x, levels)
+
+
+def net_score(net: torch.nn.Module):
+    class Adapter:
+        def __init__(self) -> None:
+            self.model = net
+
+        def __call__(self, x, sigma):
+            return self.model(x)
+
+    return Adapter()

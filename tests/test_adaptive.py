@@ -8,7 +8,7 @@ from problems import F64, generator, mixture, randn, ring
 from scipy.integrate import RK23, RK45, solve_ivp
 
 from scorelab import sample, trajectory
-from scorelab.samplers import ProbabilityFlow
+from scorelab.samplers import Context, ProbabilityFlow
 from scorelab.samplers.adaptive import PAIRS, Controller, integrate
 
 
@@ -48,7 +48,7 @@ def test_reported_points_do_not_change_the_end_beyond_tolerance():
 
 def accepted(d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     sampler = ProbabilityFlow(1e-6, 1e-6)
-    y, state = sampler.step(d, x, 10.0, 0.05, sampler.init(x, [10.0, 0.05]), torch.zeros_like)
+    y, state = sampler.step(Context(d, x, 10.0, 0.05, sampler.init(x, [10.0, 0.05]), torch.zeros_like))
     return y, state.run.accepted
 
 
@@ -207,8 +207,8 @@ def test_a_run_that_stops_early_leaves_gradients_on():
 
 def test_a_step_leaves_the_state_it_got():
     sampler, x = ProbabilityFlow(1e-6, 1e-6), 10 * randn(4, 2)
-    y, state = sampler.step(ring().score, x, 10.0, 3.0, sampler.init(x, [10.0, 3.0, 0.05]), torch.zeros_like)
-    ends = [sampler.step(ring().score, y, 3.0, 0.05, state, torch.zeros_like)[0] for _ in range(2)]
+    y, state = sampler.step(Context(ring().score, x, 10.0, 3.0, sampler.init(x, [10.0, 3.0, 0.05]), torch.zeros_like))
+    ends = [sampler.step(Context(ring().score, y, 3.0, 0.05, state, torch.zeros_like))[0] for _ in range(2)]
     assert torch.equal(ends[0], ends[1])
 
 

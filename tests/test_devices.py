@@ -23,6 +23,7 @@ from scorelab.samplers import (
     AnnealedLangevin,
     Churn,
     ConsistentLangevin,
+    Context,
     DPMSolverMultistep,
     DPMSolverSinglestep,
     Euler,
@@ -78,7 +79,7 @@ def linear(x, sigma):
 def run(sampler, score, x):
     state, levels = sampler.init(x, [2.0, 1.0, 0.5, 0.0]), [2.0, 1.0, 0.5, 0.0]
     for a, b in zip(levels, levels[1:], strict=False):
-        x, state = sampler.step(score, x, a, b, state, torch.randn_like)
+        x, state = sampler.step(Context(score, x, a, b, state, torch.randn_like))
     return x
 
 

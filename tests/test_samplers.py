@@ -16,6 +16,8 @@ from scorelab.samplers import (
     Ancestral,
     AnnealedCorrector,
     AnnealedLangevin,
+    Calibrated,
+    Context,
     DPMSolverSinglestep,
     Euler,
     Heun,
@@ -29,6 +31,7 @@ from scorelab.samplers import (
     Sampler,
     StochasticHeun,
     UniPC,
+    Wrapper,
 )
 from scorelab.samplers.corrected import corrector_step_size
 from scorelab.samplers.langevin import langevin_step
@@ -104,7 +107,7 @@ class Affine:
         for a, b in zip(levels[:-1], levels[1:], strict=True):
 
             def step(x: torch.Tensor, z: float, a=a, b=b) -> torch.Tensor:
-                return self.sampler.step(d.score, x[None], a, b, None, lambda y: torch.full_like(y, z))[0][0]
+                return self.sampler.step(Context(d.score, x[None], a, b, None, lambda y: torch.full_like(y, z)))[0][0]
 
             zero = step(torch.zeros(2, dtype=F64), 0.0)
             slope = step(torch.ones(2, dtype=F64), 0.0) - zero
@@ -166,12 +169,14 @@ def reference_step(name: str, key: str, sampler: Sampler, process, t: float, t_n
     alpha, sigma = process.alpha(times), process.sigma(times)
     for noise, stored in ((z, "x_next"), (torch.zeros_like(z), "x_mean")):
         found, _ = sampler.step(
-            constant_field(alpha[0] * score_t),
-            x / alpha[0],
-            float(sigma[0]),
-            float(sigma[1]),
-            None,
-            lambda y, n=noise: n,
+            Context(
+                constant_field(alpha[0] * score_t),
+                x / alpha[0],
+                float(sigma[0]),
+                float(sigma[1]),
+                None,
+                lambda y, n=noise: n,
+            )
         )
         expected = torch.tensor(ref[f"{name}/{key}/{stored}"], dtype=F64)
         torch.testing.assert_close(alpha[1] * found, expected, rtol=1e-5, atol=1e-5)
@@ -191,7 +196,9 @@ def test_score_sde_euler_maruyama(name):
     for noise, stored in ((z, "x_next"), (torch.zeros_like(z), "x_mean")):
         score = constant_field(alpha[0] * scaled_score(process, 0.37, x))
         sampler = ReverseSDE(process, explicit=True)
-        found, _ = sampler.step(score, x / alpha[0], float(sigma[0]), float(sigma[1]), None, lambda y, n=noise: n)
+        found, _ = sampler.step(
+            Context(score, x / alpha[0], float(sigma[0]), float(sigma[1]), None, lambda y, n=noise: n)
+        )
         expected = torch.tensor(ref[f"{name}/euler_maruyama/{stored}"], dtype=F64)
         torch.testing.assert_close(alpha[1] * found, expected, rtol=1e-5, atol=1e-5)
 
@@ -257,7 +264,9 @@ def test_guided_diffusion_posterior(schedule):
             """One step in scaled coordinates."""
             denoiser = lambda y, sigma: (x0 - y) / sigma**2  # noqa: E731
             start = torch.full((1, 1), x / alphas[i], dtype=F64)
-            out, _ = Ancestral().step(denoiser, start, levels[i], levels[i - 1], None, lambda y: torch.full_like(y, z))
+            out, _ = Ancestral().step(
+                Context(denoiser, start, levels[i], levels[i - 1], None, lambda y: torch.full_like(y, z))
+            )
             return float(out) * alphas[i - 1]
 
         assert step(0, 1, 0) == pytest.approx(ref[f"{schedule}/posterior_mean_coef1"][i - 1], rel=1e-10)
@@ -303,17 +312,13 @@ def test_guided_diffusion_p_mean_variance(schedule, kind):
         # 1/sqrt(abar) times float32 rounding of the reference
         torch.testing.assert_close(denoised, expected, rtol=1e-5, atol=1e-5 * max(1.0, 0.01 / float(alpha[0])))
 
-        class Clipped(WithVariance):
-            def __call__(self, y, s, score=score):
-                return clipped(score, -1, 1)(y, s)
-
         step = Ancestral(variance).step
-        bounded = Clipped(score.eps, score.v)
-        mean, _ = step(bounded, start, float(sigma[0]), float(sigma[1]), None, torch.zeros_like)
+        at = Context(clipped(score, -1, 1), start, float(sigma[0]), float(sigma[1]), None, torch.zeros_like)
+        mean, _ = step(at)
         expected = torch.tensor(ref[f"{schedule}/{kind}/mean"][row : row + 1], dtype=F64)
         torch.testing.assert_close(alpha[1] * mean, expected, rtol=1e-5, atol=1e-5)
         if t > 0:  # the last step adds no noise
-            kicked, _ = step(bounded, start, float(sigma[0]), float(sigma[1]), None, torch.ones_like)
+            kicked, _ = step(at._replace(noise=torch.ones_like))
             expected = torch.tensor(ref[f"{schedule}/{kind}/variance"][row : row + 1], dtype=F64)
             torch.testing.assert_close((alpha[1] * (kicked - mean)) ** 2, expected.expand_as(mean), rtol=1e-5, atol=0)
 
@@ -357,8 +362,9 @@ def test_native_time_steps_of_a_discrete_process_use_their_own_segment():
     for i in (999, 998, 500):
         high, low = float(p.step_sigmas[i]), float(p.step_sigmas[i - 1])
         alpha, alpha_next = (1 + high**2) ** -0.5, (1 + low**2) ** -0.5
-        step = ReverseSDE(p, 0.0, explicit=True).step
-        out, _ = step(lambda x, s: torch.zeros_like(x), torch.ones(1, 1, dtype=F64), high, low, None, torch.zeros_like)
+        one = torch.ones(1, 1, dtype=F64)
+        at = Context(lambda x, s: torch.zeros_like(x), one, high, low, None, torch.zeros_like)
+        out, _ = ReverseSDE(p, 0.0, explicit=True).step(at)
         growth = float(out) * alpha_next / alpha - 1
         assert growth == pytest.approx(high**2 / (1 + high**2) * math.log(high / low), rel=1e-4)
 
@@ -441,7 +447,7 @@ def test_batch_invariance(name):
         levels = GRID[::4].tolist()
         state = sampler.init(y, levels)
         for a, b in zip(levels[:-1], levels[1:], strict=True):
-            y, state = sampler.step(d.score, y, a, b, state, lambda v: next(at)[rows])
+            y, state = sampler.step(Context(d.score, y, a, b, state, lambda v: next(at)[rows]))
         return y
 
     torch.testing.assert_close(run([1, 3]), run([0, 1, 2, 3, 4])[[1, 3]], rtol=1e-12, atol=1e-12)
@@ -572,3 +578,38 @@ def test_scores_that_overwrite_their_last_output_give_the_same(sampler):
     for a, b in zip(steps[0][1:], steps[1][1:], strict=True):
         torch.testing.assert_close(a.x, b.x)
         torch.testing.assert_close(a.x0_hat, b.x0_hat)
+
+
+class Through(Wrapper):
+    """A wrapper that adds nothing."""
+
+    def __init__(self, within: Sampler) -> None:
+        self.within = within
+
+    @property
+    def inner(self) -> Sampler:
+        return self.within
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        *(Heun(), UniPC(2), ProbabilityFlow(), AnnealedLangevin(3), PredictorCorrector(Ancestral()), DDIM(0.5)),
+        Calibrated((20.0, 2.0, 0.4, 0.0), ((1.0,), (1.5, -0.5), (1.0,))),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_a_wrapper_has_its_inner_samplers_levels_state_and_order(within):
+    d, x = mixture(), 20 * randn(4, 2)
+    levels = None if isinstance(within, Calibrated) else sigmas.karras(5, sigma_min=0.1, sigma_max=20)
+    for sampler in (Through(within), Through(Through(within))):
+        assert sampler.order == within.order
+        assert sampler.every_level == within.every_level
+        steps = zip(
+            trajectory(d.score, x, levels, sampler, generator=generator()),
+            trajectory(d.score, x, levels, within, generator=generator()),
+            strict=True,
+        )
+        for mine, plain in steps:
+            assert torch.equal(mine.x, plain.x)
+            assert (mine.sigma, mine.nfe) == (plain.sigma, plain.nfe)

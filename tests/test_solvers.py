@@ -20,6 +20,7 @@ from scorelab.samplers import (
     AnnealedLangevin,
     Churn,
     ConsistentLangevin,
+    Context,
     DPMSolverMultistep,
     DPMSolverSinglestep,
     Euler,
@@ -63,7 +64,7 @@ def error(sampler: Sampler, n: int, exact_starts: int) -> float:
     for i, (a, b) in enumerate(pairwise(levels)):
         if i < exact_starts:
             x = exact[i]
-        x, state = sampler.step(BUMPS.score, x, a, b, state, torch.zeros_like)
+        x, state = sampler.step(Context(BUMPS.score, x, a, b, state, torch.zeros_like))
         if i < exact_starts:
             x = exact[i + 1]
     return float((x - exact[-1]).abs().max())
@@ -179,7 +180,7 @@ class Moments:
         state = self.sampler.init(point, self.levels)
         for a, b in pairwise(self.levels):
             point, state = self.sampler.step(
-                self.d.score, point, a, b, state, lambda y: torch.full_like(y, next(drawn))
+                Context(self.d.score, point, a, b, state, lambda y: torch.full_like(y, next(drawn)))
             )
         return float(point)
 
@@ -307,7 +308,7 @@ def test_consistent_langevin_has_the_level_it_claims():
         def run(x: float, which: int, a=a, b=b, noise=noise, kicks=kicks) -> float:
             noise.which = which
             kicks.clear()
-            return float(sampler.step(point.score, torch.tensor([[x]], dtype=F64), a, b, state, noise)[0])
+            return float(sampler.step(Context(point.score, torch.tensor([[x]], dtype=F64), a, b, state, noise))[0])
 
         variance = run(1.0, 0) ** 2 * variance + run(0.0, 1) ** 2 + run(0.0, 2) ** 2
         assert variance == pytest.approx(b**2, rel=1e-9)

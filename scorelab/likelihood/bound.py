@@ -26,11 +26,12 @@ from itertools import pairwise
 
 import torch
 
-from scorelab.checks import check_finite, check_known, check_range, check_sigmas, level
+from scorelab.checks import check_finite, check_range, check_sigmas, level
 from scorelab.likelihood.ode import check_density_batch, normal_log_prob
 from scorelab.noise import Noise, PerSampleNoise
 from scorelab.samplers.base import Counted
 from scorelab.samplers.stochastic import Ancestral
+from scorelab.scores import check_known
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["VariationalBound", "variational_bound"]

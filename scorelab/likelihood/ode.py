@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from scorelab import divergence as traces
-from scorelab.checks import broadcast, check_batch, check_finite, check_known, level, rows
+from scorelab.checks import broadcast, check_batch, check_finite, level
 from scorelab.noise import fresh_generator
 from scorelab.samplers.adaptive import Controller, check_broadcasting, integrate
 from scorelab.samplers.base import Counted
+from scorelab.scores import can_split, check_known, restricted
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["LogLikelihood", "log_likelihood", "normal_log_prob", "sample_log_prob"]
@@ -53,7 +54,7 @@ class _Flow:
     def __init__(self, score: ScoreFn, x: Tensor, probes: dict[str, Tensor], differentiable: bool) -> None:
         self.score, self.shape, self.dims, self.count = score, x.shape[1:], x[0].numel(), len(x)
         self.probes, self.differentiable = probes, differentiable
-        self.split = hasattr(score, "rows")
+        self.split = can_split(score)
 
     @property
     def estimates(self) -> int:
@@ -61,7 +62,7 @@ class _Flow:
         return next((len(self.probes[name]) for name in ("probes", "outside") if name in self.probes), 1)
 
     def __call__(self, y: Tensor, u: Tensor, index: Tensor) -> Tensor:
-        part = rows(self.score, index) if self.split and len(index) < self.count else self.score
+        part = restricted(self.score, index) if self.split and len(index) < self.count else self.score
         assert part is not None
         velocity = _velocity(part, u.exp())
         point = y[:, : self.dims].reshape(-1, *self.shape)

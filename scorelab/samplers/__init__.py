@@ -2,7 +2,7 @@
 
 from scorelab.samplers.adaptive import ProbabilityFlow
 from scorelab.samplers.adaptive_sde import AdaptiveReverseSDE
-from scorelab.samplers.base import Sampler, State, Step
+from scorelab.samplers.base import Context, Sampler, State, Step, Wrapper
 from scorelab.samplers.calibrated import Calibrated, calibrate
 from scorelab.samplers.corrected import AnnealedCorrector, Corrector, LangevinCorrector, PredictorCorrector
 from scorelab.samplers.driver import sample, trajectory
@@ -16,9 +16,10 @@ from scorelab.samplers.langevin import (
 )
 from scorelab.samplers.multistep import AdamsBashforth, DPMSolverMultistep, UniPC
 from scorelab.samplers.ode import RK4, Euler, Heun, Midpoint
-from scorelab.samplers.sde import Churn, SDEDPMSolver, StochasticHeun
+from scorelab.samplers.reverse import ReverseDiffusion, ReverseSDE, StochasticHeun
+from scorelab.samplers.sde import Churn, SDEDPMSolver
 from scorelab.samplers.singlestep import DPMSolverSinglestep
-from scorelab.samplers.stochastic import DDIM, Ancestral, ReverseDiffusion, ReverseSDE
+from scorelab.samplers.stochastic import DDIM, Ancestral
 
 __all__ = [
     "DDIM",
@@ -32,6 +33,7 @@ __all__ = [
     "Calibrated",
     "Churn",
     "ConsistentLangevin",
+    "Context",
     "Corrector",
     "DPMSolverMultistep",
     "DPMSolverSinglestep",
@@ -52,6 +54,7 @@ __all__ = [
     "StochasticHeun",
     "UnderdampedLangevin",
     "UniPC",
+    "Wrapper",
     "calibrate",
     "sample",
     "trajectory",

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from scorelab.checks import check_finite, level, nearest_name, rows
+from scorelab.checks import check_finite, level, nearest_name
 from scorelab.predictions import denoise_from_score
-from scorelab.samplers.base import Sampler, State, StoppedEarly
+from scorelab.samplers.base import Context, Sampler, State, StoppedEarly
+from scorelab.scores import can_split, restricted
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = [
@@ -362,25 +363,18 @@ class ProbabilityFlow(Sampler):
     def init(self, x: Tensor, sigmas: list[float]) -> State:
         return _Under([s for s in sigmas if s > 0][-1])
 
-    def step(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
+    def step(self, at: Context) -> tuple[Tensor, State]:
+        score, x, sigma, sigma_next, state, _ = at
         known, most = replace(state), math.inf if self.max_nfe is None else self.max_nfe
         known.run = None if known.run is None else known.run.copy()
         if sigma_next == 0:
             if known.nfe + 1 > most:
                 raise StoppedEarly(x, torch.full_like(x.flatten(1)[:, 0], sigma))
             return denoise_from_score(score(x, level(sigma, x)), x, sigma), state
-        split = hasattr(score, "rows")
+        split = can_split(score)
 
         def field(y: Tensor, u: Tensor, index: Tensor) -> Tensor:
-            part = rows(score, index) if split and len(index) < len(x) else score
+            part = restricted(score, index) if split and len(index) < len(x) else score
             assert part is not None
             sigmas = u.exp()
             known.nfe += 1

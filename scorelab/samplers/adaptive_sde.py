@@ -18,15 +18,15 @@ Generating Data with Score-Based Models, 2021, arXiv:2105.14080.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from scorelab.checks import level, rows
+from scorelab.checks import level
 from scorelab.predictions import denoise_from_score
 from scorelab.samplers.adaptive import Controller, check_broadcasting, refuse_broken, rms
-from scorelab.samplers.base import Sampler, State
+from scorelab.samplers.base import Context, Sampler, State
+from scorelab.scores import can_split, restricted
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["AdaptiveReverseSDE", "Path"]
@@ -115,15 +115,8 @@ class AdaptiveReverseSDE(Sampler):
         if not 0 < self.eta < math.inf:
             raise ValueError(f"eta is {self.eta:g}; expected a finite number > 0: without noise use ProbabilityFlow")
 
-    def step(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
+    def step(self, at: Context) -> tuple[Tensor, State]:
+        score, x, sigma, sigma_next, state, noise = at
         if sigma_next == 0:
             return denoise_from_score(score(x, level(sigma, x)), x, sigma), state
         if state is None:
@@ -139,10 +132,10 @@ class AdaptiveReverseSDE(Sampler):
             bridge = noise(x).flatten(1)
             path.halve(path.moving & (path.width > width) & (path.depth < _DEEPEST - 1), bridge)
             ready = path.moving & ((path.width <= width) | (path.depth >= _DEEPEST - 1))
-            index = ready.nonzero().flatten() if hasattr(score, "rows") else everything
+            index = ready.nonzero().flatten() if can_split(score) else everything
             if not bool(ready.any()):
                 continue
-            part = rows(score, index) if len(index) < len(x) else score
+            part = restricted(score, index) if len(index) < len(x) else score
             assert part is not None
             proposal, error = _try(part, y[index], shape, sigma, path, index)
             scale = self.atol + self.rtol * torch.maximum(y[index].abs(), proposal.abs()).detach()

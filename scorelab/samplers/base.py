@@ -2,7 +2,7 @@
 
 A sampler turns a score function into samples by steps from one noise level to the next lower one:
 
-    init(x, sigmas) -> state,      step(score, x, sigma, sigma_next, state, noise) -> x, state
+    init(x, sigmas) -> state,      step(Context(score, x, sigma, sigma_next, state, noise)) -> x, state
 
 Levels are Python floats and the score sees them as 0-dim tensors, so a step costs no device synchronisation. The score
 is never evaluated at 0: a step to 0 returns the denoised sample. Nothing is kept between steps but x and the state.
@@ -19,18 +19,40 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from scorelab.checks import call, check_batch, check_finite, check_known, check_output, check_sigmas, level, rows
+from scorelab.checks import call, check_batch, check_finite, check_output, check_sigmas, level
 from scorelab.noise import Noise, PerSampleNoise
 from scorelab.predictions import denoise_from_score
+from scorelab.scores import can_split, check_known, combined, device_of, networks, restricted
 from scorelab.typing import ScoreFn, Shape, Tensor
 
-__all__ = ["Counted", "Sampler", "State", "Step", "StoppedEarly", "drive", "evaluate", "evaluate_scaled"]
+__all__ = [
+    "Context",
+    "Counted",
+    "Sampler",
+    "State",
+    "Step",
+    "StoppedEarly",
+    "Wrapper",
+    "drive",
+    "evaluate",
+]
 
 State = Any
 """Whatever a sampler keeps from step to step; None for one without memory."""
+
+
+class Context(NamedTuple):
+    """What a step is made from: the score, x (B, *D) at noise level ``sigma``, the next level, the sampler's state, and
+    ``noise(x)``, standard normal like x, which the next call may overwrite."""
+
+    score: ScoreFn
+    x: Tensor
+    sigma: float
+    sigma_next: float
+    state: State
+    noise: Callable[[Tensor], Tensor]
 
 
 class Step(NamedTuple):
@@ -59,7 +81,7 @@ class Sampler(ABC):
 
     ``order``: the order of convergence to the exact probability-flow ODE, None for a stochastic sampler.
     ``every_level``: the steps run at ``sigma`` itself (Langevin), so the driver appends a final 0 and every positive
-    level is visited.
+    level is visited. ``sigmas``, an attribute of few: the levels of a sampler that brings its own.
     """
 
     order: int | None = None
@@ -73,53 +95,53 @@ class Sampler(ABC):
         return None
 
     @abstractmethod
-    def step(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
-        """x at sigma_next from x at sigma, and the new state; neither argument is changed in place."""
+    def step(self, at: Context) -> tuple[Tensor, State]:
+        """x at sigma_next from x at sigma, and the new state; nothing of the context is changed in place."""
 
     def reached(self, sigma: float, sigma_next: float) -> float:
         """The noise level of x after a step."""
         return sigma_next
 
 
-class _Half:
-    """A score that sees x in half precision; the sampler's own x, levels and coefficients are float32."""
+class Wrapper(Sampler):
+    """Base of samplers around another, ``inner``, whose levels, state, checks and order they have unless they say."""
 
-    def __init__(self, score: ScoreFn, dtype: torch.dtype) -> None:
-        self.score, self.dtype = score, dtype
-        if hasattr(score, "rows"):
-            self.rows = self._rows
-        if hasattr(score, "score_and_variance"):
-            self.score_and_variance = self._score_and_variance
+    @property
+    @abstractmethod
+    def inner(self) -> Sampler:
+        """The sampler that makes the steps."""
 
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        half = x.to(self.dtype)
-        return check_output(self.score(half, sigma), half, sigma).to(x.dtype)
+    @property
+    def order(self) -> int | None:  # type: ignore[override]
+        """That of the inner sampler."""
+        return self.inner.order
 
-    def _score_and_variance(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        half = x.to(self.dtype)
-        found, v = self.score.score_and_variance(half, sigma)  # type: ignore[attr-defined]
-        return check_output(found, half, sigma).to(x.dtype), check_output(v, half, sigma).to(x.dtype)
+    @property
+    def every_level(self) -> bool:  # type: ignore[override]
+        """That of the inner sampler."""
+        return self.inner.every_level
 
-    def _rows(self, index: Tensor) -> ScoreFn:
-        restricted = rows(self.score, index)
-        assert restricted is not None
-        return _Half(restricted, self.dtype)
+    @property
+    def sigmas(self) -> tuple[float, ...] | None:
+        """The inner sampler's own levels, if it has any."""
+        return getattr(self.inner, "sigmas", None)
+
+    def verify(self, score: ScoreFn, x: Tensor) -> None:
+        self.inner.verify(score, x)
+
+    def init(self, x: Tensor, sigmas: list[float]) -> State:
+        return self.inner.init(x, sigmas)
+
+    def step(self, at: Context) -> tuple[Tensor, State]:
+        return self.inner.step(at)
+
+    def reached(self, sigma: float, sigma_next: float) -> float:
+        return self.inner.reached(sigma, sigma_next)
 
 
 def warn_of_training(score: object) -> None:
     """RuntimeWarning of a network left in training mode, where that changes what it computes: dropout, batch norm."""
-    # what a score is made of: an adapter's function, a condition's model, a bound method's object
-    for name in ("fn", "fn", "fn", "model", "__self__"):
-        score = score if isinstance(score, nn.Module) else getattr(score, name, score)
-    for module in score.modules() if isinstance(score, nn.Module) else ():
+    for module in (m for network in networks(score) for m in network.modules()):
         p = getattr(module, "p", 0)
         if module.training and (isinstance(module, _BatchNorm) or (isinstance(p, (int, float)) and p > 0)):
             warnings.warn(
@@ -145,12 +167,9 @@ class Counted:
         self.levels: dict[float, Tensor] = {}
         self.nfe = 0
         self.x0_hat: Tensor | None = None
-        if hasattr(score, "rows"):
-            self.rows = self._rows
-        if hasattr(score, "score_and_variance"):
-            self.score_and_variance = self._score_and_variance
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The score, checked."""
         return self._note(call(self.score, x, sigma), x, sigma)
 
     def _note(self, output: object, x: Tensor, sigma: Tensor) -> Tensor:
@@ -161,36 +180,35 @@ class Counted:
             self.x0_hat = denoise_from_score(found, x, sigma)
         return found
 
+    def __getattr__(self, name: str) -> Any:
+        # there only if the score has it
+        if name == "rows" and can_split(self.score):
+            return self._rows
+        if name == "score_and_variance" and hasattr(self.score, name):
+            return self._score_and_variance
+        raise AttributeError(name)
+
     def _score_and_variance(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         output, v = call(self.score.score_and_variance, x, sigma)  # type: ignore[attr-defined]
         return self._note(output, x, sigma), check_output(v, x, sigma)
 
     def _rows(self, index: Tensor) -> ScoreFn:
-        restricted = rows(self.score, index)
-        assert restricted is not None
+        part = restricted(self.score, index)
+        assert part is not None
 
         def few(x: Tensor, sigma: Tensor) -> Tensor:
             self.nfe += 1
-            return check_output(call(restricted, x, sigma), x, sigma)
+            return check_output(call(part, x, sigma), x, sigma)
 
         return few
 
 
-def _level(score: ScoreFn, x: Tensor, sigma: float) -> Tensor:
-    known = score.levels.get(sigma) if isinstance(score, Counted) else None
-    return level(sigma, x) if known is None else known
-
-
-def evaluate(score: ScoreFn, x: Tensor, sigma: float) -> Tensor:
-    """The score at one noise level given as a float."""
-    return score(x, _level(score, x, sigma))
-
-
-def evaluate_scaled(score: ScoreFn, x: Tensor, sigma: float) -> Tensor:
-    """sigma score, which is -eps_hat = -dx/dsigma, in memory of its own."""
-    at = _level(score, x, sigma)
+def evaluate(score: ScoreFn, x: Tensor, sigma: float, *, scaled: bool = False) -> Tensor:
+    """The score at one noise level given as a float; ``scaled``: sigma score = -eps_hat, in memory of its own."""
+    known = score.levels.get(sigma) if type(score) is Counted else None
+    at = level(sigma, x) if known is None else known
     # a product with a 0-dim tensor costs half of one with a number
-    return score(x, at) * at
+    return score(x, at) * at if scaled else score(x, at)
 
 
 def check_shape(x: object) -> Shape:
@@ -275,11 +293,14 @@ def drive(
     check_known(score, min(s for s in grid if s > 0), grid[0])
     noise = Noise(generator, reuse=not differentiable)
     if device is None and not isinstance(x, Tensor):
-        device = getattr(score, "device", None)
+        device = device_of(score)
     if dtype is None:
         dtype = x.dtype if isinstance(x, Tensor) else torch.get_default_dtype()
     x = start(x, grid[0], data_std, noise, torch.promote_types(dtype, torch.float32), device)
-    counted = Counted(score if x.dtype == dtype else _Half(score, dtype), denoised)
+    if x.dtype != dtype:
+        # it sees x in half precision; the sampler's own x, levels and coefficients are float32
+        score = combined(lambda x, s, out: out, score, inputs=lambda x, s: (x.to(dtype), s), variance=True)
+    counted = Counted(score, denoised)
     # one tensor for all levels: a tensor for each, at each step, would cost as much as the step
     tensors = torch.tensor(grid, dtype=x.dtype, device=x.device).unbind()
     counted.levels = dict(zip(grid, tensors, strict=True))
@@ -296,7 +317,7 @@ def drive(
             with nullcontext() if differentiable or not torch.is_grad_enabled() else torch.no_grad():
                 if count:
                     try:
-                        current, state = sampler.step(counted, current, sigma, sigma_next, state, noise)
+                        current, state = sampler.step(Context(counted, current, sigma, sigma_next, state, noise))
                     except StoppedEarly as early:
                         stop = early
             if stop is not None:

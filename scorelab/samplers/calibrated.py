@@ -33,11 +33,12 @@ from scipy.optimize import minimize
 from tqdm.auto import tqdm
 
 from scorelab import sigmas as levels_of
-from scorelab.checks import check_batch, check_finite, check_known, check_sigmas, level
-from scorelab.samplers.base import Counted, Sampler, State, evaluate_scaled
+from scorelab.checks import check_batch, check_finite, check_sigmas, level
+from scorelab.samplers.base import Context, Counted, Sampler, State, evaluate
 from scorelab.samplers.fingerprint import Fingerprint
 from scorelab.samplers.multistep import adams_weights, combine
 from scorelab.samplers.ode import RK4
+from scorelab.scores import check_known
 from scorelab.typing import ScoreFn, Tensor
 from scorelab.writing import whole
 
@@ -78,19 +79,12 @@ class Calibrated(Sampler):
     def init(self, x: Tensor, sigmas: list[float]) -> State:
         return 0, ()
 
-    def step(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
+    def step(self, at: Context) -> tuple[Tensor, State]:
+        score, x, sigma, sigma_next, state, _ = at
         i, values = state
         row = self.weights[i]
         # -e_i = sigma score, so the width is turned around
-        values = (evaluate_scaled(score, x, sigma), *values)
+        values = (evaluate(score, x, sigma, scaled=True), *values)
         width = sigma - sigma_next
         x = combine(x, 1.0, values[: len(row)], tuple(width * w for w in row))
         kept = max((len(r) for r in self.weights[i + 1 :]), default=1) - 1
@@ -159,7 +153,7 @@ def _solve(score: ScoreFn, x: Tensor, sigma_min: float, sigma_max: float, steps:
             return outputs[-1]
 
         xs.append(x)
-        x, _ = method.step(noting, x, a, b, None, torch.zeros_like)
+        x, _ = method.step(Context(noting, x, a, b, None, torch.zeros_like))
         slopes.append(-(a**2) * outputs[0])
     check_finite(x, "the reference solution")
     u = np.log(np.array(grid[:-1]))
@@ -215,7 +209,7 @@ def _least_squares(
 def _run(score: ScoreFn, x: Tensor, sampler: Calibrated) -> Tensor:
     state = sampler.init(x, [])
     for a, b in pairwise(sampler.sigmas):
-        x, state = sampler.step(score, x, a, b, state, torch.zeros_like)
+        x, state = sampler.step(Context(score, x, a, b, state, torch.zeros_like))
     return x
 
 

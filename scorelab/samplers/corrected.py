@@ -29,7 +29,7 @@ import torch
 
 from scorelab.checks import broadcast, level
 from scorelab.processes import DiscreteVP
-from scorelab.samplers.base import Sampler, State, evaluate
+from scorelab.samplers.base import Context, Sampler, State, Wrapper, evaluate
 from scorelab.samplers.langevin import langevin_step
 from scorelab.typing import ScoreFn, Tensor
 
@@ -99,7 +99,7 @@ class AnnealedCorrector(Corrector):
 
 
 @dataclass(frozen=True)
-class PredictorCorrector(Sampler):
+class PredictorCorrector(Wrapper):
     """A predictor (any other sampler) with a corrector after each of its steps.
 
     ``corrector_first`` corrects at sigma before the step instead, as the score_sde release does. No correction at 0.
@@ -117,37 +117,23 @@ class PredictorCorrector(Sampler):
             )
 
     @property
-    def every_level(self) -> bool:  # type: ignore[override]
-        """That of the predictor."""
-        return self.predictor.every_level
+    def inner(self) -> Sampler:
+        """The predictor."""
+        return self.predictor
 
     @property
-    def sigmas(self) -> tuple[float, ...] | None:
-        """The predictor's own levels, if it has any."""
-        return getattr(self.predictor, "sigmas", None)
-
-    def verify(self, score: ScoreFn, x: Tensor) -> None:
-        self.predictor.verify(score, x)
+    def order(self) -> int | None:  # type: ignore[override]
+        """None with a corrector, which is stochastic."""
+        return self.predictor.order if self.corrector is None else None
 
     def reached(self, sigma: float, sigma_next: float) -> float:
         corrected = self.corrector is not None and not self.corrector_first and sigma_next > 0
         return sigma_next if corrected else self.predictor.reached(sigma, sigma_next)
 
-    def init(self, x: Tensor, sigmas: list[float]) -> State:
-        return self.predictor.init(x, sigmas)
-
-    def step(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
+    def step(self, at: Context) -> tuple[Tensor, State]:
         if self.corrector is not None and self.corrector_first:
-            x = self.corrector.correct(score, x, sigma, noise)
-        x, state = self.predictor.step(score, x, sigma, sigma_next, state, noise)
-        if self.corrector is not None and not self.corrector_first and sigma_next > 0:
-            x = self.corrector.correct(score, x, sigma_next, noise)
+            at = at._replace(x=self.corrector.correct(at.score, at.x, at.sigma, at.noise))
+        x, state = self.predictor.step(at)
+        if self.corrector is not None and not self.corrector_first and at.sigma_next > 0:
+            x = self.corrector.correct(at.score, x, at.sigma_next, at.noise)
         return x, state

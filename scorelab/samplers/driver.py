@@ -11,10 +11,11 @@ import torch
 from tqdm.auto import tqdm
 
 from scorelab import parallel
-from scorelab.checks import check_finite, rows
+from scorelab.checks import check_finite
 from scorelab.noise import PerSampleNoise, fresh_generator
 from scorelab.samplers.base import Sampler, Step, check_shape, drive
 from scorelab.samplers.ode import Heun
+from scorelab.scores import device_of, restricted
 from scorelab.typing import ScoreFn, Shape, Tensor
 
 __all__ = ["sample", "trajectory"]
@@ -175,7 +176,7 @@ def _last(
 
 def _restricted(score: ScoreFn, index: range) -> ScoreFn:
     """The score for these rows of the request: itself if it does not say how to restrict it."""
-    bound = rows(score, torch.arange(index.start, index.stop, device=getattr(score, "device", None)))
+    bound = restricted(score, torch.arange(index.start, index.stop, device=device_of(score)))
     return score if bound is None else bound
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from scorelab.checks import call, check_output, level, rows
+from scorelab.checks import call, check_output, level
 from scorelab.noise import counted
+from scorelab.scores import restricted
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["Fingerprint"]
@@ -69,11 +70,11 @@ def _values(score: ScoreFn, sigma: float, std: float, x: Tensor) -> Tensor:
     """-sigma score at the fixed points, some dimensions of each, float64 on the CPU; of min(4, B) points."""
     points = (std * counted("normal", tuple(x.shape[1:]), range(_POINTS), 0)).to(x)
     at, count = level(sigma, x), min(len(x), _POINTS)
-    restricted = rows(score, torch.arange(count, device=x.device))
+    few = restricted(score, torch.arange(count, device=x.device))
     with torch.no_grad():
-        if restricted is not None:
+        if few is not None:
             points = points[:count]
-            out = call(restricted, points, at)
+            out = call(few, points, at)
         else:
             try:
                 out = call(score, points, at)

@@ -21,9 +21,9 @@ from itertools import pairwise
 import torch
 
 from scorelab.checks import broadcast, level
-from scorelab.samplers.base import Sampler, State, evaluate
+from scorelab.samplers.base import Context, Sampler, State, evaluate
 from scorelab.sigmas import langevin_step_size
-from scorelab.typing import ScoreFn, Tensor
+from scorelab.typing import Tensor
 
 __all__ = [
     "PUBLISHED_STEP_SIZES",
@@ -83,31 +83,17 @@ class Langevin(Sampler):
     def reached(self, sigma: float, sigma_next: float) -> float:
         return 0.0 if sigma_next == 0 and self.denoise else sigma
 
-    def walk(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    def walk(self, at: Context) -> Tensor:
         """x after the steps at sigma."""
+        score, x, sigma, _, state, noise = at
         size = self.size(sigma, state)
         for _ in range(self.steps):
             x = langevin_step(x, evaluate(score, x, sigma), size, noise(x))
         return x
 
-    def step(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
-        x = self.walk(score, x, sigma, sigma_next, state, noise)
+    def step(self, at: Context) -> tuple[Tensor, State]:
+        score, _, sigma, sigma_next, state, _ = at
+        x = self.walk(at)
         if sigma_next == 0 and self.denoise:
             x = x.add(evaluate(score, x, sigma), alpha=sigma**2)
         return x, state
@@ -181,15 +167,8 @@ class ConsistentLangevin(AnnealedLangevin):
             )
         return keep
 
-    def walk(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    def walk(self, at: Context) -> Tensor:
+        score, x, sigma, sigma_next, state, noise = at
         keep = float(state)
         for k in range(self.steps):
             after = sigma_next if k == self.steps - 1 and sigma_next > 0 else sigma
@@ -225,31 +204,24 @@ class MetropolisLangevin(AnnealedLangevin):
                 "exact distribution"
             )
 
-    def walk(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    def walk(self, at: Context) -> Tensor:
+        score, x, sigma, _, state, noise = at
         assert self.log_prob is not None
-        size, at = self.size(sigma, state), level(sigma, x)
+        size, here = self.size(sigma, state), level(sigma, x)
         # a score may use the memory of its last output again
-        s, density = evaluate(score, x, sigma).clone(), self.log_prob(x, at)
+        s, density = evaluate(score, x, sigma).clone(), self.log_prob(x, here)
         for _ in range(self.steps):
             z = noise(x)
             proposal = langevin_step(x, s, size, z)
-            there, density_there = evaluate(score, proposal, sigma), self.log_prob(proposal, at)
+            there, density_there = evaluate(score, proposal, sigma), self.log_prob(proposal, here)
             # log q(x | x') - log q(x' | x): x - x' - size/2 s' = -(sqrt(size) z + size/2 (s + s'))
             back = (z + 0.5 * math.sqrt(size) * (s + there)).flatten(1).square().sum(1)
             gain = density_there - density - 0.5 * (back - z.flatten(1).square().sum(1))
             # a uniform number from a normal one keeps all randomness in one stream
             uniform = torch.special.ndtr(noise(x).flatten(1)[:, 0])
             accept = uniform.log() < gain
-            rows = broadcast(accept, x)
-            x, s = torch.where(rows, proposal, x), torch.where(rows, there, s)
+            accepted = broadcast(accept, x)
+            x, s = torch.where(accepted, proposal, x), torch.where(accepted, there, s)
             density = torch.where(accept, density_there, density)
         return x
 
@@ -274,15 +246,8 @@ class UnderdampedLangevin(AnnealedLangevin):
         if not 0 < self.friction < math.inf:
             raise ValueError(f"friction is {self.friction:g}; expected a positive number")
 
-    def walk(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    def walk(self, at: Context) -> Tensor:
+        score, x, sigma, _, state, noise = at
         h, keep = math.sqrt(self.size(sigma, state)), math.exp(-self.friction)
         kick = math.sqrt(-math.expm1(-2 * self.friction))
         v = noise(x).clone()

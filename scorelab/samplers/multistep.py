@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -30,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from scorelab.samplers.base import Sampler, State, evaluate, evaluate_scaled
+from scorelab.samplers.base import Context, Sampler, State, evaluate
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["AdamsBashforth", "DPMSolverMultistep", "Multistep", "UniPC"]
@@ -80,18 +79,11 @@ class Multistep(Sampler):
     def init(self, x: Tensor, sigmas: list[float]) -> State:
         return History((), ())
 
-    def step(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
+    def step(self, at: Context) -> tuple[Tensor, State]:
+        score, x, sigma, sigma_next, state, _ = at
         if sigma_next == 0:
             return x0_hat(score, x, sigma), state
-        value = (x0_hat if self.exponential else evaluate_scaled)(score, x, sigma)
+        value = x0_hat(score, x, sigma) if self.exponential else evaluate(score, x, sigma, scaled=True)
         kept = History((sigma, *state.sigmas[: self.steps - 1]), (value, *state.values[: self.steps - 1]))
         scale = sigma_next / sigma if self.exponential else 1.0
         return combine(x, scale, kept.values, self.weights(kept.sigmas, sigma_next)), kept

@@ -6,11 +6,10 @@ Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from scorelab.samplers.base import Sampler, State, evaluate, evaluate_scaled
-from scorelab.typing import ScoreFn, Tensor
+from scorelab.samplers.base import Context, Sampler, State, evaluate
+from scorelab.typing import Tensor
 
 __all__ = ["RK4", "Euler", "Heun", "Midpoint"]
 
@@ -21,15 +20,8 @@ class Euler(Sampler):
 
     order = 1
 
-    def step(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
+    def step(self, at: Context) -> tuple[Tensor, State]:
+        score, x, sigma, sigma_next, state, _ = at
         # x + (sigma_next - sigma) * (-sigma s); to 0 this is x + sigma^2 s, the denoised sample
         return x.add(evaluate(score, x, sigma), alpha=(sigma - sigma_next) * sigma), state
 
@@ -40,17 +32,10 @@ class Heun(Sampler):
 
     order = 2
 
-    def step(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
+    def step(self, at: Context) -> tuple[Tensor, State]:
+        score, x, sigma, sigma_next, state, _ = at
         # -dx/dsigma = sigma score, and width runs against sigma
-        first, width = evaluate_scaled(score, x, sigma), sigma - sigma_next
+        first, width = evaluate(score, x, sigma, scaled=True), sigma - sigma_next
         if sigma_next == 0:
             return x.add(first, alpha=width), state
         second = evaluate(score, x.add(first, alpha=width), sigma_next)
@@ -72,15 +57,8 @@ class Midpoint(Sampler):
         if self.on not in ("sigma", "log_sigma"):
             raise ValueError(f"on is {self.on!r}; expected 'sigma' or 'log_sigma'")
 
-    def step(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
+    def step(self, at: Context) -> tuple[Tensor, State]:
+        score, x, sigma, sigma_next, state, _ = at
         first = evaluate(score, x, sigma)
         if sigma_next == 0:
             return x.add(first, alpha=sigma**2), state
@@ -97,22 +75,15 @@ class RK4(Sampler):
 
     order = 4
 
-    def step(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
+    def step(self, at: Context) -> tuple[Tensor, State]:
+        score, x, sigma, sigma_next, state, _ = at
         # -dx/dlog(sigma) = sigma (sigma score), and width = log(sigma/r) runs against log sigma
-        first = evaluate_scaled(score, x, sigma)
+        first = evaluate(score, x, sigma, scaled=True)
         if sigma_next == 0:
             return x.add(first, alpha=sigma), state
         middle, width = math.sqrt(sigma * sigma_next), math.log(sigma / sigma_next)
-        second = evaluate_scaled(score, x.add(first, alpha=width / 2 * sigma), middle)
-        third = evaluate_scaled(score, x.add(second, alpha=width / 2 * middle), middle)
+        second = evaluate(score, x.add(first, alpha=width / 2 * sigma), middle, scaled=True)
+        third = evaluate(score, x.add(second, alpha=width / 2 * middle), middle, scaled=True)
         fourth = evaluate(score, x.add(third, alpha=width * middle), sigma_next)
         total = x.add(first, alpha=width / 6 * sigma).add_(second, alpha=width / 3 * middle)
         return total.add_(third, alpha=width / 3 * middle).add_(fourth, alpha=width * sigma_next**2 / 6), state

@@ -7,12 +7,11 @@ sigma e^{-2h/3} for 3S. Lu et al., DPM-Solver++, 2022, arXiv:2211.01095.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from scorelab.samplers.base import Sampler, State
+from scorelab.samplers.base import Context, Sampler, State
 from scorelab.samplers.multistep import combine, x0_hat
-from scorelab.typing import ScoreFn, Tensor
+from scorelab.typing import Tensor
 
 __all__ = ["DPMSolverSinglestep"]
 
@@ -27,32 +26,25 @@ class DPMSolverSinglestep(Sampler):
         if self.order not in (2, 3):
             raise ValueError(f"order is {self.order}; expected 2 (2S) or 3 (3S)")
 
-    def step(
-        self,
-        score: ScoreFn,
-        x: Tensor,
-        sigma: float,
-        sigma_next: float,
-        state: State,
-        noise: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, State]:
+    def step(self, at: Context) -> tuple[Tensor, State]:
+        score, x, sigma, sigma_next, state, _ = at
         first = x0_hat(score, x, sigma)
         if sigma_next == 0:
             return first, state
         h = math.log(sigma / sigma_next)
         whole = -math.expm1(-h)
 
-        def at(part: float, others: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
+        def stage(part: float, others: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
             s = sigma * math.exp(-part * h)
             return x0_hat(score, combine(x, s / sigma, others, weights), s)
 
         scale = sigma_next / sigma
         if self.order == 2:
-            half = at(0.5, (first,), (-math.expm1(-0.5 * h),))
+            half = stage(0.5, (first,), (-math.expm1(-0.5 * h),))
             return combine(x, scale, (half,), (whole,)), state
-        third = at(1 / 3, (first,), (-math.expm1(-h / 3),))
+        third = stage(1 / 3, (first,), (-math.expm1(-h / 3),))
         part = 2 * h / 3
         bend = 2 * (math.expm1(-part) / part + 1)
-        second = at(2 / 3, (first, third), (-math.expm1(-part) - bend, bend))
+        second = stage(2 / 3, (first, third), (-math.expm1(-part) - bend, bend))
         bend = 1.5 * (1 - whole / h)
         return combine(x, scale, (first, second), (whole - bend, bend)), state

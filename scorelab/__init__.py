@@ -3,6 +3,7 @@
 from scorelab import distributions, losses, nn, predictions, processes, samplers, sigmas  # noqa: F401
 from scorelab.adapters import broadcast, clipped, from_denoiser, from_eps, from_time_score
 from scorelab.evaluation import check_score
+from scorelab.guidance import classifier_free
 from scorelab.likelihood import LogLikelihood, bits_per_dim, log_likelihood, sample_log_prob, variational_bound
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
@@ -32,6 +33,7 @@ __all__ = [
     "bits_per_dim",
     "broadcast",
     "check_score",
+    "classifier_free",
     "clipped",
     "combined",
     "convert",

@@ -21,6 +21,8 @@ __all__ = [
     "check_range",
     "check_sigmas",
     "level",
+    "level_of",
+    "marked",
     "nearest_name",
     "widened",
 ]
@@ -54,7 +56,21 @@ def broadcast(sigma: Tensor | float, x: Tensor) -> Tensor:
 
 def level(sigma: float, x: Tensor) -> Tensor:
     """A noise level, 0-dim, in x's dtype (float32 at least) on x's device, made there (no synchronisation)."""
-    return torch.full((), sigma, dtype=torch.float32 if x.dtype in _HALF else x.dtype, device=x.device)
+    return marked(torch.full((), sigma, dtype=torch.float32 if x.dtype in _HALF else x.dtype, device=x.device), sigma)
+
+
+def marked(sigma: Tensor, value: float) -> Tensor:
+    """A 0-dim noise level that says its value, for ``level_of``."""
+    sigma.scorelab_level = value  # type: ignore[attr-defined]
+    return sigma
+
+
+def level_of(sigma: Tensor) -> float | None:
+    """The value of one noise level for all, where that takes no synchronisation; else None."""
+    if sigma.ndim:
+        return None
+    known: float | None = getattr(sigma, "scorelab_level", None)
+    return float(sigma) if known is None and sigma.device.type == "cpu" else known
 
 
 def widened(x: Tensor) -> Tensor:

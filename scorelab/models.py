@@ -8,10 +8,11 @@ so no difference of nearly equal numbers is divided by a small sigma^2.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ class ScoreModel(nn.Module):
     data outside, None if unbounded.
 
     A network that takes whole indices only says so by an attribute ``integer_labels = True``; it then gets int64, and
-    a level that is none of the grid's to 1e-4 is a ValueError.
+    a level that is none of the grid's to 1e-4 is a ValueError. One that takes conditions has ``num_classes`` or
+    ``null_condition`` (see scorelab.nn.classes); where no condition is given it gets the null condition, and without
+    one that is a ValueError.
     """
 
     levels: Tensor | None
@@ -155,8 +158,28 @@ class ScoreModel(nn.Module):
         """The estimate of v = alpha eps - std x0, alpha = 1/sqrt(1 + sigma^2)."""
         return self._predict(x, sigma, condition, V)
 
-    def conditioned(self, condition: Tensor) -> Conditioned:
-        """A ScoreFn with the condition bound: (B,) or (B, ...) rows, or one for all (1, ...)."""
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the network can be conditioned on, None if on none."""
+        found: int | None = getattr(unwrapped(self.net), "num_classes", None)
+        return found
+
+    @property
+    def null_condition(self) -> Tensor | None:
+        """The condition that stands for none, without a dimension for the batch; None if the network knows none."""
+        null = getattr(unwrapped(self.net), "null_condition", None)
+        return None if null is None else torch.as_tensor(null)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the network takes conditions."""
+        return self.num_classes is not None or self.null_condition is not None
+
+    def conditioned(self, condition: Tensor | None) -> Conditioned:
+        """A ScoreFn with the condition bound: (B,) or (B, ...) rows, one for all (1, ...), or None for no condition.
+
+        Raises ValueError for classes that the network does not know, and for None where it knows no null condition.
+        """
         return Conditioned(self, condition)
 
     def rows(self, index: Tensor) -> ScoreFn:
@@ -165,6 +188,8 @@ class ScoreModel(nn.Module):
 
     def _predict(self, x: Tensor, sigma: Tensor, condition: Tensor | None, target: Prediction) -> Tensor:
         check_batch(x, shape=self.data_shape)
+        if condition is None and self.conditional:
+            condition = self._null(len(x))
         level = broadcast(sigma, x).to(widened(x))
         sigma = level.reshape(-1)
         if isinstance(self.input_scale, str):
@@ -189,6 +214,18 @@ class ScoreModel(nn.Module):
             )
         a, b = coefficients(level, self.prediction, target)
         return (a * x + b * output.to(x.dtype)).to(x.dtype)
+
+    def _null(self, count: int) -> Tensor:
+        null = self.null_condition
+        if null is None:
+            raise ValueError(
+                "this network has classes and none that stands for no class; expected a condition, as "
+                "model.conditioned(classes): for none train with training.label_dropout > 0 (null_class=True)"
+            )
+        if null.ndim == 0 and null.device != self.device:
+            # made there: no synchronisation
+            return torch.full((count,), null.item(), dtype=null.dtype, device=self.device)
+        return null.to(self.device).expand(count, *null.shape)
 
     def _label(self, sigma: Tensor) -> Tensor:
         if callable(self.label):
@@ -241,6 +278,39 @@ class ScoreModel(nn.Module):
             "levels": None if self.levels is None else self.levels.flip(0).tolist(),
         }
 
+    def weights(self) -> dict[str, Tensor]:
+        """All weights by the names that files have: the network's own, and a learned process's as "process:...".
+
+        The network's are those inside what torch.compile or DataParallel wrap around it.
+        """
+        found: dict[str, Tensor] = dict(unwrapped(self.net).state_dict())
+        if isinstance(self.process, nn.Module):
+            found |= {_PROCESS + k: v for k, v in self.process.state_dict().items()}
+        return found
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter by its names in ``weights``, one that is shared by all of its names."""
+        yield from unwrapped(self.net).named_parameters(remove_duplicate=False)
+        if isinstance(self.process, nn.Module):
+            for name, parameter in self.process.named_parameters(remove_duplicate=False):
+                yield _PROCESS + name, parameter
+
+    def load_weights(self, state: dict[str, Tensor], where: str | Path = "these weights") -> None:
+        """Take weights that are named as ``weights`` names them; ValueError, saying what differs, if they don't fit."""
+        own = self.weights()
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        differing = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+        if missing or extra or differing:
+            raise ValueError(
+                f"{where} does not fit this network: {len(missing)} keys missing {missing[:3]}, {len(extra)} not known "
+                f"{extra[:3]}, {len(differing)} of another shape {differing[:3]}"
+            )
+        unwrapped(self.net).load_state_dict({k: v for k, v in state.items() if not k.startswith(_PROCESS)})
+        if isinstance(self.process, nn.Module):
+            self.process.load_state_dict(
+                {k.removeprefix(_PROCESS): v for k, v in state.items() if k.startswith(_PROCESS)}
+            )
+
     def save(self, path: str | Path) -> None:
         """Write ``model.json`` and ``model.safetensors`` into the directory ``path``.
 
@@ -248,7 +318,7 @@ class ScoreModel(nn.Module):
         their names. Raises ValueError for a process, prediction or function of one's own.
         """
         folder = Path(path)
-        settings, state = json.dumps(self.to_dict(), indent=1), unwrapped(self.net).state_dict()
+        settings, state = json.dumps(self.to_dict(), indent=1), self.weights()
         folder.mkdir(parents=True, exist_ok=True)
         with whole(folder / "model.safetensors") as aside:
             # shared weights are written under each of their names
@@ -282,7 +352,7 @@ class ScoreModel(nn.Module):
             state = load_file(folder / weights)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder / weights} is damaged ({error}): save the model again") from error
-        _load_weights(unwrapped(model.net), state, folder / weights)
+        model.load_weights(state, folder / weights)
         return model.eval()
 
     @classmethod
@@ -311,16 +381,34 @@ class ScoreModel(nn.Module):
 
 
 _SCORE = PREDICTIONS["score"]
+_PROCESS = "process:"
+"""Before the names of a learned process's weights; a network's have no colon."""
 
 
 class Conditioned:
     """A model's score with a condition bound to it."""
 
-    def __init__(self, model: ScoreModel, condition: Tensor) -> None:
-        if not isinstance(condition, Tensor) or condition.ndim < 1:
+    def __init__(self, model: ScoreModel, condition: Tensor | None) -> None:
+        if condition is None:
+            condition = model._null(1)
+        elif not isinstance(condition, Tensor) or condition.ndim < 1:
             raise ValueError("the condition must be a tensor with one row a sample, (B, ...), or one for all, (1, ...)")
-        self.model, self.condition = model, condition
-        self.sigma_range = model.sigma_range
+        elif (count := model.num_classes) is not None:
+            if condition.ndim != 1 or condition.is_floating_point() or condition.dtype == torch.bool:
+                raise ValueError(
+                    f"the condition is {condition.dtype} {tuple(condition.shape)}; expected classes, whole numbers (B,)"
+                )
+            if condition.numel() and not 0 <= int(condition.min()) <= int(condition.max()) < count:
+                raise ValueError(
+                    f"the condition holds classes from {int(condition.min())} to {int(condition.max())}; expected "
+                    f"0 to {count - 1}, which the network knows, or None for no class"
+                )
+        self.model, self.condition = model, condition.to(model.device)
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The noise levels that the model knows."""
+        return self.model.sigma_range
 
     @property
     def device(self) -> torch.device:
@@ -328,13 +416,29 @@ class Conditioned:
         return self.model.device
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        if len(self.condition) not in (1, len(x)):
-            raise ValueError(f"the condition has {len(self.condition)} rows for a batch of {len(x)}; expected one each")
-        return self.model(x, sigma, self.condition.expand(len(x), *self.condition.shape[1:]))  # type: ignore[no-any-return]
+        return self.model(x, sigma, self._expanded(len(x)))  # type: ignore[no-any-return]
+
+    def together(self, other: object, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor] | None:
+        """This score and another of the same model, in one evaluation of twice the batch; None for any other."""
+        if not isinstance(other, Conditioned) or other.model is not self.model:
+            return None
+        conditions = torch.cat([self._expanded(len(x)), other._expanded(len(x))])
+        both = self.model(torch.cat([x, x]), sigma if sigma.ndim == 0 else torch.cat([sigma, sigma]), conditions)
+        first, second = both.chunk(2)
+        return first, second
 
     def rows(self, index: Tensor) -> Conditioned:
         """The score for these rows of the batch."""
-        return self if len(self.condition) == 1 else Conditioned(self.model, self.condition[index])
+        if len(self.condition) == 1:
+            return self
+        made = copy.copy(self)
+        made.condition = self.condition[index]
+        return made
+
+    def _expanded(self, count: int) -> Tensor:
+        if len(self.condition) not in (1, count):
+            raise ValueError(f"the condition has {len(self.condition)} rows for a batch of {count}; expected one each")
+        return self.condition.expand(count, *self.condition.shape[1:])
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
@@ -395,15 +499,3 @@ def _function_from_json(value: Any) -> str | Function:
     if isinstance(value, str):
         return value
     return _CALLABLES[value["name"]](**{k: v for k, v in value.items() if k != "name"})
-
-
-def _load_weights(net: nn.Module, state: dict[str, Tensor], where: Path) -> None:
-    own = net.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    differing = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    if missing or extra or differing:
-        raise ValueError(
-            f"{where} does not fit this network: {len(missing)} keys missing {missing[:3]}, {len(extra)} not known "
-            f"{extra[:3]}, {len(differing)} of another shape {differing[:3]}"
-        )
-    net.load_state_dict(state)

@@ -86,7 +86,9 @@ class Combined:
     def outputs(self, x: Tensor, sigma: Tensor) -> tuple[Any, ...]:
         """What the parts return, checked."""
         at, level = (x, widened(sigma)) if self.inputs is None else self.inputs(x, widened(sigma))
-        return tuple(check_output(score(at, level), at, level) for score in self.scores)
+        found = [check_output(score(at, level), at, level).clone() for score in self.scores[:-1]]
+        # kept in memory of their own, for the next evaluation may overwrite them
+        return (*found, check_output(self.scores[-1](at, level), at, level))
 
     def _finished(self, x: Tensor, sigma: Tensor, outputs: tuple[Any, ...]) -> Tensor:
         return self.formula(x, widened(sigma), *outputs).to(x.dtype)

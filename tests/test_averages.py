@@ -8,6 +8,7 @@ import torch
 from problems import generator
 from test_training import small
 
+from scorelab import VE, ScoreModel
 from scorelab.cli.main import main
 from scorelab.cli.sampling import load_run
 from scorelab.training import EMA, Snapshot, reconstruct, train
@@ -50,7 +51,7 @@ def test_a_power_average_weighs_updates_by_its_power():
 def test_averages_of_other_widths_are_made_afterwards():
     """Reconstructed from snapshots of two widths along a random walk, beside the same average taken directly."""
     weight, steps = parameter(), 1024
-    module = torch.nn.ParameterList([weight])
+    model = ScoreModel(torch.nn.ParameterList([weight]), VE(), data_shape=(1,))
     stored = [EMA([weight], relative_std=w) for w in (0.05, 0.1)]
     direct = {w: EMA([weight], relative_std=w) for w in (0.07, 0.15)}
     walk = torch.randn(steps, generator=generator(), dtype=torch.float64).cumsum(0)
@@ -60,7 +61,7 @@ def test_averages_of_other_widths_are_made_afterwards():
         for average in [*stored, *direct.values()]:
             average.update()
         if n % 64 == 0:
-            snapshots += [Snapshot(n, w, a.weights(module)) for w, a in zip((0.05, 0.1), stored, strict=True)]
+            snapshots += [Snapshot(n, w, a.weights(model)) for w, a in zip((0.05, 0.1), stored, strict=True)]
     for width, average in direct.items():
         found, error = reconstruct(snapshots, width)
         assert error < 0.02
@@ -106,7 +107,7 @@ def test_shared_weights_are_averaged_under_all_their_names():
     before = module.one.weight.detach().clone()
     module.one.weight.data.add_(1)
     average.update()
-    state = average.weights(module)
+    state = average.weights(ScoreModel(module, VE(), data_shape=(2,)))
     # the warm-up takes 1/10 of what was there
     torch.testing.assert_close(state["one.weight"], before + 0.9)
     assert torch.equal(state["one.weight"], state["two.weight"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from problems import generator
 
-from scorelab import ScoreModel, losses, sample, sigmas
+from scorelab import VE, ScoreModel, losses, sample, sigmas
 from scorelab.cli.main import main
 from scorelab.data import Arrays, Drawn, Values, digits, load
 from scorelab.distributions import target
@@ -24,7 +24,6 @@ from scorelab.losses import Denoising
 from scorelab.models import UnitVariance
 from scorelab.nn import UNet
 from scorelab.predictions import edm
-from scorelab.processes import VE
 from scorelab.training import (
     EMA,
     Experiment,
@@ -104,7 +103,7 @@ def test_training_leaves_global_random_state_alone(tmp_path):
 def test_ema_warms_up_and_never_touches_the_weights():
     weight = torch.nn.Parameter(torch.zeros(1))
     ema, expected, share = EMA([weight], 0.9), 0.0, 1.0
-    module = torch.nn.ParameterList([weight])
+    model = ScoreModel(torch.nn.ParameterList([weight]), VE(), data_shape=(1,))
     for n in range(300):
         weight.data.fill_(n + 1.0)
         ema.update()
@@ -114,7 +113,7 @@ def test_ema_warms_up_and_never_touches_the_weights():
         assert float(weight.detach()) == n + 1
     assert ema.decay == 0.9
     assert ema.initial_share == pytest.approx(share)
-    assert float(ema.weights(module)["0"]) == pytest.approx(expected, rel=1e-5)
+    assert float(ema.weights(model)["0"]) == pytest.approx(expected, rel=1e-5)
     assert float(weight.detach()) == 300
 
 
@@ -130,10 +129,10 @@ class Broken(Arrays):
     """Digits of which one turns NaN at the third step."""
 
     def batch(self, seed, step, size, rows=None):
-        x0 = super().batch(seed, step, size, rows)
+        batch = super().batch(seed, step, size, rows)
         if step == 2:
-            x0[5] = math.nan
-        return x0
+            batch.x0[5] = math.nan
+        return batch
 
 
 def test_non_finite_losses_stop_before_any_weight_changes():
@@ -157,9 +156,9 @@ def test_non_finite_steps_are_left_out_up_to_a_limit():
     before = [p.detach().clone() for p in trainer.parameters]
     objective, losses_of = trainer.experiment.objective, type(trainer.experiment.objective).losses
 
-    def broken(score, noised):
-        found = losses_of(objective, score, noised)
-        return found._replace(loss=found.loss + torch.tensor([math.nan, *[0.0] * (len(found.loss) - 1)]))
+    def broken(score, batch, u, noise):
+        found = losses_of(objective, score, batch, u, noise)
+        return found + torch.tensor([math.nan, *[0.0] * (len(found) - 1)])
 
     object.__setattr__(objective, "losses", broken)
     for step in (1, 2):
@@ -382,15 +381,15 @@ def test_data():
     assert float(d.reference().max()) == 1
     assert d.values == Values(0.0, 16.0, 1.0, (0.0, 16.0))
     # an epoch is a permutation: every digit once, in another order the next time
-    first = torch.cat([d.batch(0, i, 599) for i in range(3)])
-    second = torch.cat([d.batch(0, i, 599) for i in range(3, 6)])
+    first = torch.cat([d.batch(0, i, 599).x0 for i in range(3)])
+    second = torch.cat([d.batch(0, i, 599).x0 for i in range(3, 6)])
     assert torch.equal(first.flatten(1).sum(1).sort().values, d.reference().flatten(1).sum(1).sort().values)
     assert not torch.equal(first, second)
-    assert torch.equal(d.batch(0, 2, 700), d.batch(0, 2, 700))
+    assert torch.equal(d.batch(0, 2, 700).x0, d.batch(0, 2, 700).x0)
     points = load("moons")
     assert isinstance(points, Drawn)
-    assert torch.equal(points.batch(1, 5, 10), points.batch(1, 5, 10))
-    assert not torch.equal(points.batch(1, 5, 10), points.batch(1, 6, 10))
+    assert torch.equal(points.batch(1, 5, 10).x0, points.batch(1, 5, 10).x0)
+    assert not torch.equal(points.batch(1, 5, 10).x0, points.batch(1, 6, 10).x0)
 
 
 @pytest.mark.parametrize(

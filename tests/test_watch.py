@@ -84,9 +84,9 @@ def test_points_are_written_as_arrays(tmp_path):
 
 def test_what_is_held_out_is_never_trained_on():
     data = Arrays(torch.arange(100.0)[:, None])
-    held = set(data.hold_out(30).flatten().tolist())
+    held = set(data.hold_out(30).x0.flatten().tolist())
     assert len(held) == 30
-    seen = {v for step in range(20) for v in data.batch(0, step, 13).flatten().tolist()}
+    seen = {v for step in range(20) for v in data.batch(0, step, 13).x0.flatten().tolist()}
     assert seen == set(range(100)) - held
     # an epoch still holds every other once
     assert sorted(data.indices(0, 0, 70).tolist()) == sorted(set(range(100)) - {int(v) for v in held})

@@ -60,7 +60,7 @@ def likelihood_run(
     """
     config, model, found = load_run(workdir, step=step)
     source, held = load_data(config), config.data.validation
-    data = (source.hold_out(held) if held else source.reference())[:n].to(model.device)
+    data = (source.hold_out(held).x0 if held else source.reference())[:n].to(model.device)
     spacing = _spacing(source.values, levels) if levels else 0.0
     low, high = model.sigma_range
     generator = torch.Generator().manual_seed(seed)

@@ -30,6 +30,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
                        [--accept_changes] [--step STEP]
        scorelab sample --workdir runs/x [--n 64] [--seed 0] [--out FILE.png|FILE.npz|DIRECTORY] [--sampler FILE.json]
                        [--step STEP] [--weights ema|model|ema_0.9999|ema_power_0.1]
+                       [--condition each|none|CLASS] [--guidance 2] [--guidance_interval 0.2,5]
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
        scorelab report --workdir runs/x
        scorelab likelihood --workdir runs/x [--n 64] [--levels 17] [--divergence hutchinson] [--probes 1]"""
@@ -211,7 +212,9 @@ def _values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def _sample(arguments: list[str]) -> None:
-    values = _run_flags({"n": None}, {"out": None, "sampler": None, "weights": "ema"})
+    texts = {"out": None, "sampler": None, "weights": "ema", "condition": "", "guidance_interval": None}
+    values = _run_flags({"n": None}, texts)
+    flags.DEFINE_float("guidance", None, "scale of classifier-free guidance", flag_values=values)
     # torchrun takes --n for one of its own options
     flags.DEFINE_alias("samples", "n", flag_values=values)
     _parse(arguments, values)
@@ -227,11 +230,25 @@ def _sample(arguments: list[str]) -> None:
     if out is not None and os.environ.get("RANK", "0") == "0":
         check_out(out)
     weights = str(values["weights"].value)
-    run = sample_run(workdir, n=n, seed=seed, step=step, weights=weights, sampler=sampler)
-    name = (
-        f"drawn_{run.step:08d}" + (f"_{weights}" if weights != "ema" else "") + (f"_{sampler.stem}" if sampler else "")
+    condition, scale, interval = (
+        str(values["condition"].value),
+        values["guidance"].value,
+        values["guidance_interval"].value,
     )
-    out = out or workdir / "samples" / f"{name}.png"
+    run = sample_run(
+        workdir,
+        n=n,
+        seed=seed,
+        step=step,
+        weights=weights,
+        sampler=sampler,
+        condition=condition,
+        guidance=scale,
+        guidance_interval=interval,
+    )
+    parts = [f"drawn_{run.step:08d}", weights if weights != "ema" else "", sampler.stem if sampler else ""]
+    parts += [condition, "" if scale is None else f"guided_{scale:g}"]
+    out = out or workdir / "samples" / f"{'_'.join(filter(None, parts))}.png"
     if parallel.world()[0] == 0:
         print(write_samples(run, out))
 

@@ -13,26 +13,37 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from scorelab import parallel
+from scorelab.checks import nearest_name
 from scorelab.data import Values
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.plotting.pictures import are_images, picture_bytes, tiled
-from scorelab.training import Snapshot, checkpoint, default_config, reconstruct, sample_model
-from scorelab.training.run import recorded_config, recorded_values
+from scorelab.training import Snapshot, checkpoint, default_config, in_turn, reconstruct, sample_model
+from scorelab.training.run import recorded_config, recorded_data, recorded_values
 from scorelab.typing import Tensor
 from scorelab.writing import check_writable, whole
 
-__all__ = ["RunSamples", "check_out", "load_run", "sample_run", "write_samples"]
+__all__ = ["RunSamples", "check_out", "condition_of", "guide", "load_run", "sample_run", "write_samples"]
 
 
 @dataclass(frozen=True)
 class RunSamples:
-    """Samples (N, *D) as the model sees them, what their numbers mean, and the model and the step they come from."""
+    """Samples (N, *D) as the model sees them, what their numbers mean, the model and the step they come from, and their
+    classes (N,), None if they have none."""
 
     x: Tensor
     values: Values | None
     model: ScoreModel
     step: int
+    labels: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """One for each class, where they come in turn and are few; 0 where that is not so."""
+        count = self.model.num_classes or 0
+        turns = in_turn(self.model, len(self.x))
+        few = self.labels is not None and turns is not None and torch.equal(self.labels, turns)
+        return count if few and 1 < count <= 32 else 0
 
 
 def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[ConfigDict, ScoreModel, int]:
@@ -74,7 +85,7 @@ def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[Con
             RuntimeWarning,
             stacklevel=2,
         )
-    model.net.load_state_dict(averages)
+    model.load_weights(averages)
     return config, model, found
 
 
@@ -99,18 +110,71 @@ def _snapshots(folder: Path, step: int) -> list[Snapshot]:
     return found
 
 
+def guide(config: ConfigDict, scale: float | None, interval: str | None) -> None:
+    """Put guidance that was asked for into the experiment's settings; ValueError for an interval that is none."""
+    if scale is not None:
+        config.sampling.guidance = scale
+    if interval is not None:
+        try:
+            low, high = (float(part) for part in interval.split(","))
+        except ValueError as error:
+            raise ValueError(f"--guidance_interval is {interval!r}; expected two noise levels such as 0.2,5") from error
+        config.sampling.guidance_interval = (low, high)
+
+
+def condition_of(text: str, model: ScoreModel, workdir: Path, n: int) -> Tensor | None:
+    """The classes (n,) that ``--condition`` asks for: a class's name or number, "each" in turn, or "none".
+
+    Nothing ("") is each, of a model that has classes. Raises ValueError for what the model does not know.
+    """
+    if model.num_classes is None:
+        if text:
+            raise ValueError(
+                f"--condition is {text!r}, but this model has no classes; train with model.conditional=True"
+            )
+        return None
+    names = recorded_data(workdir).get("classes") or [str(k) for k in range(model.num_classes)]
+    if text in names:
+        return torch.full((n,), names.index(text))
+    if text in ("", "each"):
+        return in_turn(model, n)
+    if text == "none":
+        # refused where the model knows no such condition
+        model.conditioned(None)
+        return None
+    if text.isdigit() and int(text) < model.num_classes:
+        return torch.full((n,), int(text))
+    raise ValueError(f"--condition is {text!r}; {nearest_name(text, [*names, 'each', 'none'])}")
+
+
 def sample_run(
-    workdir: Path, *, n: int = 0, seed: int = 0, step: int = 0, weights: str = "ema", sampler: Path | None = None
+    workdir: Path,
+    *,
+    n: int = 0,
+    seed: int = 0,
+    step: int = 0,
+    weights: str = "ema",
+    sampler: Path | None = None,
+    condition: str = "",
+    guidance: float | None = None,
+    guidance_interval: str | None = None,
 ) -> RunSamples:
-    """Samples of a run's checkpoint and ``weights`` (see ``load_run``); sample i depends on (seed, i) alone.
+    """Samples of a run's checkpoint and ``weights`` (see ``load_run``); sample i depends on (seed, i) alone, and on its
+    class (see ``condition_of``). n: 0 for the experiment's own number, or so many of each class.
 
     Under torchrun every process makes its share and returns all of them.
     """
     config, model, found = load_run(workdir, step=step, weights=weights)
     model.to(parallel.join())
-    count = n or config.sampling.samples
-    x = sample_model(model, config, count, PerSampleNoise(seed), sampler=sampler)
-    return RunSamples(x, _values(workdir, model), model, found)
+    guide(config, guidance, guidance_interval)
+    count, classes = n or config.sampling.samples, model.num_classes
+    if not n and classes and condition in ("", "each"):
+        count = max(1, count // classes) * classes
+    labels = condition_of(condition, model, workdir, count)
+    if labels is None and (guidance, guidance_interval) != (None, None):
+        raise ValueError("--guidance needs a class to guide to; expected a model with classes, and no --condition=none")
+    x = sample_model(model, config, count, PerSampleNoise(seed), condition=labels, sampler=sampler)
+    return RunSamples(x, _values(workdir, model), model, found, labels)
 
 
 def _values(workdir: Path, model: ScoreModel) -> Values | None:
@@ -137,12 +201,15 @@ def write_samples(run: RunSamples, out: Path) -> str:
     if out.suffix == ".npz":
         x = run.x if run.values is None else run.values.outside(run.x)
         with whole(out) as aside, aside.open("wb") as file:
-            np.savez_compressed(file, samples=x.cpu().numpy())
+            arrays = {"samples": x.cpu().numpy()}
+            if run.labels is not None:
+                arrays["labels"] = run.labels.numpy()
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     elif not images:
         raise ValueError(f"samples of shape {run.model.data_shape} are no images; write them to a .npz file")
     elif out.suffix == ".png":
         with whole(out) as aside:
-            Image.fromarray(tiled(run.x, run.values)).save(aside, "PNG")
+            Image.fromarray(tiled(run.x, run.values, run.columns)).save(aside, "PNG")
     else:
         out.mkdir(exist_ok=True)
         for i, picture in enumerate(picture_bytes(run.x, run.values)):

@@ -77,6 +77,8 @@ class Listing:
     where: str
     stamp: list[list[float]]
     """Sizes and times of change of what is read: a cache of anything else is not used."""
+    classes: tuple[str, ...] = ()
+    """What the labels are called."""
 
 
 def _eight_bits(image: Image.Image, white: int) -> Image.Image:

@@ -28,7 +28,7 @@ from PIL import Image
 from scorelab.checks import nearest_name
 from scorelab.data.decoding import IN_MEMORY, Files, Listing, decode, fitted, fitted_row, white_of
 from scorelab.data.sources import Arrays, Drawn, Images, Source, digits
-from scorelab.distributions import TARGETS, target
+from scorelab.distributions import LABELLED, TARGETS, target
 from scorelab.writing import whole
 
 __all__ = ["FORMATS", "Files", "load", "read_idx"]
@@ -299,7 +299,8 @@ def _folder(files: Files) -> Source:
     except OSError as error:
         raise ValueError(f"{error.filename} can't be read ({error.strerror}): repair or remove it") from error
     stamp = [[s.st_size, s.st_mtime] for s in stats]
-    return _images(Listing(names, lambda name: (place / name).read_bytes(), labels, str(place), stamp), files)
+    listing = Listing(names, lambda name: (place / name).read_bytes(), labels, str(place), stamp, tuple(classes))
+    return _images(listing, files)
 
 
 def _zip(files: Files) -> Source:
@@ -342,7 +343,7 @@ def _images(listing: Listing, files: Files) -> Source:
     pixels, names = decode(listing, files)
     labels = None if listing.labels is None else torch.tensor([listing.labels[n] for n in names])
     stored = pixels if isinstance(pixels, np.memmap) else torch.from_numpy(pixels)
-    return Images(stored, labels, flip=files.flip, dequantise=files.dequantise)
+    return Images(stored, labels, flip=files.flip, dequantise=files.dequantise, classes=listing.classes)
 
 
 FORMATS: dict[str, Callable[[Files], Source]] = {
@@ -362,7 +363,7 @@ def load(source: str, files: Files = Files()) -> Source:  # noqa: B008
 
     Raises ValueError, naming the file, for what is missing, damaged or does not fit together.
     """
-    if source == "digits" or source in TARGETS:
+    if source in ("digits", *TARGETS, *LABELLED):
         if files.path:
             raise ValueError(
                 f"data.path is {files.path!r}, but data.source is {source!r}, which reads no files; set data.source to "
@@ -373,7 +374,7 @@ def load(source: str, files: Files = Files()) -> Source:  # noqa: B008
         return FORMATS[source](files)
     if ":" in source:
         return _torch_dataset(source, files)
-    raise ValueError(f"data.source is {source!r}; {nearest_name(source, ('digits', *FORMATS, *TARGETS))}")
+    raise ValueError(f"data.source is {source!r}; {nearest_name(source, ('digits', *FORMATS, *TARGETS, *LABELLED))}")
 
 
 def _torch_dataset(source: str, files: Files) -> Source:

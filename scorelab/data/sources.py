@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,34 +17,40 @@ import torch
 
 from scorelab.checks import check_batch, check_finite, check_range
 from scorelab.data.values import Values, found
-from scorelab.distributions import Distribution
+from scorelab.distributions import Distribution, Labelled
 from scorelab.noise import counted, counter_generator, streams
-from scorelab.typing import Shape, Tensor
+from scorelab.typing import Batch, Shape, Tensor
 
 __all__ = ["Arrays", "Drawn", "Images", "Source", "Stored", "digits"]
 
+_MOST_CLASSES = 2**20
+
 
 class Source(ABC):
-    """``batch(seed, step, size)`` gives x0 (size, *data_shape), or only some rows of it."""
+    """``batch(seed, step, size)`` gives samples (size, *data_shape) and their labels, or only some rows of them.
+
+    ``classes``: what the labels 0, 1, ... are called; empty if there are none.
+    """
 
     data_shape: Shape
     values: Values | None = None
+    classes: tuple[str, ...] = ()
 
     @abstractmethod
-    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Tensor:
+    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Batch:
         """The batch of a training step, or these rows of it."""
 
     @abstractmethod
     def reference(self) -> Tensor:
         """Data to take statistics of, (N, *data_shape)."""
 
-    def hold_out(self, count: int) -> Tensor:
+    def hold_out(self, count: int) -> Batch:
         """Samples (count, *data_shape) that no batch will hold from now on; ValueError if there are too few."""
         raise ValueError(f"{type(self).__name__} has fresh samples at every step; expected data.validation = 0")
 
     def fingerprint(self) -> dict[str, Any]:
         """By what a run knows its data again, by name; nothing where its settings say it all."""
-        return {}
+        return {"classes": list(self.classes)} if self.classes else {}
 
 
 class Stored(Source):
@@ -55,12 +61,17 @@ class Stored(Source):
     most_reference: int = 2**62
     """Samples that statistics are taken of, at most."""
 
-    def __init__(self, stored: Tensor | np.ndarray, labels: Tensor | None) -> None:
+    def __init__(self, stored: Tensor | np.ndarray, labels: Tensor | None, classes: Sequence[str] = ()) -> None:
         count = len(stored)
         if count == 0:
             raise ValueError("the data set is empty; expected at least one sample: check its source")
         if labels is not None and len(labels) != count:
             raise ValueError(f"{len(labels)} labels for {count} samples; expected one each")
+        # labels that are no classes, such as -1 for unknown, can't be conditioned on
+        if labels is not None and 0 <= int(labels.min()) <= int(labels.max()) < _MOST_CLASSES:
+            self.classes = tuple(classes) or tuple(str(k) for k in range(int(labels.max()) + 1))
+            if int(labels.max()) >= len(self.classes):
+                raise ValueError(f"labels go up to {int(labels.max())}, for {len(self.classes)} names of classes")
         self.stored, self.count, self.labels = stored, count, labels
         self._order: tuple[tuple[int, int], Tensor] | None = None
         self._trained: Tensor | None = None
@@ -91,16 +102,21 @@ class Stored(Source):
         for index in torch.split(torch.arange(0, len(self), -(-len(self) // rows)), 1024):
             content.update(self.kept(index).contiguous().numpy().data)
         known: dict[str, Any] = {"samples": len(self), "shape": list(self.data_shape), "content": content.hexdigest()}
+        known |= super().fingerprint()
         if self.labels is not None:
             known["labels"] = hashlib.sha256(self.labels.contiguous().numpy().data).hexdigest()
         return known
 
-    def hold_out(self, count: int) -> Tensor:
+    def hold_out(self, count: int) -> Batch:
         if not 0 < count < len(self):
             raise ValueError(f"data.validation is {count} of {len(self)} samples; expected fewer than there are")
         order = torch.randperm(len(self), generator=counter_generator(0, 0, 7))
         self._trained, self._order = order[count:], None
-        return self.take(order[:count])
+        return self.labelled(self.take(order[:count]), order[:count])
+
+    def labelled(self, x0: Tensor, index: Tensor) -> Batch:
+        """The batch of these samples."""
+        return Batch(x0, None if self.labels is None else self.labels[index])
 
     def indices(self, seed: int, step: int, size: int, rows: range | None = None) -> Tensor:
         """Which samples a step's batch holds, (size,), or these rows of it."""
@@ -144,11 +160,12 @@ class Arrays(Stored):
         x0: Tensor | np.ndarray,
         labels: Tensor | None = None,
         data_range: tuple[float, float] | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         if isinstance(x0, Tensor):
             check_batch(x0, "data")
             check_finite(x0, "data")
-        super().__init__(x0, labels)
+        super().__init__(x0, labels, classes)
         self.values = found(_parts(x0))
         if data_range is not None:
             ends = torch.tensor([self.values.least, self.values.most])
@@ -161,8 +178,9 @@ class Arrays(Stored):
     def take(self, index: Tensor) -> Tensor:
         return self.kept(index) if isinstance(self.stored, Tensor) else self.values.inside(self.kept(index))
 
-    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Tensor:
-        return self.take(self.indices(seed, step, size, rows))
+    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Batch:
+        index = self.indices(seed, step, size, rows)
+        return self.labelled(self.take(index), index)
 
     def reference(self) -> Tensor:
         return self.stored if isinstance(self.stored, Tensor) else super().reference()
@@ -180,11 +198,17 @@ class Images(Stored):
     most_reference = 10_000
 
     def __init__(
-        self, pixels: Tensor | np.ndarray, labels: Tensor | None = None, *, flip: bool = False, dequantise: bool = False
+        self,
+        pixels: Tensor | np.ndarray,
+        labels: Tensor | None = None,
+        *,
+        flip: bool = False,
+        dequantise: bool = False,
+        classes: Sequence[str] = (),
     ) -> None:
         if pixels.dtype not in (torch.uint8, np.uint8) or pixels.ndim != 4:
             raise ValueError(f"images are {pixels.dtype} {tuple(pixels.shape)}; expected uint8 (N, C, H, W)")
-        super().__init__(pixels, labels)
+        super().__init__(pixels, labels, classes)
         found(_parts(pixels))
         self.flip, self.dequantise = flip, dequantise
         self.data_shape = tuple(pixels.shape[1:])
@@ -194,15 +218,16 @@ class Images(Stored):
     def take(self, index: Tensor) -> Tensor:
         return self.values.inside(self.kept(index).float())
 
-    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Tensor:
+    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Batch:
         rows = range(size) if rows is None else rows
-        x = self.kept(self.indices(seed, step, size, rows)).float()
+        index = self.indices(seed, step, size, rows)
+        x = self.kept(index).float()
         if self.flip:
             flipped = counted("uniform", (1,), rows, seed, step, 6).flatten() < 0.5
             x[flipped] = x[flipped].flip(-1)
         if self.dequantise:
             x.add_(counted("uniform", self.data_shape, rows, seed, step, 8)).sub_(0.5)
-        return self.values.inside(x)
+        return self.labelled(self.values.inside(x), index)
 
 
 class Drawn(Source):
@@ -211,10 +236,17 @@ class Drawn(Source):
     def __init__(self, distribution: Distribution) -> None:
         self.distribution = distribution
         self.data_shape = distribution.data_shape
+        if isinstance(distribution, Labelled):
+            self.classes = tuple(str(k) for k in range(len(distribution.parts)))
 
-    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Tensor:
-        x = self.distribution.sample(size, streams((seed % 2**64, 2), step, 1)[0])
-        return x if rows is None else x[rows.start : rows.stop]
+    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Batch:
+        generator, labels = streams((seed % 2**64, 2), step, 1)[0], None
+        if isinstance(self.distribution, Labelled):
+            x, labels = self.distribution.sample_labelled(size, generator)
+        else:
+            x = self.distribution.sample(size, generator)
+        whole = Batch(x, labels)
+        return whole if rows is None else whole.part(slice(rows.start, rows.stop))
 
     def reference(self) -> Tensor:
         return self.distribution.sample(10_000, counter_generator(0, 0, 3))

@@ -18,7 +18,7 @@ from scorelab.distributions.base import Distribution
 from scorelab.noise import randn
 from scorelab.typing import Tensor
 
-__all__ = ["Empirical", "GaussianMixture", "squared_distances"]
+__all__ = ["Empirical", "GaussianMixture", "picks", "squared_distances"]
 
 _REFINED = 16
 _VANISHED = 70.0
@@ -42,6 +42,12 @@ def squared_distances(x: Tensor, centres: Tensor) -> Tensor:
     near = d2.detach().topk(min(_REFINED, len(m)), largest=False).indices
     exact = (y.unsqueeze(1) - m[near]).square().sum(-1)
     return d2.scatter(1, near, exact)
+
+
+def picks(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """n indices (n,), also none, each drawn with the probabilities ``weights``, on the generator's device."""
+    # multinomial refuses to draw none
+    return torch.multinomial(weights.to(generator.device), max(n, 1), replacement=True, generator=generator)[:n]
 
 
 def _is_direct(centres: Tensor) -> bool:
@@ -83,8 +89,7 @@ class GaussianMixture(Distribution):
         return 4 * len(self.means)
 
     def _sample(self, n: int, generator: torch.Generator) -> Tensor:
-        pick = torch.multinomial(self.weights.to(generator.device), n, replacement=True, generator=generator)
-        pick = pick.to(self.device)
+        pick = picks(self.weights, n, generator).to(self.device)
         std = self.std if self.std.ndim == 0 else self.std[pick][:, None]
         noise = randn((n, self.means.shape[1]), self.means, generator)
         return (self.means[pick] + std * noise).reshape(n, *self.data_shape)

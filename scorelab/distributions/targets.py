@@ -14,10 +14,11 @@ import torch
 from scorelab.checks import nearest_name
 from scorelab.distributions.base import Distribution
 from scorelab.distributions.checkerboard import Checkerboard
+from scorelab.distributions.labelled import Labelled
 from scorelab.distributions.mixture import GaussianMixture
 from scorelab.typing import Tensor
 
-__all__ = ["STD", "TARGETS", "target"]
+__all__ = ["LABELLED", "STD", "TARGETS", "target"]
 
 STD = {
     "two_modes": 1.0,  # modes at (5, 5) and (-5, -5)
@@ -96,12 +97,21 @@ _CENTRES: dict[str, Callable[[], Tensor]] = {
 TARGETS = (*_CENTRES, "checkerboard")
 """Names that ``target`` knows."""
 
+LABELLED = ("labelled_ring",)
+"""Targets with labels, which it knows, too."""
+
 
 def target(name: str, *, dtype: torch.dtype = torch.float32) -> Distribution:
-    """A 2-D target by name (see ``TARGETS``); ValueError with the nearest name for another."""
+    """A 2-D target by name (see ``TARGETS`` and ``LABELLED``); ValueError with the nearest name for another."""
+    if name == "labelled_ring":
+        # modes that lie opposite share a label
+        pairs = _ring().to(dtype).reshape(2, 4, 2).unbind(1)
+        inside = torch.tensor([0.7, 0.3], dtype=dtype)
+        parts = [GaussianMixture(pair, STD["ring"], inside) for pair in pairs]
+        return Labelled(parts, torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=dtype))
     if name == "checkerboard":
         return Checkerboard(dtype=dtype)
     if name not in _CENTRES:
-        raise ValueError(f"unknown target {name!r}; {nearest_name(name, TARGETS)}")
+        raise ValueError(f"unknown target {name!r}; {nearest_name(name, (*TARGETS, *LABELLED))}")
     weights = torch.tensor([0.8, 0.2], dtype=dtype) if name == "two_modes" else None
     return GaussianMixture(_CENTRES[name]().to(dtype), STD[name], weights)

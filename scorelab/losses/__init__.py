@@ -1,6 +1,18 @@
 """How a score is learnt: denoising, implicit and sliced score matching."""
 
-from scorelab.losses.denoising import WEIGHTINGS, Denoising, Losses, denoising_loss, weighting
-from scorelab.losses.implicit import implicit_loss, sliced_loss
+from scorelab.losses.base import Losses, Objective
+from scorelab.losses.denoising import WEIGHTINGS, Denoising, denoising_loss, weighting
+from scorelab.losses.implicit import Implicit, Sliced, implicit_loss, sliced_loss
 
-__all__ = ["WEIGHTINGS", "Denoising", "Losses", "denoising_loss", "implicit_loss", "sliced_loss", "weighting"]
+__all__ = [
+    "WEIGHTINGS",
+    "Denoising",
+    "Implicit",
+    "Losses",
+    "Objective",
+    "Sliced",
+    "denoising_loss",
+    "implicit_loss",
+    "sliced_loss",
+    "weighting",
+]

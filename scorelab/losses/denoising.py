@@ -21,19 +21,19 @@ arXiv:2303.09556; Song et al., Maximum Likelihood Training of Score-Based Diffus
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from scorelab.checks import broadcast, check_batch, nearest_name, widened
-from scorelab.noise import randn
+from scorelab.losses.base import Objective, conditioned
 from scorelab.sigmas import SigmaDistribution
-from scorelab.typing import ScoreFn, Tensor
+from scorelab.typing import Batch, ScoreFn, Tensor
 
-__all__ = ["WEIGHTINGS", "Denoising", "Losses", "denoising_loss", "posterior_mean", "weighting"]
+__all__ = ["WEIGHTINGS", "Denoising", "Weighting", "denoising_loss", "posterior_mean", "weighting"]
 
 Weighting = Callable[[Tensor], Tensor]
 
@@ -84,84 +84,70 @@ def denoising_loss(
     return weight(widened(sigma)) * error.flatten(1).square().mean(1)
 
 
-class Losses(NamedTuple):
-    """Loss and noise level of each sample, both (B,)."""
-
-    loss: Tensor
-    sigma: Tensor
-
-
-class Noised(NamedTuple):
-    """Targets (B, *D), noise levels (B,) and noise (B, *D): the network sees clean + sigma noise."""
-
-    clean: Tensor
-    sigma: Tensor
-    noise: Tensor
-
-    def rows(self, rows: slice) -> Noised:
-        """Some of the samples."""
-        return Noised(self.clean[rows], self.sigma[rows], self.noise[rows])
-
-
 @dataclass(frozen=True)
-class Denoising:
-    """Denoising score matching over a distribution of noise levels: ``objective(score, x0, generator)``.
+class Denoising(Objective):
+    """Denoising score matching over a distribution of noise levels.
 
-    Levels are stratified, one in each of B equal parts of probability, which leaves the expected loss unchanged and
-    lowers its variance. With ``reference`` > 0 the target is the stable one: of a batch of ``count(B)`` samples the
-    first B are noised, and x0 in the target is replaced by its posterior mean over the whole batch,
+    With ``reference`` > 0 the target is the stable one: x0 in it is replaced by its posterior mean over that many
+    samples,
 
         sum_k softmax_k(-||x - x0_k||^2 / (2 sigma^2)) x0_k,
 
-    whose expectation tends to E[x0 | x], with far less variance, as the batch grows. Xu et al., Stable Target Field for
-    Reduced Variance Score Estimation in Diffusion Models, 2023, arXiv:2302.00670.
+    whose expectation tends to E[x0 | x], with far less variance, as they grow in number. A sample with a condition
+    averages over those that have the same, one whose condition none of them has, such as "none", over all. Xu et al.,
+    Stable Target Field for Reduced Variance Score Estimation in Diffusion Models, 2023, arXiv:2302.00670.
     """
 
     sigmas: SigmaDistribution
     weight: Weighting = torch.ones_like
     reference: int = 0
 
-    def count(self, batch_size: int) -> int:
-        """How many samples a call needs to train on ``batch_size`` of them."""
-        return max(batch_size, self.reference)
-
-    def __call__(self, score: ScoreFn, x0: Tensor, generator: torch.Generator, batch_size: int | None = None) -> Losses:
-        """Losses (batch_size,) of a batch x0 (count(batch_size), *D); batch_size is by default all of it."""
-        count = len(x0) if batch_size is None else batch_size
-        sigma = self.levels(torch.rand(count, generator=generator, device=generator.device)).to(widened(x0))
-        noise = randn((count, *x0.shape[1:]), x0, generator)
-        return self.losses(score, self.noised(x0[:count], sigma, noise, x0))
-
     def levels(self, u: Tensor) -> Tensor:
-        """Noise levels of a batch from uniform numbers u (B,), ascending: one in each of B parts of probability."""
-        return self.sigmas((torch.arange(len(u), device=u.device) + u) / len(u))
+        return self.sigmas(u)
 
-    def noised(self, clean: Tensor, sigma: Tensor, noise: Tensor, x0: Tensor) -> Noised:
-        """What ``losses`` takes, from some samples (n, *D), their levels (n,) and noise, and the batch x0 they are of,
-        from which the stable target is made.
-        """
-        if self.reference:
+    def losses(self, score: Callable[..., Tensor], batch: Batch, u: Tensor, noise: Tensor) -> Tensor:
+        clean, sigma = batch.x0, self.levels(u).to(widened(batch.x0))
+        if batch.reference is not None:
             level = broadcast(sigma, clean)
             x = clean + level * noise
             # the loss rebuilds x from both: x0 + sigma noise is unchanged
-            clean = posterior_mean(x, sigma, x0)
+            clean = posterior_mean(x, sigma, batch.reference.x0, _alike(batch, batch.reference))
             noise = (x - clean) / level
-        return Noised(clean, sigma, noise)
+        return denoising_loss(conditioned(score, batch.condition), clean, sigma, noise, self.weight)
 
-    def losses(self, score: ScoreFn, noised: Noised) -> Losses:
-        """Losses of noised samples."""
-        return Losses(denoising_loss(score, noised.clean, noised.sigma, noised.noise, self.weight), noised.sigma)
+    def zero(self, batch: Batch, u: Tensor, noise: Tensor) -> Tensor:
+        """That of the plain target, for the stable one too."""
+        return self.weight(self.levels(u).to(widened(batch.x0))) * noise.flatten(1).square().mean(1)
 
 
-def posterior_mean(x: Tensor, sigma: Tensor, x0: Tensor) -> Tensor:
-    """E[x0 | x] for x (B, *D) at sigma (B,) when x0 (N, *D) are all the data, equally likely."""
+def _alike(batch: Batch, reference: Batch) -> Tensor | None:
+    """Which samples of the reference each of the batch averages over, (B, N); None for all."""
+    if batch.condition is None or reference.condition is None:
+        return None
+    if batch.condition.ndim != 1:
+        raise ValueError(
+            f"the stable target averages over samples of the same class, and conditions are "
+            f"{tuple(batch.condition.shape)}; expected (B,) classes, or reference=0 (training.stable_target)"
+        )
+    same = batch.condition.unsqueeze(1) == reference.condition
+    return same | ~same.any(1, keepdim=True)
+
+
+def posterior_mean(x: Tensor, sigma: Tensor, x0: Tensor, among: Tensor | None = None) -> Tensor:
+    """E[x0 | x] for x (B, *D) at sigma (B,) when x0 (N, *D) are all the data, equally likely; with ``among`` (B, N),
+    those that are marked for each x.
+    """
     # around the data's mean: a matrix product loses the digits of an offset
     centre, precision = x0.flatten(1).mean(0), sigma.unsqueeze(1) ** -2
     flat, centres = x.flatten(1) - centre, x0.flatten(1) - centre
     half = 0.5 * centres.square().sum(1, keepdim=True)
     # -||x - c||^2 / (2 sigma^2) without ||x||^2, which the softmax ignores: one product, and one array of its size
     logits = torch.cat([flat * precision, -precision], 1) @ torch.cat([centres, half], 1).T
+    if among is not None:
+        logits = logits.masked_fill_(~among, -math.inf)
     # not below e^-40: denormal numbers would slow all that follows
     weight = logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-40.0).exp_()
+    if among is not None:
+        weight = weight.mul_(among)
     total, dims = weight @ torch.cat([centres, torch.ones_like(half)], 1), centres.shape[1]
     return (centre + total.narrow(1, 0, dims) / total.narrow(1, dims, 1)).reshape(x.shape)

@@ -14,18 +14,20 @@ from torch import nn
 from torch.nn import functional
 
 from scorelab.checks import widened
+from scorelab.nn.classes import Classes, Conditional
 from scorelab.nn.embedding import FourierEmbedding
 from scorelab.typing import Tensor
 
 __all__ = ["MLP"]
 
 
-class MLP(nn.Module):
-    """net(x, label) -> (B, D) for x (B, D) in units where the data has standard deviation about 1.
+class MLP(Conditional):
+    """net(x, label, condition=None) -> (B, D) for x (B, D) in units where the data has standard deviation about 1.
 
     ``label`` (B,) must be log sigma in the same units: build the ScoreModel with ``input_scale=Constant(1 / sd)`` and
     ``label=LogSigma(sd)``. width, depth: hidden layers; features: number of random frequencies, log-uniform from
-    ``low`` to ``high``, drawn from ``seed`` and saved with the weights.
+    ``low`` to ``high``, drawn from ``seed`` and saved with the weights. num_classes: condition (B,) on class labels;
+    null_class: and on none.
     """
 
     directions: Tensor
@@ -41,6 +43,8 @@ class MLP(nn.Module):
         high: float = 15.0,
         embedding: int = 16,
         seed: int = 0,
+        num_classes: int | None = None,
+        null_class: bool = False,
     ) -> None:
         super().__init__()
         if len(data_shape) != 1 or data_shape[0] < 1:
@@ -59,6 +63,8 @@ class MLP(nn.Module):
             "high": high,
             "embedding": embedding,
             "seed": seed,
+            "num_classes": num_classes,
+            "null_class": null_class,
         }
         dims = data_shape[0]
         generator = torch.Generator().manual_seed(seed)
@@ -67,6 +73,7 @@ class MLP(nn.Module):
         self.register_buffer("directions", direction * size)
         self.embed = FourierEmbedding(embedding)
         self.first = nn.Linear(dims + 2 * features + embedding, width)
+        self.classes = None if num_classes is None else Classes(num_classes, width * (1 + depth), null_class)
         self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
         self.gate = nn.Linear(embedding, width)
         nn.init.zeros_(self.gate.weight)
@@ -75,7 +82,7 @@ class MLP(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
         # one level for all, expanded: whatever depends on it alone is computed once
         label = label.narrow(0, 0, 1) if label.stride(0) == 0 and len(label) else label
         label = widened(label) if label.is_floating_point() else label.to(x.dtype)
@@ -86,8 +93,10 @@ class MLP(nn.Module):
         damping = torch.exp((-0.5 * var * self.directions.square().sum(0)).clamp_min(-20.0))
         parts = [x * torch.rsqrt(1 + var), damping * phase.cos(), damping * phase.sin(), embedding.expand(len(x), -1)]
         h = torch.cat(parts, 1).to(x.dtype)
-        h = functional.silu(self.first(h))
-        for layer in self.layers:
-            h = functional.silu(layer(h)).add_(h)
+        count = 1 + len(self.layers)
+        shifts = None if condition is None else self.embedded(condition).to(x.dtype).chunk(count, 1)
+        h = functional.silu(self.first(h) if shifts is None else self.first(h) + shifts[0])
+        for i, layer in enumerate(self.layers, 1):
+            h = functional.silu(layer(h) if shifts is None else layer(h) + shifts[i]).add_(h)
         out: Tensor = self.last(h * self.gate(embedding.to(x.dtype)))
         return out

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from scorelab.nn.classes import Classes, Conditional
 from scorelab.nn.dropout import Dropout
 from scorelab.nn.embedding import FourierEmbedding, PositionalEmbedding
 from scorelab.typing import Tensor
@@ -108,7 +109,6 @@ def _check(
     head: int,
     dropout: float,
     embedding: str,
-    num_classes: int | None,
 ) -> None:
     """Refuse (ValueError) settings of a UNet that don't fit."""
     if len(data_shape) - 1 not in _CONV or min(data_shape) < 1:
@@ -128,16 +128,16 @@ def _check(
         raise ValueError(f"attention is {attention}; expected resolutions from 0 to {len(multipliers) - 1}")
     if any(width * m % head and width * m > head for i, m in enumerate(multipliers) if i in attention):
         raise ValueError(f"head = {head} does not divide the attention widths; expected a divisor of {width}")
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; expected at least 1, or None")
 
 
-class UNet(nn.Module):
+class UNet(Conditional):
     """net(x, label, condition=None) -> F like x (B, C, *sizes); label (B,) float, condition (B,) class indices.
 
     data_shape: (C, *sizes) with one to three sizes. width: channels at full resolution; multipliers: one each.
     attention: which resolutions (0 is full) have self-attention. embedding: "fourier" for log sigma, "positional" for
-    step indices. num_classes: condition on class labels. Raises ValueError for settings that don't fit.
+    step indices. num_classes: condition on class labels; null_class: and on none.
+
+    Raises ValueError for settings that don't fit.
     """
 
     def __init__(
@@ -152,6 +152,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         embedding: str = "fourier",
         num_classes: int | None = None,
+        null_class: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -163,15 +164,15 @@ class UNet(nn.Module):
             "head": head,
             "dropout": dropout,
             "embedding": embedding,
-            "num_classes": num_classes,
         }
         _check(**self.config)
+        self.config |= {"num_classes": num_classes, "null_class": null_class}
         rank, channels = len(data_shape) - 1, data_shape[0]
         conv = _CONV[rank]
         inner = 4 * width
         encode = FourierEmbedding(width) if embedding == "fourier" else PositionalEmbedding(width)
         self.embed = nn.Sequential(encode, nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, inner))
-        self.classes = None if num_classes is None else nn.Embedding(num_classes, inner)
+        self.classes = None if num_classes is None else Classes(num_classes, inner, null_class)
         self.first = conv(channels, width, 3, padding=1)
 
         def stage(at: int, into: int, out: int) -> _Stage:
@@ -210,9 +211,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
         embedding = self.embed[1:](self.embed[0](label if label.is_floating_point() else label.float()).to(x.dtype))
         if condition is not None:
-            if self.classes is None:
-                raise ValueError("a condition was given to a UNet without classes; build it with num_classes")
-            embedding = embedding + self.classes(condition)
+            embedding = embedding + self.embedded(condition).to(x.dtype)
         embedding = functional.silu(embedding)
         h = self.first(x)
         kept = [h]

@@ -21,10 +21,10 @@ def picture_bytes(x: Tensor, values: Values | None = None) -> np.ndarray:
     return levels[:, 0].numpy() if levels.shape[1] == 1 else levels.permute(0, 2, 3, 1).numpy()
 
 
-def tiled(x: Tensor, values: Values | None = None) -> np.ndarray:
-    """uint8 (H, W) or (H, W, 3): the same side by side, about as many lines as columns."""
+def tiled(x: Tensor, values: Values | None = None, columns: int = 0) -> np.ndarray:
+    """uint8 (H, W) or (H, W, 3): the same side by side, by default about as many lines as columns."""
     pictures = picture_bytes(x, values)
-    columns = round(len(pictures) ** 0.5)
+    columns = columns or round(len(pictures) ** 0.5)
     empty = np.zeros((-len(pictures) % columns, *pictures.shape[1:]), np.uint8)
     tiles = np.concatenate([pictures, empty])
     lines = [np.concatenate(list(tiles[i : i + columns]), 1) for i in range(0, len(tiles), columns)]

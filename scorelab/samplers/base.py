@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from scorelab.checks import call, check_batch, check_finite, check_output, check_sigmas, level
+from scorelab.checks import call, check_batch, check_finite, check_output, check_sigmas, level, marked
 from scorelab.noise import Noise, PerSampleNoise
 from scorelab.predictions import denoise_from_score
 from scorelab.scores import can_split, check_known, combined, device_of, networks, restricted
@@ -303,7 +303,7 @@ def drive(
     counted = Counted(score, denoised)
     # one tensor for all levels: a tensor for each, at each step, would cost as much as the step
     tensors = torch.tensor(grid, dtype=x.dtype, device=x.device).unbind()
-    counted.levels = dict(zip(grid, tensors, strict=True))
+    counted.levels = {s: marked(t, s) for s, t in zip(grid, tensors, strict=True)}
 
     def stepping() -> Iterator[Step]:
         current, count = x, len(x)

@@ -38,7 +38,7 @@ from scorelab.samplers.base import Context, Counted, Sampler, State, evaluate
 from scorelab.samplers.fingerprint import Fingerprint
 from scorelab.samplers.multistep import adams_weights, combine
 from scorelab.samplers.ode import RK4
-from scorelab.scores import check_known
+from scorelab.scores import check_known, restricted
 from scorelab.typing import ScoreFn, Tensor
 from scorelab.writing import whole
 
@@ -337,12 +337,12 @@ def calibrate(
 ) -> Calibrated:
     """A sampler of ``nfe`` evaluations fitted to this score function.
 
-    x_calibration: starts (B, *D) at sigma_max, B >= 16; 512 for a few dimensions, 64 for images are enough. Three
-    fifths are fitted to, one fifth decides when to stop, and the last fifth only measures: ``report`` of the result
-    holds its error (held_out_error) beside that of exponential Adams-Bashforth of order 3 on Karras's grid. method:
-    "gradient" or "least_squares" (see the module). history: evaluations combined in a step; memory grows with it.
-    trials: grids tried by least squares. iterations: of L-BFGS. reference_steps: RK4 steps of the reference solution,
-    which costs four times as many evaluations of the whole batch.
+    x_calibration: starts (B, *D) at sigma_max, B >= 16, to whose rows the score may be bound, as to conditions; 512 for
+    a few dimensions, 64 for images are enough. Three fifths are fitted to, one fifth decides when to stop, and the last
+    fifth only measures: ``report`` of the result holds its error (held_out_error) beside that of exponential
+    Adams-Bashforth of order 3 on Karras's grid. method: "gradient" or "least_squares" (see the module). history:
+    evaluations combined in a step; memory grows with it. trials: grids tried by least squares. iterations: of L-BFGS.
+    reference_steps: RK4 steps of the reference solution, which costs four times as many evaluations of the whole batch.
 
     Raises ValueError for shapes, levels or counts that don't fit and for a score that is not finite.
     """
@@ -367,18 +367,22 @@ def calibrate(
         reference = _solve(score, x, sigma_min, sigma_max, reference_steps, progress)
         known = reference.rows(fitted)
 
+        def of(rows: slice) -> ScoreFn:
+            # a score that is bound to the starts is so to these
+            return restricted(score, torch.arange(len(x), device=x.device)[rows]) or score
+
         def fit(grid: list[float]) -> float:
-            return _least_squares(score, x[fitted], known, grid, history)[1]
+            return _least_squares(of(fitted), x[fitted], known, grid, history)[1]
 
         def judge(sampler: Calibrated, rows: slice = judged) -> float:
-            return _finite(_error(_run(score, x[rows], sampler), reference.end[rows]))
+            return _finite(_error(_run(of(rows), x[rows], sampler), reference.end[rows]))
 
         grid = _search(fit, _grids(nfe, sigma_min, sigma_max), sigma_min, trials, progress)
-        weights, _ = _least_squares(score, x[fitted], known, grid, history)
+        weights, _ = _least_squares(of(fitted), x[fitted], known, grid, history)
         found = Calibrated(tuple(grid), weights)
         if method == "gradient":
             begin = _Parameters(grid, weights, sigma_min)
-            found = _descend(score, x[fitted], reference.end[fitted], begin, iterations, judge, progress)
+            found = _descend(of(fitted), x[fitted], reference.end[fitted], begin, iterations, judge, progress)
         usual = levels_of.karras(nfe, sigma_min=sigma_min, sigma_max=sigma_max).tolist() if nfe > 1 else grid
         plain = Calibrated(tuple(usual), tuple(tuple(_initial(usual, i, 3)) for i in range(nfe)))
         report = {

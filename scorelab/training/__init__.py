@@ -4,7 +4,7 @@ from scorelab.training.config import Experiment, build, default_config, load_dat
 from scorelab.training.ema import EMA, Snapshot, reconstruct
 from scorelab.training.engine import NonFiniteError, Trainer
 from scorelab.training.run import Interrupted, train
-from scorelab.training.sampling import build_sampling, own_score, sample_model
+from scorelab.training.sampling import build_sampling, in_turn, own_score, sample_model
 
 __all__ = [
     "EMA",
@@ -16,6 +16,7 @@ __all__ = [
     "build",
     "build_sampling",
     "default_config",
+    "in_turn",
     "load_data",
     "own_score",
     "reconstruct",

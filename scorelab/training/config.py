@@ -16,12 +16,12 @@ from ml_collections import ConfigDict
 from scorelab import sigmas as levels
 from scorelab.checks import nearest_name
 from scorelab.data import Files, Source, load
-from scorelab.losses import Denoising, weighting
+from scorelab.losses import Denoising, Implicit, Objective, Sliced, weighting
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
 from scorelab.nn import MLP, UNet
 from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
 from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP, cosine_betas, linear_betas
-from scorelab.typing import Shape, Tensor
+from scorelab.typing import Batch, Tensor
 
 __all__ = ["Experiment", "build", "choose", "default_config", "load_data", "sigma_data_of"]
 
@@ -60,6 +60,7 @@ def default_config() -> ConfigDict:
                 "dropout": 0.0,
                 "depth": 3,
                 "features": 32,
+                "conditional": False,  # on the data's labels
             },
             "process": {
                 "name": "ve",  # ve | vp | subvp | cosine | flow | ddpm | ddpm_cosine
@@ -90,6 +91,9 @@ def default_config() -> ConfigDict:
                 # process (uniform in time) | log_uniform | tapered (a tenth above twice the data's root mean square) |
                 # sequence (geometric, sampling.levels)
                 "sigmas": "process",
+                "objective": "denoising",  # denoising | implicit | sliced
+                "probes": 1,  # of sliced score matching
+                "label_dropout": 0.0,  # the share of labels that are left out, which guidance needs: 0.1 for example
                 "weighting": "sigma2",  # sigma2 | snr | x0 | edm | min_snr | likelihood
                 "stable_target": 0,  # size of the reference batch, 0: the plain denoising target
                 "precision": "auto",  # auto | fp32 | bf16
@@ -117,6 +121,8 @@ def default_config() -> ConfigDict:
                 "eta": 0.0,
                 "variance": "posterior",
                 "clip": False,  # clamp the denoised sample to the data range
+                "guidance": 1.0,  # scale of classifier-free guidance: 1 conditional, 0 unconditional, more extrapolates
+                "guidance_interval": (),  # (low, high): the noise levels at which it guides; (): all
                 "samples": 64,
                 "batch_size": 256,
             },
@@ -144,6 +150,11 @@ _USED = {
     **{f"model.{key}": ("model.net", ("mlp",)) for key in ("depth", "features")},
     **{f"process.{key}": ("process.name", ("ve",)) for key in ("sigma_min", "sigma_max")},
     **{f"process.{key}": ("process.name", ("vp", "subvp")) for key in ("beta_min", "beta_max")},
+    "training.label_dropout": ("model.conditional", (True,)),
+    "sampling.guidance": ("model.conditional", (True,)),
+    "sampling.guidance_interval": ("model.conditional", (True,)),
+    "training.stable_target": ("training.objective", ("denoising",)),
+    "training.probes": ("training.objective", ("sliced",)),
     "process.steps": ("process.name", ("ddpm", "ddpm_cosine")),
     "optim.decay_from": ("optim.schedule", ("inverse_sqrt",)),
     "sampling.eta": ("sampling.sampler", ("ddim",)),
@@ -168,7 +179,8 @@ def _check_used(config: ConfigDict) -> None:
     for name, (choice, readers) in _USED.items():
         (part, key), (above, chooser) = name.split("."), choice.split(".")
         value, chosen = config[part][key], config[above][chooser]
-        if _plain(value) == _plain(default[part][key]) or chosen in readers or (":" in readers and ":" in chosen):
+        imported = isinstance(chosen, str) and ":" in chosen
+        if _plain(value) == _plain(default[part][key]) or chosen in readers or (":" in readers and imported):
             continue
         reading = ", ".join(repr(r) if r != ":" else "a torch data set" for r in readers)
         raise ValueError(
@@ -202,12 +214,12 @@ def check_types(config: ConfigDict, default: ConfigDict | None = None, prefix: s
         elif value is None and name in _OPTIONAL:
             continue
         elif isinstance(wanted, (tuple, list)):
-            averages = name.startswith("optim.ema")
-            kinds = (int, float) if averages else (int,)
+            numbers = name.startswith("optim.ema") or name == "sampling.guidance_interval"
+            kinds = (int, float) if numbers else (int,)
             if not isinstance(value, (tuple, list)) or any(
                 isinstance(v, bool) or not isinstance(v, kinds) for v in value
             ):
-                of = "numbers such as (0.05, 0.1)" if averages else "whole numbers such as (1, 2)"
+                of = "numbers such as (0.05, 0.1)" if numbers else "whole numbers such as (1, 2)"
                 raise ValueError(f"config.{name} is {value!r}; expected a tuple of {of}")
         elif type(value) is not type(wanted) and not (isinstance(wanted, float) and type(value) is int):
             raise ValueError(f"config.{name} is {value!r}; expected {type(wanted).__name__}, such as {wanted!r}")
@@ -221,8 +233,8 @@ class Experiment:
 
     data: Source
     model: ScoreModel
-    objective: Denoising
-    held_out: Tensor | None = None
+    objective: Objective
+    held_out: Batch | None = None
     """Samples that training does not see, ``data.validation`` of them."""
     sigma_data: float = 1.0
     """Root mean square of the data, which the model was made for."""
@@ -288,12 +300,28 @@ def _check_training(config: ConfigDict) -> None:
         )
 
 
-def _network(m: ConfigDict, data_shape: Shape, seed: int) -> torch.nn.Module:
-    """The network of ``config.model``, with weights drawn from ``seed``."""
+def _classes(config: ConfigDict, data: Source) -> dict[str, Any]:
+    """What the network is told of the data's classes."""
+    if not 0 <= config.training.label_dropout < 1:
+        raise ValueError(f"training.label_dropout is {config.training.label_dropout:g}; expected 0 <= share < 1")
+    if not config.model.conditional:
+        return {}
+    if not data.classes:
+        labels = getattr(data, "labels", None)
+        got = "none" if labels is None else f"labels from {int(labels.min())} to {int(labels.max())}"
+        raise ValueError(
+            f"model.conditional needs a class for every sample, and the data has {got}; expected whole numbers from 0"
+        )
+    return {"num_classes": len(data.classes), "null_class": config.training.label_dropout > 0}
+
+
+def _network(config: ConfigDict, data: Source) -> torch.nn.Module:
+    """The network of ``config.model``, with weights drawn from ``config.seed``."""
+    m, data_shape, classes = config.model, data.data_shape, _classes(config, data)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(config.seed)
         if choose(m.net, ("unet", "mlp"), "model.net") == "mlp":
-            return MLP(data_shape, width=m.width, depth=m.depth, features=m.features)
+            return MLP(data_shape, width=m.width, depth=m.depth, features=m.features, **classes)
         return UNet(
             data_shape,
             width=m.width,
@@ -303,7 +331,18 @@ def _network(m: ConfigDict, data_shape: Shape, seed: int) -> torch.nn.Module:
             head=m.head,
             dropout=m.dropout,
             embedding="positional" if m.label == "index" else "fourier",
+            **classes,
         )
+
+
+def _objective(config: ConfigDict, distribution: levels.SigmaDistribution, sigma_data: float) -> Objective:
+    """The objective of ``config.training``."""
+    t = config.training
+    weight = weighting(t.weighting, sigma_data=sigma_data, sigmas=distribution)
+    name = choose(t.objective, ("denoising", "implicit", "sliced"), "training.objective")
+    if name == "denoising":
+        return Denoising(distribution, weight, t.stable_target)
+    return Implicit(distribution, weight) if name == "implicit" else Sliced(distribution, weight, t.probes)
 
 
 def _levels(kind: str, process: Process, sequence: Tensor, sigma_data: float) -> levels.SigmaDistribution:
@@ -349,7 +388,7 @@ def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
     reference, process = data.reference(), build_process(config)
     _warn_of_scale(reference, process)
     sigma_data = sigma_data_of(reference) if sigma_data is None else sigma_data
-    net = _network(m, data.data_shape, config.seed)
+    net = _network(config, data)
     prediction = (
         edm(sigma_data)
         if m.prediction == "edm"
@@ -374,7 +413,7 @@ def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
         levels=None if isinstance(process, DiscreteVP) or label != "index" else sequence,
     )
     distribution = _levels(t.sigmas, process, sequence, sigma_data)
-    weight = weighting(t.weighting, sigma_data=sigma_data, sigmas=distribution)
+    objective = _objective(config, distribution, sigma_data)
     _check_used(config)
     held_out = data.hold_out(config.data.validation) if config.data.validation else None
-    return Experiment(data, model, Denoising(distribution, weight, t.stable_target), held_out, sigma_data)
+    return Experiment(data, model, objective, held_out, sigma_data)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from scorelab.models import ScoreModel
 from scorelab.training.sharding import full_state, like
 from scorelab.typing import Tensor
 
@@ -61,25 +62,25 @@ class EMA:
         self.count += 1
         self.initial_share *= decay
 
-    def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """A state dict of the module with averages in place of its parameters; the module itself is not touched.
+    def weights(self, model: ScoreModel) -> dict[str, Tensor]:
+        """The model's weights with averages in place of its parameters; the model itself is not touched.
 
         Of parameters spread over processes the averages are whole, and all processes must call.
         """
-        state = {k: v.detach().clone() for k, v in module.state_dict().items()}
-        for name, average in self._named(module):
+        state = {k: v.detach().clone() for k, v in model.weights().items()}
+        for name, average in self._named(model):
             state[name] = average.clone()
         return full_state(state)
 
-    def load(self, module: nn.Module, state: dict[str, Tensor]) -> None:
-        """Take the averages from a state dict of the module."""
-        for name, average in self._named(module):
+    def load(self, model: ScoreModel, state: dict[str, Tensor]) -> None:
+        """Take the averages from weights of the model."""
+        for name, average in self._named(model):
             average.copy_(like(state[name], average))
 
-    def _named(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Every name of a parameter in the module, of a shared one all, and its average."""
+    def _named(self, model: ScoreModel) -> Iterator[tuple[str, Tensor]]:
+        """Every name of a parameter in the model, of a shared one all, and its average."""
         averages = {id(p): a for p, a in zip(self.parameters, self.average, strict=True)}
-        for name, parameter in module.named_parameters(remove_duplicate=False):
+        for name, parameter in model.named_weights():
             yield name, averages[id(parameter)]
 
 

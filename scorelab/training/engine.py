@@ -23,11 +23,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from scorelab import parallel
-from scorelab.losses.denoising import Noised
 from scorelab.models import ScoreModel
 from scorelab.noise import counter_generator
 from scorelab.training import checkpoint
-from scorelab.training.batches import Batches
+from scorelab.training.batches import Batches, Draw
 from scorelab.training.config import Experiment
 from scorelab.training.ema import averages_of
 from scorelab.training.optim import learning_rate, optimiser
@@ -101,6 +100,9 @@ class Trainer:
             rows=rows,
             device=device,
             workers=config.data.workers,
+            conditional=self.model.conditional,
+            null=self.model.null_condition,
+            dropout=t.label_dropout,
         )
         # row i of a batch has its level in part i of as many of equal probability
         self._bins = nn.functional.one_hot(torch.tensor(rows) * BINS // t.batch_size, BINS).float().to(device)
@@ -108,7 +110,7 @@ class Trainer:
         if t.compile:
             check_compiler(device)
             self.model.net.compile()
-        self._network: Callable[[Tensor, Tensor], Tensor] = self.model
+        self._network: Callable[..., Tensor] = self.model
         if self.processes > 1 and not t.fsdp:
             self._network = DistributedDataParallel(
                 self.model,
@@ -140,17 +142,17 @@ class Trainer:
                     torch.cuda.manual_seed(seed)
             yield
 
-    def _gradients(self, noised: Noised) -> Tensor:
+    def _gradients(self, draw: Draw) -> Tensor:
         """Losses of this process's rows, and the whole batch's mean gradient in the parameters."""
-        t, rows, found = self.config.training, len(noised.sigma), []
+        t, rows, found = self.config.training, len(draw.u), []
         self.optimiser.zero_grad()
         with self._seeded():
             # as many parts in every process, however many rows it has
             for k in range(t.accumulate):
-                some = Noised(*(x[rows * k // t.accumulate : rows * (k + 1) // t.accumulate] for x in noised))
+                some = draw.part(slice(rows * k // t.accumulate, rows * (k + 1) // t.accumulate))
                 with self._exchanging(k == t.accumulate - 1):
                     with autocast(self.model.device, self.precision):
-                        loss = self.experiment.objective.losses(self._network, some).loss
+                        loss = self.experiment.objective.losses(self._network, *some)
                     # processes' gradients are averaged
                     torch.autograd.backward(loss.sum() * (self.processes / t.batch_size))
                 found.append(loss.detach())
@@ -169,11 +171,11 @@ class Trainer:
 
         All that is not known before a step is made: weights of the loss, what the network refuses.
         """
-        noised = self.batches.at(self.step)
+        draw = self.batches.at(self.step)
         training = self.model.training
         try:
             with torch.no_grad():
-                self.experiment.objective.losses(self.model.eval(), Noised(*(x[:1] for x in noised)))
+                self.experiment.objective.losses(self.model.eval(), *draw.part(slice(1)))
         finally:
             self.model.train(training)
 
@@ -183,24 +185,25 @@ class Trainer:
         Raises NonFiniteError, before any weight is changed, naming the step and the noise levels.
         """
         c = self.config
-        noised = self.batches.at(self.step)
+        draw, objective = self.batches.at(self.step), self.experiment.objective
         lr = learning_rate(c.optim, self.step, c.training.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        losses = self._gradients(noised)
+        losses = self._gradients(draw)
         limit = c.optim.clip or math.inf
         total = nn.utils.clip_grad_norm_(self.parameters, limit)
         # a loss that is not finite makes this sum so, too: one look at the device for both
         norm = float(full(total) + 0 * losses.sum())
         if parallel.most(not math.isfinite(norm))[0]:
-            self._skip(losses, noised.sigma, lr)
+            self._skip(losses, objective.levels(draw.u), lr)
             return None
         self.optimiser.step()
         for average in self.averages:
             average.update()
         self.step += 1
-        zero = self.experiment.objective.weight(noised.sigma) * noised.noise.flatten(1).square().mean(1)
-        values = torch.stack([losses, zero, noised.sigma.log(), torch.ones_like(losses)])
+        with torch.no_grad():
+            sigma, zero = objective.levels(draw.u), objective.zero(*draw)
+        values = torch.stack([losses, zero, sigma.log(), torch.ones_like(losses)])
         self._sums += (values.unsqueeze(2) * self._bins).sum(1)
         return self._measured(norm, lr) if measure else None
 
@@ -244,16 +247,13 @@ class Trainer:
     def averaged(self) -> ScoreModel:
         """A copy of the model with the (first) averaged weights, in evaluation mode; the trained one is not touched."""
         copied = copy.deepcopy(self.model if self._whole is None else self._whole)
-        copied.net.load_state_dict(self.ema.weights(self.model.net))
+        copied.load_weights(self.ema.weights(self.model))
         return copied.to(self.model.device).requires_grad_(False).eval()
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of this step into ``folder``; of several processes the first writes."""
         sums = parallel.gather(self._sums[None], self.processes).cpu()
-        weights, averages = (
-            full_state(self.model.net.state_dict()),
-            {a.name: a.weights(self.model.net) for a in self.averages},
-        )
+        weights, averages = full_state(self.model.weights()), {a.name: a.weights(self.model) for a in self.averages}
         training = {
             "step": self.step,
             "skipped": self.skipped,
@@ -272,7 +272,7 @@ class Trainer:
         An average that is not in it starts from its weights.
         """
         weights, averages, training = checkpoint.read(place)
-        own = self.model.net.state_dict()
+        own = self.model.weights()
         differing = [k for k in own.keys() | weights.keys() if k not in own or k not in weights]
         differing += [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
         if differing:
@@ -280,9 +280,9 @@ class Trainer:
                 f"checkpoint {place} is of another network ({len(differing)} weights differ: {min(differing)}, ...): "
                 "set config.model as it was"
             )
-        self.model.net.load_state_dict({k: like(v, own[k]) for k, v in weights.items()})
+        self.model.load_weights({k: like(v, own[k]) for k, v in weights.items()})
         for average in self.averages:
-            average.load(self.model.net, averages.get(average.name, weights))
+            average.load(self.model, averages.get(average.name, weights))
             found = training["averages"].get(average.name, {"count": 0, "initial_share": 1.0})
             average.count, average.initial_share = found["count"], found["initial_share"]
         state = training["optimiser"]["state"]

@@ -273,7 +273,9 @@ def train(
             check_sampling(config, experiment.model)
         trainer = Trainer(experiment, config)
         if experiment.model.data_range is not None:
-            check_range(trainer.batches.data.batch(config.seed, 0, config.training.batch_size), (-1.0, 1.0), "batch 0")
+            check_range(
+                trainer.batches.data.batch(config.seed, 0, config.training.batch_size).x0, (-1.0, 1.0), "batch 0"
+            )
         _resume(trainer, workdir, accept_changes, held, step)
         watch = Watch(trainer, workdir, progress)
         try:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from scorelab import sigmas as levels
 from scorelab.adapters import clipped
+from scorelab.guidance import classifier_free
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.processes import DiscreteVP
@@ -32,7 +33,7 @@ from scorelab.samplers import (
 from scorelab.training.config import choose
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["build_sampling", "check_sampling", "own_score", "sample_model"]
+__all__ = ["build_sampling", "check_sampling", "in_turn", "own_score", "sample_model"]
 
 _GRIDS = ("karras", "geometric", "log_linear", "process", "steps")
 _SAMPLERS = ("annealed_langevin", "ancestral", "ddim", "euler", "heun", "reverse_sde", "ode")
@@ -76,6 +77,8 @@ def check_sampling(config: ConfigDict, model: ScoreModel) -> None:
     for key in ("samples", "batch_size"):
         if c[key] < 1:
             raise ValueError(f"sampling.{key} is {c[key]}; expected at least 1")
+    if len(c.guidance_interval) not in (0, 2):
+        raise ValueError(f"sampling.guidance_interval is {c.guidance_interval}; expected (low, high), or () for all")
     if c.clip and model.data_range is None:
         raise ValueError("sampling.clip is for data scaled to [-1, 1], images of bytes or digits; expected False")
     noise_levels, sampler = build_sampling(config, model)
@@ -97,7 +100,7 @@ def check_sampling(config: ConfigDict, model: ScoreModel) -> None:
         with warnings.catch_warnings(), torch.no_grad():
             if shorter:
                 warnings.filterwarnings("ignore", "the sampler stopped early", RuntimeWarning)
-            score, start = own_score(model.eval(), config), (2, *model.data_shape)
+            score, start = own_score(model.eval(), config, in_turn(model, 2)), (2, *model.data_shape)
             some = replace(sampler, **shorter)  # type: ignore[type-var]
             for _ in islice(trajectory(score, start, noise_levels, some, generator=PerSampleNoise(0)), 2):
                 pass
@@ -107,9 +110,21 @@ def check_sampling(config: ConfigDict, model: ScoreModel) -> None:
         model.train(training)
 
 
-def own_score(model: ScoreModel, config: ConfigDict) -> ScoreFn:
-    """The model, with its denoised sample clamped to the data's range where the experiment says so."""
-    return clipped(model, -1.0, 1.0) if config.sampling.clip and model.data_range is not None else model
+def own_score(model: ScoreModel, config: ConfigDict, condition: Tensor | None = None) -> ScoreFn:
+    """The score that an experiment samples with: for a condition guided, with the denoised sample clamped to the data's
+    range, as it says. Raises ValueError for guidance of a model that can't leave the condition out.
+    """
+    c = config.sampling
+    score: ScoreFn = model if condition is None else model.conditioned(condition)
+    if condition is not None and c.guidance != 1:
+        interval = tuple(c.guidance_interval) or None
+        score = classifier_free(score, model.conditioned(None), c.guidance, interval=interval)
+    return clipped(score, -1.0, 1.0) if c.clip and model.data_range is not None else score
+
+
+def in_turn(model: ScoreModel, n: int) -> Tensor | None:
+    """Each class in turn for n samples, (n,); None for a model without classes."""
+    return None if model.num_classes is None else torch.arange(n) % model.num_classes
 
 
 def sample_model(
@@ -118,13 +133,15 @@ def sample_model(
     n: int,
     generator: torch.Generator | PerSampleNoise,
     *,
+    condition: Tensor | None = None,
     sampler: Path | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """n samples with the experiment's own sampler and batch size, or with a calibrated sampler's file."""
+    """n samples, for a condition (n, ...) or (1, ...) or none, with the experiment's own sampler and batch size, or
+    with a calibrated sampler's file."""
     noise_levels, own = build_sampling(config, model)
     return sample(
-        own_score(model, config),
+        own_score(model, config, condition),
         (n, *model.data_shape),
         noise_levels if sampler is None else None,
         own if sampler is None else Calibrated.load(sampler),

@@ -20,12 +20,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from scorelab import parallel
-from scorelab.losses.denoising import Noised
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise, counted
 from scorelab.plotting.pictures import are_images, tiled
+from scorelab.training.batches import Draw
 from scorelab.training.engine import BINS, Metrics, Trainer
-from scorelab.training.sampling import sample_model
+from scorelab.training.sampling import in_turn, sample_model
 from scorelab.typing import Tensor
 from scorelab.writing import whole
 
@@ -145,7 +145,8 @@ class Watch:
 
     def _draw(self, model: ScoreModel, step: int) -> None:
         config = self.trainer.config
-        x = sample_model(model, config, config.sampling.samples, PerSampleNoise(0), progress=False)
+        n = config.sampling.samples
+        x = sample_model(model, config, n, PerSampleNoise(0), condition=in_turn(model, n), progress=False)
         mean, std = _moments(x)
         own = {"data_mean": self._data_mean, "data_std": self._data_std}
         self._write({"step": step, "sample_mean": mean, "sample_std": std, **own})
@@ -154,20 +155,19 @@ class Watch:
 
     def _fixed_noise_losses(self, model: torch.nn.Module) -> list[float]:
         """The mean loss in each part of the noise levels: held-out samples if there are any, always the same noise."""
-        e, size = self.trainer.experiment, self.trainer.config.training.batch_size
-        x0 = e.data.batch(0, 0, _FIXED) if e.held_out is None else e.held_out[:_FIXED]
+        e, batches = self.trainer.experiment, self.trainer.batches
+        held = batches.known(e.data.batch(0, 0, _FIXED) if e.held_out is None else e.held_out.part(slice(_FIXED)))
         # every part of the levels has as many samples
         least = -(-max(BINS, self.trainer.processes) // BINS) * BINS
-        count = max(least, len(x0) // BINS * BINS)
-        x0 = x0.repeat(-(-count // len(x0)), *(1,) * (x0.ndim - 1))[:count]
-        levels = e.objective.sigmas((torch.arange(count) + 0.5) / count).to(x0)
-        noise = counted("normal", tuple(x0.shape[1:]), range(count), 0, 10).to(x0)
-        mine, found = parallel.shard(count), []
+        count = max(least, len(held.x0) // BINS * BINS)
+        index = torch.arange(count) % len(held.x0)
+        batch, u = held.mapped(lambda t: t[index]), (torch.arange(count) + 0.5) / count
+        noise = counted("normal", batches.noise_shape(batch), range(count), 0, 10).to(batch.x0)
+        draw, mine, found = Draw(batch, u, noise), parallel.shard(count), []
         with torch.no_grad():
-            for first in range(mine.start, mine.stop, size):
-                rows = slice(first, min(first + size, mine.stop))
-                some = Noised(*(x[rows].to(self.trainer.model.device) for x in (x0, levels, noise)))
-                found.append(e.objective.losses(model, some).loss)
+            for first in range(mine.start, mine.stop, batches.size):
+                some = draw.part(slice(first, min(first + batches.size, mine.stop)))
+                found.append(e.objective.losses(model, *some.mapped(lambda t: t.to(batches.device))))
         losses = parallel.gather(torch.cat(found), count)
         return losses.double().cpu().reshape(BINS, -1).mean(1).tolist()
 

@@ -1,0 +1,22 @@
+"""Digits by class, with a tenth of the labels left out for classifier-free guidance; sampled by Heun's method."""
+
+from ml_collections import ConfigDict
+
+from scorelab.training import default_config
+
+
+def get_config() -> ConfigDict:
+    c = default_config()
+    c.data.source = "digits"
+    c.process.name = "ve"
+    # data in [-1, 1]^64: the largest pairwise distance is 12
+    c.process.sigma_min, c.process.sigma_max = 0.05, 12.0
+    c.model.prediction, c.model.input_scale = "edm", "unit_variance"
+    c.model.width, c.model.multipliers, c.model.blocks = 32, (1, 2), 1
+    c.model.conditional, c.training.label_dropout = True, 0.1
+    c.training.sigmas = "log_uniform"
+    c.training.steps, c.training.batch_size = 2500, 64
+    c.optim.lr, c.optim.schedule, c.optim.ema = 2e-3, "cosine", (0.995,)
+    c.sampling.sampler, c.sampling.grid, c.sampling.levels = "heun", "karras", 18
+    c.sampling.samples = 100
+    return c

@@ -1,0 +1,5 @@
+"""Scores steered by other scores."""
+
+from scorelab.guidance.classifier_free import classifier_free
+
+__all__ = ["classifier_free"]

@@ -1,0 +1,66 @@
+"""What an objective is: losses of samples from a batch, uniform numbers and noise, all of which others draw.
+
+Everything random comes in: u (B,) in (0, 1), stratified and ascending, chooses the noise levels, and noise is standard
+normal. So a step follows from (seed, step, place) whatever the objective, and a process or a schedule can be learned.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from scorelab.noise import randn
+from scorelab.typing import Batch, ScoreFn, Tensor
+
+__all__ = ["Losses", "Objective", "conditioned"]
+
+
+class Losses(NamedTuple):
+    """Loss and noise level of each sample, both (B,)."""
+
+    loss: Tensor
+    sigma: Tensor
+
+
+class Objective(ABC):
+    """``losses(score, batch, u, noise)``; score(x, sigma) or, for a batch with conditions, score(x, sigma, condition).
+
+    ``draws``: how many standard normals a sample needs for each of its numbers; noise is (B, *D) for one, else
+    (B, draws, *D). ``reference``: how many samples of the data ``batch.reference`` must hold at least, 0 for none.
+    """
+
+    draws: int = 1
+    reference: int = 0
+
+    @abstractmethod
+    def levels(self, u: Tensor) -> Tensor:
+        """Noise levels (B,) of u (B,)."""
+
+    @abstractmethod
+    def losses(self, score: Callable[..., Tensor], batch: Batch, u: Tensor, noise: Tensor) -> Tensor:
+        """The loss of each sample, (B,)."""
+
+    def zero(self, batch: Batch, u: Tensor, noise: Tensor) -> Tensor:
+        """The losses (B,) of a score that is 0, beside which a network's are judged."""
+        return self.losses(lambda x, *_: torch.zeros_like(x), batch, u, noise)
+
+    def count(self, batch_size: int) -> int:
+        """How many samples a call needs to train on ``batch_size`` of them."""
+        return max(batch_size, self.reference)
+
+    def __call__(self, score: ScoreFn, x0: Tensor, generator: torch.Generator, batch_size: int | None = None) -> Losses:
+        """Losses (batch_size,) of a batch x0 (count(batch_size), *D); batch_size is by default all of it."""
+        count = len(x0) if batch_size is None else batch_size
+        u = (torch.arange(count) + torch.rand(count, generator=generator, device=generator.device).cpu()) / count
+        u = u.to(x0.device)
+        shape = (count, *x0.shape[1:]) if self.draws == 1 else (count, self.draws, *x0.shape[1:])
+        batch = Batch(x0[:count], None, Batch(x0) if self.reference else None)
+        return Losses(self.losses(score, batch, u, randn(shape, x0, generator)), self.levels(u))
+
+
+def conditioned(score: Callable[..., Tensor], condition: Tensor | None) -> ScoreFn:
+    """The score for the conditions of a batch."""
+    return score if condition is None else lambda x, sigma: score(x, sigma, condition)

@@ -48,6 +48,8 @@ def config(kind: str):
     c.training.checkpoint_every, c.training.validate_every, c.data.validation = 10, 10, 50
     if kind == "fsdp":
         c.training.fsdp = True
+    if kind == "conditional":
+        c.model.conditional, c.training.label_dropout, c.data.workers = True, 0.2, 2
     if kind == "full":
         c.model.dropout, c.data.workers, c.training.accumulate = 0.2, 2, 5
         c.training.steps, c.training.batch_size, c.training.checkpoint_every = 12, 200, 3

@@ -8,7 +8,7 @@ from shlex import quote
 
 import torch
 
-from scorelab.cli.sampling import load_run
+from scorelab.cli.sampling import condition_of, guide, load_run
 from scorelab.data import Values
 from scorelab.likelihood import bits_per_dim, log_likelihood
 from scorelab.noise import PerSampleNoise, randn
@@ -32,15 +32,30 @@ def _spacing(values: Values | None, levels: int) -> float:
     return values.spacing
 
 
-def calibrate_run(workdir: Path, out: Path, *, nfe: int, method: str, starts: int, seed: int, step: int) -> str:
-    """Fit a sampler of ``nfe`` evaluations to a run's averaged weights, write it to ``out`` and say how good it is."""
+def calibrate_run(
+    workdir: Path,
+    out: Path,
+    *,
+    nfe: int,
+    method: str,
+    starts: int,
+    seed: int,
+    step: int,
+    condition: str = "",
+    guidance: float | None = None,
+    guidance_interval: str | None = None,
+) -> str:
+    """Fit a sampler of ``nfe`` evaluations to a run's averaged weights, write it to ``out`` and say how good it is.
+
+    condition, guidance: what it will be used for, as for sampling.
+    """
     config, model, found = load_run(workdir, step=step)
+    guide(config, guidance, guidance_interval)
+    score = own_score(model, config, condition_of(condition, model, workdir, starts))
     low, high = model.sigma_range
     low, high = config.sampling.sigma_min or low, config.sampling.sigma_max or high
     x = high * PerSampleNoise(seed)(torch.empty(starts, *model.data_shape)).to(model.device)
-    sampler = calibrate(
-        own_score(model, config), x, nfe=nfe, sigma_min=low, sigma_max=high, method=method, progress=True
-    )
+    sampler = calibrate(score, x, nfe=nfe, sigma_min=low, sigma_max=high, method=method, progress=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     sampler.save(out)
     r = sampler.report
@@ -54,13 +69,15 @@ def calibrate_run(workdir: Path, out: Path, *, nfe: int, method: str, starts: in
 def likelihood_run(
     workdir: Path, *, n: int, divergence: str, probes: int, levels: int, seed: int, step: int, tolerance: float
 ) -> str:
-    """Mean log-likelihood of ``n`` data of a run in nats, held-out ones if it has any, or bits per dimension.
+    """Mean log-likelihood of ``n`` data of a run in nats, held-out ones if it has any, or bits per dimension; of a
+    conditional model given their classes.
 
     ``levels``, for bits, is how many values a number of the data may take; another count than its own is a ValueError.
     """
     config, model, found = load_run(workdir, step=step)
     source, held = load_data(config), config.data.validation
-    data = (source.hold_out(held).x0 if held else source.reference())[:n].to(model.device)
+    batch = (source.hold_out(held) if held else source.first(n)).part(slice(n)).mapped(lambda t: t.to(model.device))
+    data, score = batch.x0, model.conditioned(batch.condition) if model.conditional else model
     spacing = _spacing(source.values, levels) if levels else 0.0
     low, high = model.sigma_range
     generator = torch.Generator().manual_seed(seed)
@@ -71,14 +88,14 @@ def likelihood_run(
         "samples": len(data),
         "of": "held-out data" if held else "training data",
     }
-    numbers |= {"divergence": divergence, "sigma_min": low}
+    numbers |= {"divergence": divergence, "sigma_min": low} | ({"given": "its class"} if model.conditional else {})
 
     def summary(value: Tensor) -> list[float | None]:
         return [float(value.mean()), float(value.std() / len(value) ** 0.5) if len(value) > 1 else None]
 
     if levels:
         bits = bits_per_dim(
-            model,
+            score,
             data,
             low,
             high,
@@ -90,6 +107,6 @@ def likelihood_run(
         numbers |= {"bits_per_dim": summary(bits.bits), "statement": bits.statement}
     else:
         x = data + low * randn(tuple(data.shape), data, generator)
-        result = log_likelihood(model, x, low, high, data_std=data_std, generator=generator, **options)  # type: ignore[arg-type]
+        result = log_likelihood(score, x, low, high, data_std=data_std, generator=generator, **options)  # type: ignore[arg-type]
         numbers |= {"log_prob_nats": summary(result.log_prob), "statement": "data noised by sigma_min; mean, error"}
     return json.dumps(numbers, indent=1)

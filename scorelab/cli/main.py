@@ -32,6 +32,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
                        [--step STEP] [--weights ema|model|ema_0.9999|ema_power_0.1]
                        [--condition each|none|CLASS] [--guidance 2] [--guidance_interval 0.2,5]
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
+                       [--condition ...] [--guidance ...] [--guidance_interval ...]
        scorelab report --workdir runs/x
        scorelab likelihood --workdir runs/x [--n 64] [--levels 17] [--divergence hutchinson] [--probes 1]"""
 
@@ -212,8 +213,7 @@ def _values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def _sample(arguments: list[str]) -> None:
-    texts = {"out": None, "sampler": None, "weights": "ema", "condition": "", "guidance_interval": None}
-    values = _run_flags({"n": None}, texts)
+    values = _run_flags({"n": None}, {"out": None, "sampler": None, "weights": "ema", **_GUIDED})
     flags.DEFINE_float("guidance", None, "scale of classifier-free guidance", flag_values=values)
     # torchrun takes --n for one of its own options
     flags.DEFINE_alias("samples", "n", flag_values=values)
@@ -230,27 +230,21 @@ def _sample(arguments: list[str]) -> None:
     if out is not None and os.environ.get("RANK", "0") == "0":
         check_out(out)
     weights = str(values["weights"].value)
-    condition, scale, interval = (
-        str(values["condition"].value),
-        values["guidance"].value,
-        values["guidance_interval"].value,
-    )
-    run = sample_run(
-        workdir,
-        n=n,
-        seed=seed,
-        step=step,
-        weights=weights,
-        sampler=sampler,
-        condition=condition,
-        guidance=scale,
-        guidance_interval=interval,
-    )
+    guided = _guided(values)
+    run = sample_run(workdir, n=n, seed=seed, step=step, weights=weights, sampler=sampler, **guided)
     parts = [f"drawn_{run.step:08d}", weights if weights != "ema" else "", sampler.stem if sampler else ""]
-    parts += [condition, "" if scale is None else f"guided_{scale:g}"]
+    parts += [guided["condition"], "" if guided["guidance"] is None else f"guided_{guided['guidance']:g}"]
     out = out or workdir / "samples" / f"{'_'.join(filter(None, parts))}.png"
     if parallel.world()[0] == 0:
         print(write_samples(run, out))
+
+
+_GUIDED: dict[str, str | None] = {"condition": "", "guidance_interval": None}
+
+
+def _guided(values: flags.FlagValues) -> dict[str, Any]:
+    """What samples are conditioned on and how they are guided."""
+    return {name: values[name].value for name in ("condition", "guidance", "guidance_interval")}
 
 
 def _workdir(values: flags.FlagValues) -> Path:
@@ -270,7 +264,8 @@ def _run_flags(numbers: dict[str, int | None], texts: dict[str, str | None]) -> 
 
 
 def _calibrate(arguments: list[str]) -> None:
-    values = _run_flags({"nfe": 10, "starts": 64}, {"method": "least_squares", "out": None})
+    values = _run_flags({"nfe": 10, "starts": 64}, {"method": "least_squares", "out": None, **_GUIDED})
+    flags.DEFINE_float("guidance", None, "scale of classifier-free guidance", flag_values=values)
     _parse(arguments, values)
     workdir = _workdir(values)
     from scorelab.cli.analysis import calibrate_run
@@ -279,7 +274,14 @@ def _calibrate(arguments: list[str]) -> None:
     nfe, starts, seed, step = (int(values[name].value or 0) for name in ("nfe", "starts", "seed", "step"))
     out = Path(values["out"].value or workdir / f"sampler_{nfe}.json").expanduser()
     check_writable(out)
-    print(calibrate_run(workdir, out, nfe=nfe, method=str(values["method"].value), starts=starts, seed=seed, step=step))
+    options: dict[str, Any] = {
+        "nfe": nfe,
+        "starts": starts,
+        "seed": seed,
+        "step": step,
+        "method": str(values["method"].value),
+    }
+    print(calibrate_run(workdir, out, **options, **_guided(values)))
 
 
 def _likelihood(arguments: list[str]) -> None:

@@ -53,15 +53,21 @@ def _losses(trained: list[Row], validated: list[Row]) -> bytes:
             ms=3,
             label="fixed noise, averaged weights",
         )
-    axes[0, 0].set(xlabel="step", yscale="log", title="loss")
+    # losses that are known but for a constant may be negative
+    scale = "log" if min(r["loss"] for r in trained) > 0 else "linear"
+    axes[0, 0].set(xlabel="step", yscale=scale, title="loss")
     axes[0, 0].legend(fontsize=8)
     # a part of the noise levels without a sample is None, and NaN here
     loss, zero = (np.array([r[key] for r in trained], dtype=float) for key in ("loss_bins", "zero_bins"))
-    for ratio, level in zip((loss / zero).T, trained[-1]["sigma_bins"], strict=True):
+    beside = bool((zero != 0).all())
+    for ratio, level in zip((loss / zero if beside else loss).T, trained[-1]["sigma_bins"], strict=True):
         if level is not None:
             axes[0, 1].plot(steps, ratio, lw=0.8, label=f"sigma about {level:.3g}")
-    axes[0, 1].axhline(1.0, color="k", ls=":", lw=0.8)
-    axes[0, 1].set(xlabel="step", yscale="log", title="loss / loss of the zero predictor, by noise level")
+    axes[0, 1].axhline(1.0 if beside else 0.0, color="k", ls=":", lw=0.8)
+    title = (
+        "loss / loss of the zero predictor, by noise level" if beside else "loss by noise level (0: the zero predictor)"
+    )
+    axes[0, 1].set(xlabel="step", yscale="log" if beside else "linear", title=title)
     axes[0, 1].legend(fontsize=7)
     return _png(drawn)
 
@@ -115,7 +121,7 @@ def _write(workdir: Path, rows: list[Row]) -> Path:
     if validated:
         summary["loss at fixed noise"] = validated[-1]["validation_loss"]
     levels = {
-        f"sigma about {s:.3g}": {"loss": a, "zero predictor": b, "ratio": a / b}
+        f"sigma about {s:.3g}": {"loss": a, "zero predictor": b} | ({"ratio": a / b} if b else {})
         for s, a, b in zip(last["sigma_bins"], last["loss_bins"], last["zero_bins"], strict=True)
         if s is not None
     }

@@ -44,6 +44,10 @@ class Source(ABC):
     def reference(self) -> Tensor:
         """Data to take statistics of, (N, *data_shape)."""
 
+    def first(self, count: int) -> Batch:
+        """The first samples of ``reference``, at most ``count``, with their labels."""
+        return Batch(self.reference()[:count])
+
     def hold_out(self, count: int) -> Batch:
         """Samples (count, *data_shape) that no batch will hold from now on; ValueError if there are too few."""
         raise ValueError(f"{type(self).__name__} has fresh samples at every step; expected data.validation = 0")
@@ -91,9 +95,16 @@ class Stored(Source):
         return torch.from_numpy(rows if rows.dtype == np.uint8 else rows.astype(np.float32, copy=False))
 
     def reference(self) -> Tensor:
+        return self.take(self._referred())
+
+    def first(self, count: int) -> Batch:
+        index = self._referred()[:count]
+        return self.labelled(self.take(index), index)
+
+    def _referred(self) -> Tensor:
         # 256 MiB at most, evenly spread
         count = max(1, min(self.most_reference, 2**26 // math.prod(self.data_shape)))
-        return self.take(torch.arange(0, len(self), -(-len(self) // count)))
+        return torch.arange(0, len(self), -(-len(self) // count))
 
     def fingerprint(self) -> dict[str, Any]:
         # of larger data some rows stand for all
@@ -182,8 +193,8 @@ class Arrays(Stored):
         index = self.indices(seed, step, size, rows)
         return self.labelled(self.take(index), index)
 
-    def reference(self) -> Tensor:
-        return self.stored if isinstance(self.stored, Tensor) else super().reference()
+    def _referred(self) -> Tensor:
+        return torch.arange(len(self)) if isinstance(self.stored, Tensor) else super()._referred()
 
 
 class Images(Stored):
@@ -249,7 +260,13 @@ class Drawn(Source):
         return whole if rows is None else whole.part(slice(rows.start, rows.stop))
 
     def reference(self) -> Tensor:
-        return self.distribution.sample(10_000, counter_generator(0, 0, 3))
+        return self.first(10_000).x0
+
+    def first(self, count: int) -> Batch:
+        generator = counter_generator(0, 0, 3)
+        if isinstance(self.distribution, Labelled):
+            return Batch(*self.distribution.sample_labelled(10_000, generator)).part(slice(count))
+        return Batch(self.distribution.sample(10_000, generator)[:count])
 
 
 def digits() -> Arrays:

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scorelab import processes
 from scorelab.checks import broadcast, check_batch, check_sigmas, widened
 from scorelab.nn import NETWORKS
+from scorelab.parts import Kind
 from scorelab.predictions import EPS, PREDICTIONS, X0, Prediction, V, coefficients, edm
 from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP
 from scorelab.typing import ScoreFn, Shape, Tensor
@@ -262,11 +263,9 @@ class ScoreModel(nn.Module):
 
     def to_dict(self) -> dict[str, Any]:
         """All settings but the weights, as JSON can hold them; ValueError for a callable or prediction of one's own."""
-        net = unwrapped(self.net)
-        known = type(net).__name__ if type(net) in NETWORKS.values() else None
         return {
             "format": 1,
-            "net": None if known is None else {"name": known, **net.config},  # type: ignore[dict-item]
+            "net": _net_to_dict(unwrapped(self.net)),
             "process": process_to_dict(self.process),
             "prediction": _prediction_name(self.prediction),
             "data_shape": list(self.data_shape),
@@ -364,8 +363,10 @@ class ScoreModel(nn.Module):
             if settings["net"] is None:
                 raise ValueError("this model has a network of the user's own; pass it: ScoreModel.load(path, net=...)")
             arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["net"].items() if k != "name"}
+            name = str(settings["net"]["name"])
             with torch.random.fork_rng(devices=[]):
-                net = NETWORKS[settings["net"]["name"]](**arguments)
+                # names were those of classes once
+                net = _NETWORK.maker(name if ":" in name else name.lower(), "net")(**arguments)
         return cls(
             net,
             process_from_dict(settings["process"]),
@@ -450,6 +451,20 @@ def unwrapped(net: nn.Module) -> nn.Module:
             net = inner
         else:
             return net
+
+
+_NETWORK = Kind("network", NETWORKS, nn.Module)
+
+
+def _net_to_dict(net: nn.Module) -> dict[str, Any] | None:
+    """By what a network is made again: its name and its ``config``, the arguments of its class; None if it has none."""
+    settings, own = getattr(net, "config", None), type(net)
+    known = next((name for name, made in NETWORKS.items() if made is own), None)
+    if known is None and (own.__module__ == "__main__" or "." in own.__qualname__):
+        return None
+    if not isinstance(settings, dict):
+        return None
+    return {"name": known or f"{own.__module__}:{own.__qualname__}", **settings}
 
 
 def process_to_dict(process: Process) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,6 +21,8 @@ from scorelab.processes import DiscreteVP, Process
 from scorelab.typing import Tensor
 
 __all__ = [
+    "GRIDS",
+    "LEVELS",
     "FromProcess",
     "FromSigmas",
     "LogNormal",
@@ -35,7 +37,9 @@ __all__ = [
     "langevin_step_size",
     "log_linear",
     "respace",
+    "sequence",
     "suggest",
+    "visited",
 ]
 
 
@@ -253,6 +257,33 @@ class FromSigmas(SigmaDistribution):
     def rate(self, sigma: Tensor) -> Tensor:
         raise ValueError("a fixed sequence has no density; for the likelihood weighting use LogUniform or FromProcess")
 
+
+def visited(process: Process) -> SigmaDistribution:
+    """The levels that a process is trained at as published: uniform in time, or DDPM's own steps."""
+    return FromSigmas(process.step_sigmas.flip(0)) if isinstance(process, DiscreteVP) else FromProcess(process)
+
+
+def sequence(sigma_min: float, sigma_max: float, levels: int = 10) -> FromSigmas:
+    """Each level of a geometric sequence equally often, as NCSN's."""
+    return FromSigmas(geometric(levels, sigma_min=sigma_min, sigma_max=sigma_max))
+
+
+GRIDS: dict[str, Callable[..., Tensor]] = {
+    "karras": karras,
+    "geometric": geometric,
+    "log_linear": log_linear,
+    "process": from_process,
+    "steps": from_betas,
+}
+"""Noise levels of sampling by the names that configs have for them."""
+LEVELS: dict[str, Callable[..., SigmaDistribution]] = {
+    "process": visited,
+    "log_uniform": LogUniform,
+    "log_normal": LogNormal,
+    "tapered": Tapered,
+    "sequence": sequence,
+}
+"""Noise levels of training, likewise."""
 
 _MOST = 1.5
 

@@ -13,7 +13,7 @@ from scorelab.data import Values
 from scorelab.likelihood import bits_per_dim, log_likelihood
 from scorelab.noise import PerSampleNoise, randn
 from scorelab.samplers import calibrate
-from scorelab.training import load_data, own_score
+from scorelab.training import load_data, own_score, resolve
 from scorelab.typing import Tensor
 
 __all__ = ["calibrate_run", "likelihood_run"]
@@ -53,7 +53,8 @@ def calibrate_run(
     guide(config, guidance, guidance_interval)
     score = own_score(model, config, condition_of(condition, model, workdir, starts))
     low, high = model.sigma_range
-    low, high = config.sampling.sigma_min or low, config.sampling.sigma_max or high
+    grid = resolve(config).sampling.grid
+    low, high = grid.get("sigma_min") or low, grid.get("sigma_max") or high
     x = high * PerSampleNoise(seed)(torch.empty(starts, *model.data_shape)).to(model.device)
     sampler = calibrate(score, x, nfe=nfe, sigma_min=low, sigma_max=high, method=method, progress=True)
     out.parent.mkdir(parents=True, exist_ok=True)

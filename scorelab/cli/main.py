@@ -142,7 +142,8 @@ def _config_file(arguments: list[str]) -> tuple[ConfigDict, list[str]]:
 
 def _train(arguments: list[str]) -> None:
     config, rest = _config_file(arguments)
-    _check_keys(rest)
+    config, rest = _with_parts(config, rest)
+    _check_keys(config, rest)
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["scorelab", *rest[1:]])
     flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
@@ -181,11 +182,40 @@ def _keep_freed_memory() -> None:
         libc.mallopt(trim, 2**31 - 1)
 
 
-def _check_keys(arguments: list[str]) -> None:
-    """Refuse an override of an unknown key with the nearest full name (ml_collections names only parts of it)."""
-    from scorelab.training import default_config
+def _with_parts(config: ConfigDict, arguments: list[str]) -> tuple[ConfigDict, list[str]]:
+    """The config with the parts that arguments name, ``--config.process.name=vp``, and all settings of each; and the
+    other arguments. A part that is named takes its own defaults, not those of the one before.
+    """
+    from scorelab.training import resolve
+    from scorelab.training.config import PARTS, check_types
 
-    known = _values(default_config())
+    named, rest = {}, []
+    for argument in arguments:
+        key, _, value = argument.removeprefix("--config.").partition("=")
+        path, _, last = key.rpartition(".")
+        inside = [p for p in PARTS if path == p or path.startswith(f"{p}.")]
+        if argument.startswith("--config.") and inside and last == "name":
+            named[path] = value
+        else:
+            rest.append(argument)
+    check_types(config)
+    for path in sorted(named, key=lambda p: p.count(".")):
+        place = config
+        for key in path.split("."):
+            if key not in place:
+                place[key] = ConfigDict()
+            place = place[key]
+        if place.get("name") != named[path]:
+            kept = {k: v for k, v in place.items() if path == "optim" and k in _BESIDE}
+            for key in [k for k in place if k not in kept]:
+                del place[key]
+            place.name = named[path]
+    return resolve(config), rest
+
+
+def _check_keys(config: ConfigDict, arguments: list[str]) -> None:
+    """Refuse an override of an unknown key with the nearest full name (ml_collections names only parts of it)."""
+    known = _values(config)
     for argument in arguments:
         if argument.startswith("--config."):
             name = argument[len("--config.") :].split("=")[0]
@@ -239,6 +269,8 @@ def _sample(arguments: list[str]) -> None:
         print(write_samples(run, out))
 
 
+_BESIDE = ("warmup", "schedule", "clip", "ema", "ema_power")
+"""Settings of optim that are not the optimiser's."""
 _GUIDED: dict[str, str | None] = {"condition": "", "guidance_interval": None}
 
 

@@ -5,6 +5,7 @@ from scorelab.losses.denoising import WEIGHTINGS, Denoising, denoising_loss, wei
 from scorelab.losses.implicit import Implicit, Sliced, implicit_loss, sliced_loss
 
 __all__ = [
+    "OBJECTIVES",
     "WEIGHTINGS",
     "Denoising",
     "Implicit",
@@ -16,3 +17,6 @@ __all__ = [
     "sliced_loss",
     "weighting",
 ]
+
+OBJECTIVES: dict[str, type[Objective]] = {"denoising": Denoising, "implicit": Implicit, "sliced": Sliced}
+"""Objectives by the names that configs have for them."""

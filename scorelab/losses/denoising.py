@@ -25,6 +25,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,7 +38,49 @@ __all__ = ["WEIGHTINGS", "Denoising", "Weighting", "denoising_loss", "posterior_
 
 Weighting = Callable[[Tensor], Tensor]
 
-WEIGHTINGS = ("sigma2", "snr", "x0", "edm", "min_snr", "likelihood")
+
+def _likelihood(sigmas: SigmaDistribution | None = None) -> Weighting:
+    if sigmas is None:
+        raise ValueError("the likelihood weighting needs the distribution of sigmas; pass sigmas=LogUniform(...)")
+    place = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    w = sigmas.rate(sigmas(place))
+    share = float(w.mean() ** 2 / w.square().mean())
+    if share < 0.1:
+        warnings.warn(
+            f"the likelihood weighting has an effective sample size of {share:.2%} with these levels: weights "
+            f"from {float(w.min()):.3g} to {float(w.max()):.3g}, so few samples decide; visit levels evenly in log "
+            "sigma instead (LogUniform, training.sigmas.name='log_uniform'), where all weigh the same",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return sigmas.rate
+
+
+def _eps() -> Weighting:
+    return torch.ones_like
+
+
+def _x0() -> Weighting:
+    return torch.square
+
+
+def _edm(sigma_data: float) -> Weighting:
+    return lambda s: (s**2 + sigma_data**2) / sigma_data**2
+
+
+def _min_snr(gamma: float = 5.0) -> Weighting:
+    return lambda s: (gamma * s**2).clamp_max(1.0)
+
+
+WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
+    "sigma2": _eps,
+    "snr": _eps,
+    "x0": _x0,
+    "edm": _edm,
+    "min_snr": _min_snr,
+    "likelihood": _likelihood,
+}
+"""Weights of the eps-MSE by name."""
 
 
 def weighting(
@@ -48,30 +91,14 @@ def weighting(
     RuntimeWarning where "likelihood" leaves a tenth or less of the samples in effect, (mean w)^2 / mean w^2: it undoes
     the sampling of sigma, so distributions that seldom visit small levels give those weights of thousands.
     """
-    if name in ("sigma2", "snr"):
-        return torch.ones_like
-    if name == "x0":
-        return torch.square
-    if name == "edm":
-        return lambda s: (s**2 + sigma_data**2) / sigma_data**2
-    if name == "min_snr":
-        return lambda s: (gamma * s**2).clamp_max(1.0)
-    if name == "likelihood":
-        if sigmas is None:
-            raise ValueError("the likelihood weighting needs the distribution of sigmas; pass sigmas=LogUniform(...)")
-        place = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-        w = sigmas.rate(sigmas(place))
-        share = float(w.mean() ** 2 / w.square().mean())
-        if share < 0.1:
-            warnings.warn(
-                f"the likelihood weighting has an effective sample size of {share:.2%} with these levels: weights "
-                f"from {float(w.min()):.3g} to {float(w.max()):.3g}, so few samples decide; visit levels evenly in log "
-                "sigma instead (LogUniform, training.sigmas='log_uniform'), where all weigh the same",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return sigmas.rate
-    raise ValueError(f"unknown weighting {name!r}; {nearest_name(name, WEIGHTINGS)}")
+    if name not in WEIGHTINGS:
+        raise ValueError(f"unknown weighting {name!r}; {nearest_name(name, WEIGHTINGS)}")
+    options: dict[str, dict[str, Any]] = {
+        "edm": {"sigma_data": sigma_data},
+        "min_snr": {"gamma": gamma},
+        "likelihood": {"sigmas": sigmas},
+    }
+    return WEIGHTINGS[name](**options.get(name, {}))
 
 
 def denoising_loss(

@@ -8,6 +8,7 @@ cos(w x), sin(w x) are damped alike, so fine features help at small noise and va
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ class MLP(Conditional):
     """
 
     directions: Tensor
+    wants: ClassVar[dict[str, str]] = {"label": "relative_log_sigma", "input_scale": "unit_data"}
 
     def __init__(
         self,

@@ -1,7 +1,20 @@
 """How data becomes noise: VE, VP, sub-VP, cosine, rectified flow and DDPM's discrete steps."""
 
+from collections.abc import Callable
+
 from scorelab.processes.base import Process
 from scorelab.processes.continuous import VE, VP, Cosine, Flow, SubVP
-from scorelab.processes.discrete import DiscreteVP, cosine_betas, linear_betas
+from scorelab.processes.discrete import DiscreteVP, cosine_betas, ddpm, ddpm_cosine, linear_betas
 
-__all__ = ["VE", "VP", "Cosine", "DiscreteVP", "Flow", "Process", "SubVP", "cosine_betas", "linear_betas"]
+__all__ = ["PROCESSES", "VE", "VP", "Cosine", "DiscreteVP", "Flow", "Process", "SubVP", "cosine_betas", "linear_betas"]
+
+PROCESSES: dict[str, Callable[..., Process]] = {
+    "ve": VE,
+    "vp": VP,
+    "subvp": SubVP,
+    "cosine": Cosine,
+    "flow": Flow,
+    "ddpm": ddpm,
+    "ddpm_cosine": ddpm_cosine,
+}
+"""Processes by the names that configs have for them."""

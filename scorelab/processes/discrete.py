@@ -16,7 +16,7 @@ import torch
 from scorelab.processes.base import Process
 from scorelab.typing import Tensor
 
-__all__ = ["DiscreteVP", "cosine_betas", "linear_betas"]
+__all__ = ["DiscreteVP", "cosine_betas", "ddpm", "ddpm_cosine", "linear_betas"]
 
 
 def linear_betas(steps: int = 1000) -> Tensor:
@@ -108,3 +108,13 @@ class DiscreteVP(Process):
 
     def diffusion(self, t: Tensor) -> Tensor:
         return (-2 * self.drift(t)).sqrt()
+
+
+def ddpm(steps: int = 1000) -> DiscreteVP:
+    """DDPM's process of linear betas."""
+    return DiscreteVP(linear_betas(steps))
+
+
+def ddpm_cosine(steps: int = 1000, s: float = 0.008, most: float = 0.999) -> DiscreteVP:
+    """Improved DDPM's process of cosine betas."""
+    return DiscreteVP(cosine_betas(steps, s, most))

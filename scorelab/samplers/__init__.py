@@ -22,9 +22,11 @@ from scorelab.samplers.singlestep import DPMSolverSinglestep
 from scorelab.samplers.stochastic import DDIM, Ancestral
 
 __all__ = [
+    "CORRECTORS",
     "DDIM",
     "PUBLISHED_STEP_SIZES",
     "RK4",
+    "SAMPLERS",
     "AdamsBashforth",
     "AdaptiveReverseSDE",
     "Ancestral",
@@ -59,3 +61,31 @@ __all__ = [
     "sample",
     "trajectory",
 ]
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    "adams_bashforth": AdamsBashforth,
+    "adaptive_reverse_sde": AdaptiveReverseSDE,
+    "ancestral": Ancestral,
+    "annealed_langevin": AnnealedLangevin,
+    "churn": Churn,
+    "consistent_langevin": ConsistentLangevin,
+    "ddim": DDIM,
+    "dpm_solver_multistep": DPMSolverMultistep,
+    "dpm_solver_singlestep": DPMSolverSinglestep,
+    "euler": Euler,
+    "heun": Heun,
+    "langevin": Langevin,
+    "midpoint": Midpoint,
+    "ode": ProbabilityFlow,
+    "predictor_corrector": PredictorCorrector,
+    "reverse_diffusion": ReverseDiffusion,
+    "reverse_sde": ReverseSDE,
+    "rk4": RK4,
+    "sde_dpm_solver": SDEDPMSolver,
+    "stochastic_heun": StochasticHeun,
+    "underdamped_langevin": UnderdampedLangevin,
+    "unipc": UniPC,
+}
+"""Samplers by the names that configs have for them; Metropolis's needs a density and Calibrated a file."""
+CORRECTORS: dict[str, type[Corrector]] = {"annealed": AnnealedCorrector, "langevin": LangevinCorrector}
+"""Correctors, likewise."""

@@ -1,6 +1,6 @@
 """Training: configuration, engine, averages of weights, run directories and checkpoints."""
 
-from scorelab.training.config import Experiment, build, default_config, load_data
+from scorelab.training.config import Experiment, build, default_config, load_data, resolve
 from scorelab.training.ema import EMA, Snapshot, reconstruct
 from scorelab.training.engine import NonFiniteError, Trainer
 from scorelab.training.run import Interrupted, train
@@ -20,6 +20,7 @@ __all__ = [
     "load_data",
     "own_score",
     "reconstruct",
+    "resolve",
     "sample_model",
     "train",
 ]

@@ -1,33 +1,63 @@
 """What an experiment is: a config file returns ``default_config()`` with its own values, and ``build`` makes the parts.
 
-Every key an experiment may set stands in ``default_config``; ml_collections refuses any other, naming the nearest.
+Parts, such as the network, are chosen by their ``name``; what else can be set of one stands beside its code, and
+``resolve`` fills it in. Any other key is refused, naming the nearest.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from ml_collections import ConfigDict
+from torch import nn
 
-from scorelab import sigmas as levels
 from scorelab.checks import nearest_name
 from scorelab.data import Files, Source, load
-from scorelab.losses import Denoising, Implicit, Objective, Sliced, weighting
+from scorelab.losses import OBJECTIVES, WEIGHTINGS, Objective
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
-from scorelab.nn import MLP, UNet
+from scorelab.nn import NETWORKS
+from scorelab.parts import Kind
 from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
-from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP, cosine_betas, linear_betas
+from scorelab.processes import PROCESSES, DiscreteVP, Process
+from scorelab.samplers import CORRECTORS, SAMPLERS, Corrector, Sampler
+from scorelab.sigmas import GRIDS, LEVELS, FromSigmas, SigmaDistribution
+from scorelab.training.optim import OPTIMISERS, SCHEDULES
 from scorelab.typing import Batch, Tensor
 
-__all__ = ["Experiment", "build", "choose", "default_config", "load_data", "sigma_data_of"]
+__all__ = ["PARTS", "Experiment", "build", "default_config", "load_data", "part", "resolve", "sigma_data_of"]
+
+_INNER = Kind("sampler", SAMPLERS, Sampler)
+PARTS = {
+    "model.net": Kind("network", NETWORKS, nn.Module),
+    "process": Kind("process", PROCESSES, Process),
+    "optim": Kind("optimiser", OPTIMISERS, torch.optim.Optimizer),
+    "optim.schedule": Kind("schedule", SCHEDULES),
+    "training.sigmas": Kind("levels", LEVELS, SigmaDistribution),
+    "training.weighting": Kind("weighting", WEIGHTINGS),
+    "training.objective": Kind("objective", OBJECTIVES, Objective),
+    "sampling.grid": Kind("grid", GRIDS),
+    "sampling.sampler": Kind(
+        "sampler",
+        SAMPLERS,
+        Sampler,
+        {"predictor": _INNER, "inner": _INNER, "corrector": Kind("corrector", CORRECTORS, Corrector)},
+    ),
+}
+"""Where a config chooses parts."""
 
 
 def default_config() -> ConfigDict:
-    """Every setting with its default value; locked, so that an unknown key is refused with the nearest name."""
+    """Every setting with its default value, but for those of parts, which the parts have.
+
+    It is locked, so that an unknown key is refused with the nearest name; those of parts are looked at by ``resolve``.
+    """
     config = ConfigDict(
         {
             "seed": 0,
@@ -48,39 +78,20 @@ def default_config() -> ConfigDict:
                 "validation": 0,  # samples kept out of training, for training.validate_every
             },
             "model": {
-                "net": "unet",  # unet | mlp
+                "net": {"name": "unet"},
                 "prediction": "eps",  # x0 | eps | score | v | flow | edm
-                "label": "log_sigma",  # log_sigma | time | index (of a sequence's or of DDPM's levels)
-                "input_scale": "process",  # process | unit_variance
-                "width": 64,
-                "multipliers": (1, 2),
-                "blocks": 2,
-                "attention": (),
-                "head": 64,
-                "dropout": 0.0,
-                "depth": 3,
-                "features": 32,
+                # log_sigma | relative_log_sigma (log sigma/sigma_data) | time | index (of a sequence's or of DDPM's
+                # levels); "": what the network wants
+                "label": "",
+                # process | unit_variance | unit_data (over sigma_data); "": what the network wants
+                "input_scale": "",
                 "conditional": False,  # on the data's labels
             },
-            "process": {
-                "name": "ve",  # ve | vp | subvp | cosine | flow | ddpm | ddpm_cosine
-                "sigma_min": 0.01,
-                "sigma_max": 50.0,
-                "beta_min": 0.1,
-                "beta_max": 20.0,
-                "steps": 1000,
-            },
+            "process": {"name": "ve"},
             "optim": {
-                "name": "adam",  # adam | adamw
-                "lr": 2e-4,
-                "beta1": 0.9,
-                "beta2": 0.999,
-                "eps": 1e-8,
-                "weight_decay": 0.0,
+                "name": "adam",
                 "warmup": 100,
-                # constant | cosine (to 0 at training.steps) | inverse_sqrt (lr sqrt(decay_from/step) after decay_from)
-                "schedule": "constant",
-                "decay_from": 10_000,
+                "schedule": {"name": "constant"},
                 "clip": 1.0,  # of the gradient's norm, 0 or None: none
                 "ema": (0.999,),  # decays of the averages of the weights; sampling takes the first
                 "ema_power": (),  # relative widths of power-function averages, such as (0.05, 0.1)
@@ -88,14 +99,10 @@ def default_config() -> ConfigDict:
             "training": {
                 "steps": 1000,
                 "batch_size": 128,
-                # process (uniform in time) | log_uniform | tapered (a tenth above twice the data's root mean square) |
-                # sequence (geometric, sampling.levels)
-                "sigmas": "process",
-                "objective": "denoising",  # denoising | implicit | sliced
-                "probes": 1,  # of sliced score matching
+                "sigmas": {"name": "process"},  # the noise levels that are visited
+                "weighting": {"name": "sigma2"},
+                "objective": {"name": "denoising"},
                 "label_dropout": 0.0,  # the share of labels that are left out, which guidance needs: 0.1 for example
-                "weighting": "sigma2",  # sigma2 | snr | x0 | edm | min_snr | likelihood
-                "stable_target": 0,  # size of the reference batch, 0: the plain denoising target
                 "precision": "auto",  # auto | fp32 | bf16
                 "channels_last": "auto",  # auto | yes | no: how images lie in memory
                 "compile": False,  # torch.compile the network: minutes of start, faster steps
@@ -111,15 +118,8 @@ def default_config() -> ConfigDict:
                 "sample_every": 1000,  # samples, as `scorelab sample` writes them, 0: never
             },
             "sampling": {
-                "sampler": "heun",  # annealed_langevin | ancestral | ddim | euler | heun | reverse_sde | ode
-                "levels": 18,
-                "grid": "karras",  # karras | geometric | log_linear | process (uniform in time) | steps (DDPM's own)
-                "sigma_min": 0.0,  # 0: the model's own
-                "sigma_max": 0.0,
-                "steps": 100,  # Langevin steps a level
-                "step_size": 0.0,  # of Langevin steps at the last level; 0: by NCSNv2's rule for the levels
-                "eta": 0.0,
-                "variance": "posterior",
+                "sampler": {"name": "heun"},
+                "grid": {"name": "karras"},
                 "clip": False,  # clamp the denoised sample to the data range
                 "guidance": 1.0,  # scale of classifier-free guidance: 1 conditional, 0 unconditional, more extrapolates
                 "guidance_interval": (),  # (low, high): the noise levels at which it guides; (): all
@@ -128,7 +128,58 @@ def default_config() -> ConfigDict:
             },
         }
     )
-    return config.lock()
+    config.lock()
+    for path in PARTS:
+        _at(config, path).unlock()
+    return config
+
+
+def _at(config: ConfigDict, path: str) -> ConfigDict:
+    """The settings of a part."""
+    for key in path.split("."):
+        config = config[key]
+    return config
+
+
+def _beside(path: str) -> tuple[str, ...]:
+    """Settings that stand among a part's and are none of its own."""
+    return tuple(k for k in _at(default_config(), path) if k != "name")
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """The config with all settings of the parts that it names; ValueError for one that a part lacks, or of another
+    type, naming the nearest.
+    """
+    found = copy.deepcopy(config)
+    positional = {"embedding": "positional"} if config.model.label == "index" else {}
+    defaults: dict[str, dict[str, Any]] = {"model.net": positional, "sampling.grid": {"n": 18}}
+    for path, kind in PARTS.items():
+        given = _at(config, path)
+        beside = _beside(path)
+        resolved = kind.resolve(_plain(given), f"config.{path}", defaults.get(path, {}), beside)
+        place = _at(found, path)
+        with place.unlocked(), place.ignore_type():
+            for key, value in resolved.items():
+                if key not in beside:
+                    place[key] = value
+        place.unlock()
+    return found
+
+
+def _plain(given: ConfigDict) -> dict[str, Any]:
+    """Its settings, those of parts inside as dicts."""
+    return {k: _plain(v) if isinstance(v, ConfigDict) else v for k, v in given.items()}
+
+
+def part(config: ConfigDict, path: str, **context: Any) -> Any:
+    """The part that a resolved config names; what its settings leave open comes from ``context``."""
+    given = {k: v for k, v in _plain(_at(config, path)).items() if k not in _beside(path)}
+    return PARTS[path].make(given, f"config.{path}", context)
+
+
+def named_part(config: ConfigDict, path: str) -> Callable[..., Any]:
+    """What makes a part."""
+    return PARTS[path].maker(_at(config, path).name, f"config.{path}")
 
 
 _FILES = ("idx", "mnist", "fashion_mnist", "cifar10", "arrays", "folder", "zip", ":")
@@ -143,34 +194,18 @@ _USED = {
     "data.cache": ("data.source", ("folder", "zip", "arrays")),
     "data.background": ("data.source", _IMAGES),
     "data.layout": ("data.source", ("arrays", "idx", "mnist", ":")),
-    **{
-        f"model.{key}": ("model.net", ("unet",))
-        for key in ("label", "input_scale", "multipliers", "blocks", "attention", "head", "dropout")
-    },
-    **{f"model.{key}": ("model.net", ("mlp",)) for key in ("depth", "features")},
-    **{f"process.{key}": ("process.name", ("ve",)) for key in ("sigma_min", "sigma_max")},
-    **{f"process.{key}": ("process.name", ("vp", "subvp")) for key in ("beta_min", "beta_max")},
     "training.label_dropout": ("model.conditional", (True,)),
     "sampling.guidance": ("model.conditional", (True,)),
     "sampling.guidance_interval": ("model.conditional", (True,)),
-    "training.stable_target": ("training.objective", ("denoising",)),
-    "training.probes": ("training.objective", ("sliced",)),
-    "process.steps": ("process.name", ("ddpm", "ddpm_cosine")),
-    "optim.decay_from": ("optim.schedule", ("inverse_sqrt",)),
-    "sampling.eta": ("sampling.sampler", ("ddim",)),
-    "sampling.variance": ("sampling.sampler", ("ancestral",)),
-    **{f"sampling.{key}": ("sampling.sampler", ("annealed_langevin",)) for key in ("steps", "step_size")},
-    **{
-        f"sampling.{key}": ("sampling.grid", ("karras", "geometric", "log_linear"))
-        for key in ("sigma_min", "sigma_max")
-    },
 }
 """Settings that some choices leave unused: by which setting, and for which of its values they are read (":" for a torch
 data set)."""
 
 
-def _plain(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value or None if value in ((), "", None) else value
+def _same(value: object, other: object) -> bool:
+    """Whether two settings mean the same: () and "" are None, and lists tuples."""
+    a, b = (None if v in ((), [], "", None) else tuple(v) if isinstance(v, list) else v for v in (value, other))
+    return a == b
 
 
 def _check_used(config: ConfigDict) -> None:
@@ -180,7 +215,7 @@ def _check_used(config: ConfigDict) -> None:
         (part, key), (above, chooser) = name.split("."), choice.split(".")
         value, chosen = config[part][key], config[above][chooser]
         imported = isinstance(chosen, str) and ":" in chosen
-        if _plain(value) == _plain(default[part][key]) or chosen in readers or (":" in readers and imported):
+        if _same(value, default[part][key]) or chosen in readers or (":" in readers and imported):
             continue
         reading = ", ".join(repr(r) if r != ":" else "a torch data set" for r in readers)
         raise ValueError(
@@ -189,20 +224,21 @@ def _check_used(config: ConfigDict) -> None:
         )
 
 
-_PROCESSES = ("ve", "vp", "subvp", "cosine", "flow", "ddpm", "ddpm_cosine")
 _PREDICTIONS = {"x0": X0, "eps": EPS, "score": SCORE, "v": V, "flow": FLOW}
+_LABELS = ("log_sigma", "relative_log_sigma", "time", "index")
+_INPUT_SCALES = ("process", "unit_variance", "unit_data")
 
 
-_OPTIONAL = ("data.path", "data.size", "data.cache", "optim.clip", "sampling.sigma_min", "sampling.sigma_max")
+_OPTIONAL = ("data.path", "data.size", "data.cache", "optim.clip")
 
 
-def check_types(config: ConfigDict, default: ConfigDict | None = None, prefix: str = "") -> None:
-    """Refuse (ValueError) a missing or unknown key, or a value of another type than the default's.
+def check_types(config: ConfigDict, default: ConfigDict | None = None, prefix: str = "") -> ConfigDict:
+    """The config itself; refuses (ValueError) a missing or unknown key, or a value of another type than the default's.
 
     None stands for "none" where that means something: in _OPTIONAL.
     """
     default = default_config() if default is None else default
-    unknown = [k for k in config if k not in default]
+    unknown = [k for k in config if k not in default and prefix[:-1] not in PARTS]
     if unknown:
         raise ValueError(f"unknown config key {prefix}{unknown[0]}; {nearest_name(unknown[0], list(default))}")
     for key, wanted in default.items():
@@ -225,6 +261,7 @@ def check_types(config: ConfigDict, default: ConfigDict | None = None, prefix: s
             raise ValueError(f"config.{name} is {value!r}; expected {type(wanted).__name__}, such as {wanted!r}")
         elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"config.{name} is {value!r}; expected a finite number")
+    return config
 
 
 @dataclass
@@ -265,19 +302,6 @@ def load_data(config: ConfigDict) -> Source:
     return load(c.source, files)
 
 
-def build_process(config: ConfigDict) -> Process:
-    """The process of ``config.process``."""
-    c = config.process
-    name = choose(c.name, _PROCESSES, "process.name")
-    if name == "ve":
-        return VE(c.sigma_min, c.sigma_max)
-    if name in ("vp", "subvp"):
-        return (VP if name == "vp" else SubVP)(c.beta_min, c.beta_max)
-    if name in ("cosine", "flow"):
-        return Cosine() if name == "cosine" else Flow()
-    return DiscreteVP(linear_betas(c.steps) if name == "ddpm" else cosine_betas(c.steps))
-
-
 def _check_training(config: ConfigDict) -> None:
     t = config.training
     for key in ("workers", "validation"):
@@ -315,53 +339,6 @@ def _classes(config: ConfigDict, data: Source) -> dict[str, Any]:
     return {"num_classes": len(data.classes), "null_class": config.training.label_dropout > 0}
 
 
-def _network(config: ConfigDict, data: Source) -> torch.nn.Module:
-    """The network of ``config.model``, with weights drawn from ``config.seed``."""
-    m, data_shape, classes = config.model, data.data_shape, _classes(config, data)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        if choose(m.net, ("unet", "mlp"), "model.net") == "mlp":
-            return MLP(data_shape, width=m.width, depth=m.depth, features=m.features, **classes)
-        return UNet(
-            data_shape,
-            width=m.width,
-            multipliers=tuple(m.multipliers),
-            blocks=m.blocks,
-            attention=tuple(m.attention),
-            head=m.head,
-            dropout=m.dropout,
-            embedding="positional" if m.label == "index" else "fourier",
-            **classes,
-        )
-
-
-def _objective(config: ConfigDict, distribution: levels.SigmaDistribution, sigma_data: float) -> Objective:
-    """The objective of ``config.training``."""
-    t = config.training
-    weight = weighting(t.weighting, sigma_data=sigma_data, sigmas=distribution)
-    name = choose(t.objective, ("denoising", "implicit", "sliced"), "training.objective")
-    if name == "denoising":
-        return Denoising(distribution, weight, t.stable_target)
-    return Implicit(distribution, weight) if name == "implicit" else Sliced(distribution, weight, t.probes)
-
-
-def _levels(kind: str, process: Process, sequence: Tensor, sigma_data: float) -> levels.SigmaDistribution:
-    """Which noise levels training visits, ``training.sigmas``."""
-    choose(kind, ("process", "log_uniform", "tapered", "sequence"), "training.sigmas")
-    low, high = process.sigma_range
-    if kind == "sequence":
-        return levels.FromSigmas(sequence)
-    if kind == "log_uniform":
-        return levels.LogUniform(low, high)
-    if kind == "tapered":
-        return levels.Tapered(low, 2 * sigma_data, high)
-    return (
-        levels.FromSigmas(process.step_sigmas.flip(0))
-        if isinstance(process, DiscreteVP)
-        else levels.FromProcess(process)
-    )
-
-
 def _warn_of_scale(x0: Tensor, process: Process) -> None:
     """RuntimeWarning if the largest noise does not cover the data: samples begin as noise alone."""
     high, std = process.sigma_range[1], float(x0.std()) if x0.numel() < 2**27 else sigma_data_of(x0)
@@ -374,6 +351,31 @@ def _warn_of_scale(x0: Tensor, process: Process) -> None:
         )
 
 
+def _network(config: ConfigDict, data: Source) -> nn.Module:
+    """The network of ``config.model``, with weights drawn from ``config.seed``."""
+    known = {"data_shape": data.data_shape, **_classes(config, data)}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        net: nn.Module = part(config, "model.net", **known)
+    if not hasattr(net, "config"):
+        # by which it is made again from a saved model
+        takes = inspect.signature(type(net)).parameters
+        settings = {k: v for k, v in _plain(config.model.net).items() if k != "name"}
+        net.config = {**settings, **{k: v for k, v in known.items() if k in takes}}  # type: ignore[assignment]
+    if config.model.conditional and getattr(net, "num_classes", None) is None:
+        raise ValueError(
+            f"model.conditional is True, but the network {config.model.net.name!r} has no num_classes; expected one "
+            "that takes conditions"
+        )
+    return net
+
+
+def _choice(config: ConfigDict, key: str, net: nn.Module, names: tuple[str, ...]) -> str:
+    """``config.model.label`` or ``input_scale``: as it says, or as the network wants it."""
+    wanted = getattr(net, "wants", {}).get(key, names[0])
+    return choose(config.model[key] or wanted, names, f"model.{key}")
+
+
 def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
     """All parts; weights are drawn from ``config.seed`` without touching global random state.
 
@@ -381,39 +383,83 @@ def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
 
     Raises ValueError for a value that is not known or does not fit, naming the key.
     """
-    m, t = config.model, config.training
     check_types(config)
+    config = resolve(config)
+    m = config.model
     _check_training(config)
+    _check_used(config)
     data = load_data(config)
-    reference, process = data.reference(), build_process(config)
+    reference, process = data.reference(), part(config, "process")
     _warn_of_scale(reference, process)
     sigma_data = sigma_data_of(reference) if sigma_data is None else sigma_data
     net = _network(config, data)
+    low, high = process.sigma_range
+    known = {"process": process, "sigma_min": low, "sigma_max": high, "sigma_data": sigma_data, "knee": 2 * sigma_data}
+    sigmas = part(config, "training.sigmas", **known)
+    label = _choice(config, "label", net, _LABELS)
+    levels = sigmas.sigmas if label == "index" and isinstance(sigmas, FromSigmas) else None
+    if label == "index" and levels is None and not isinstance(process, DiscreteVP):
+        raise ValueError(
+            f"model.label is 'index', but training.sigmas.name is {config.training.sigmas.name!r}; expected "
+            "'sequence', whose levels are counted, or a process of steps, ddpm or ddpm_cosine"
+        )
     prediction = (
         edm(sigma_data)
         if m.prediction == "edm"
         else _PREDICTIONS[choose(m.prediction, (*_PREDICTIONS, "edm"), "model.prediction")]
     )
-    low, high = process.sigma_range
-    sequence = levels.geometric(config.sampling.levels, sigma_min=low, sigma_max=high)
-    label: Any = choose(m.label, ("log_sigma", "time", "index"), "model.label")
-    scale: Any = choose(m.input_scale, ("process", "unit_variance"), "model.input_scale")
-    if isinstance(net, MLP):
-        scale, label = Constant(1 / sigma_data), LogSigma(sigma_data)
-    elif scale == "unit_variance":
-        scale = UnitVariance(sigma_data)
+    scales: dict[str, Any] = {
+        "process": "process",
+        "unit_variance": UnitVariance(sigma_data),
+        "unit_data": Constant(1 / sigma_data),
+    }
     model = ScoreModel(
         net,
         process,
         prediction,
         data_shape=data.data_shape,
         data_range=None if data.values is None else data.values.ends,
-        input_scale=scale,
-        label=label,
-        levels=None if isinstance(process, DiscreteVP) or label != "index" else sequence,
+        input_scale=scales[_choice(config, "input_scale", net, _INPUT_SCALES)],
+        label=LogSigma(sigma_data) if label == "relative_log_sigma" else label,
+        levels=None if isinstance(process, DiscreteVP) else levels,
     )
-    distribution = _levels(t.sigmas, process, sequence, sigma_data)
-    objective = _objective(config, distribution, sigma_data)
-    _check_used(config)
+    weight = part(config, "training.weighting", sigmas=sigmas, **known)
+    objective = part(config, "training.objective", sigmas=sigmas, weight=weight, **known)
     held_out = data.hold_out(config.data.validation) if config.data.validation else None
     return Experiment(data, model, objective, held_out, sigma_data)
+
+
+def upgraded(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A config that an earlier version wrote, all parts' settings in one list, as it would be written now."""
+    if not isinstance(recorded.get("model", {}).get("net"), str):
+        return recorded
+    old, found = copy.deepcopy(recorded), copy.deepcopy(recorded)
+    m, o, t, s = (found[group] for group in ("model", "optim", "training", "sampling"))
+
+    def chosen(path: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+        kind = PARTS[path]
+        known = kind.settings(kind.maker(name, f"config.{path}"))
+        return {"name": name, **{k: v for k, v in settings.items() if k in known}}
+
+    found["process"] = chosen("process", old["process"]["name"], old["process"])
+    net = {k: m.pop(k) for k in tuple(m) if k not in ("net", "prediction", "label", "input_scale", "conditional")}
+    m["net"] = chosen("model.net", old["model"]["net"], net)
+    if old["model"]["net"] == "mlp":
+        m["label"] = m["input_scale"] = ""
+    decay = {"decay_from": o.pop("decay_from", 10_000)}
+    o["schedule"] = chosen("optim.schedule", old["optim"]["schedule"], decay)
+    count = old["sampling"]["levels"]
+    t["sigmas"] = chosen("training.sigmas", old["training"]["sigmas"], {"levels": count})
+    t["weighting"] = {"name": old["training"]["weighting"]}
+    t["objective"] = {"name": "denoising", "reference": t.pop("stable_target", 0)}
+    ends = {k: s.pop(k, 0.0) or None for k in ("sigma_min", "sigma_max")}
+    s["grid"] = chosen("sampling.grid", old["sampling"]["grid"], {"n": count, "steps": count, **ends})
+    of = {k: s.pop(k) for k in ("levels", "steps", "step_size", "eta", "variance") if k in s}
+    of["step_size"] = of.get("step_size") or None
+    if old["sampling"]["sampler"] == "reverse_sde":
+        # it had no eta of its own
+        of.pop("eta", None)
+    s["sampler"] = chosen("sampling.sampler", old["sampling"]["sampler"], of)
+    if old["model"]["label"] == "index" and not old["process"]["name"].startswith("ddpm"):
+        t["sigmas"] = chosen("training.sigmas", "sequence", {"levels": count})
+    return found

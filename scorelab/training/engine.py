@@ -27,9 +27,9 @@ from scorelab.models import ScoreModel
 from scorelab.noise import counter_generator
 from scorelab.training import checkpoint
 from scorelab.training.batches import Batches, Draw
-from scorelab.training.config import Experiment
+from scorelab.training.config import Experiment, part, resolve
 from scorelab.training.ema import averages_of
-from scorelab.training.optim import learning_rate, optimiser
+from scorelab.training.optim import learning_rate
 from scorelab.training.precision import autocast, check_compiler, lay_out, settled_precision
 from scorelab.training.sharding import full, full_state, like, spread
 
@@ -67,7 +67,7 @@ class Trainer:
     """
 
     def __init__(self, experiment: Experiment, config: ConfigDict) -> None:
-        self.experiment, self.config = experiment, config
+        self.experiment, self.config = experiment, (config := resolve(config))
         self.model, t = experiment.model.train(), config.training
         self.rank, self.processes = parallel.world()
         self.precision = settled_precision(t.precision, self.model)
@@ -82,7 +82,10 @@ class Trainer:
         if t.fsdp:
             spread(self.model.net, device, self.processes)
         self.parameters = list(self.model.parameters())
-        self.optimiser = optimiser(self.parameters, config.optim)
+        if (config.optim.clip or 0) < 0 or "lr" not in config.optim:
+            raise ValueError(f"optim is {config.optim.to_dict()}; expected an optimiser with an lr, and clip >= 0")
+        self.optimiser = part(config, "optim", parameters=self.parameters, params=self.parameters)
+        self._schedule = part(config, "optim.schedule", steps=t.steps)
         self.averages = averages_of(self.parameters, tuple(config.optim.ema), tuple(config.optim.ema_power))
         self.ema = self.averages[0]
         self.step = self.skipped = 0
@@ -186,7 +189,7 @@ class Trainer:
         """
         c = self.config
         draw, objective = self.batches.at(self.step), self.experiment.objective
-        lr = learning_rate(c.optim, self.step, c.training.steps)
+        lr = learning_rate(c.optim.lr, c.optim.warmup, self._schedule, self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         losses = self._gradients(draw)

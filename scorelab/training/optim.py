@@ -1,49 +1,85 @@
-"""Optimisers and learning rates by their names in a config."""
+"""Optimisers and learning rates."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
-from ml_collections import ConfigDict
 from torch import nn
 
-from scorelab.checks import nearest_name
+__all__ = ["OPTIMISERS", "SCHEDULES", "learning_rate"]
 
-__all__ = ["SCHEDULES", "learning_rate", "optimiser"]
-
-SCHEDULES = ("constant", "cosine", "inverse_sqrt")
-_OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+Schedule = Callable[[int], float]
+"""The factor of the learning rate at a step."""
 
 
-def optimiser(parameters: list[nn.Parameter], o: ConfigDict) -> torch.optim.Optimizer:
-    """Adam or AdamW of ``config.optim``, fused; ValueError for another name or schedule."""
-    if o.name not in _OPTIMISERS:
-        raise ValueError(f"optim.name is {o.name!r}; {nearest_name(o.name, _OPTIMISERS)}")
-    if o.schedule not in SCHEDULES:
-        raise ValueError(f"optim.schedule is {o.schedule!r}; {nearest_name(o.schedule, SCHEDULES)}")
-    if o.schedule == "inverse_sqrt" and o.decay_from < 1:
-        raise ValueError(f"optim.decay_from is {o.decay_from}; expected the step, 1 or more, at which the rate falls")
-    if min(o.lr, o.eps, o.weight_decay, o.clip or 0) < 0 or not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1):
+def _fused(
+    made: type[torch.optim.Adam],
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    if min(lr, eps, weight_decay) < 0 or not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
         raise ValueError(
-            f"optim.lr = {o.lr:g}, eps = {o.eps:g}, weight_decay = {o.weight_decay:g}, clip = {o.clip}, "
-            f"beta1 = {o.beta1:g}, beta2 = {o.beta2:g}; expected none below 0, and betas below 1"
+            f"optim.lr = {lr:g}, eps = {eps:g}, weight_decay = {weight_decay:g}, beta1 = {betas[0]:g}, "
+            f"beta2 = {betas[1]:g}; expected none below 0, and betas below 1"
         )
-    made: torch.optim.Optimizer = _OPTIMISERS[o.name](
-        parameters, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
-    )
-    return made
+    return made(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
 
-def learning_rate(o: ConfigDict, step: int, steps: int) -> float:
-    """The rate of a step: a linear warm-up times the schedule.
+def adam(
+    parameters: Iterable[nn.Parameter],
+    lr: float = 2e-4,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """Adam, fused; weight decay is a gradient."""
+    return _fused(torch.optim.Adam, parameters, lr, (beta1, beta2), eps, weight_decay)
 
-    cosine falls to 0 at ``steps``; inverse_sqrt is lr sqrt(decay_from/step) after step ``decay_from`` (EDM2's).
-    """
-    warm = min(1.0, (step + 1) / o.warmup) if o.warmup > 0 else 1.0
-    fall = 1.0
-    if o.schedule == "cosine":
-        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
-    elif o.schedule == "inverse_sqrt":
-        fall = min(1.0, math.sqrt(o.decay_from / max(step, 1)))
-    return float(o.lr * warm * fall)
+
+def adamw(
+    parameters: Iterable[nn.Parameter],
+    lr: float = 2e-4,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """AdamW, fused; weight decay is a shrinkage."""
+    return _fused(torch.optim.AdamW, parameters, lr, (beta1, beta2), eps, weight_decay)
+
+
+def constant() -> Schedule:
+    """1 at every step."""
+    return lambda step: 1.0
+
+
+def cosine(steps: int) -> Schedule:
+    """Half a cosine, to 0 at ``steps``."""
+    return lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def inverse_sqrt(decay_from: int = 10_000) -> Schedule:
+    """sqrt(decay_from/step) after step ``decay_from``: EDM2's."""
+    if decay_from < 1:
+        raise ValueError(
+            f"optim.schedule.decay_from is {decay_from}; expected the step, 1 or more, at which the rate falls"
+        )
+    return lambda step: min(1.0, math.sqrt(decay_from / max(step, 1)))
+
+
+OPTIMISERS = {"adam": adam, "adamw": adamw}
+"""Optimisers by the names that configs have for them."""
+SCHEDULES: dict[str, Callable[..., Schedule]] = {"constant": constant, "cosine": cosine, "inverse_sqrt": inverse_sqrt}
+"""Schedules of the learning rate, likewise; one that takes ``steps`` gets training.steps."""
+
+
+def learning_rate(lr: float, warmup: int, schedule: Schedule, step: int) -> float:
+    """The rate of a step: a linear warm-up times the schedule."""
+    warm = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
+    return lr * warm * schedule(step)

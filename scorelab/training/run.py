@@ -5,7 +5,7 @@ It holds config.json (resolved), metrics.jsonl, samples/ and checkpoints/, and T
 
 from __future__ import annotations
 
-import copy
+import inspect
 import json
 import os
 import signal
@@ -26,7 +26,7 @@ from scorelab.checks import check_range
 from scorelab.data import Values
 from scorelab.models import ScoreModel
 from scorelab.training import checkpoint
-from scorelab.training.config import build, default_config
+from scorelab.training.config import PARTS, build, check_types, default_config, named_part, resolve, upgraded
 from scorelab.training.engine import NonFiniteError, Trainer
 from scorelab.training.precision import settled_precision
 from scorelab.training.sampling import check_sampling
@@ -84,6 +84,17 @@ def _differences(old: dict[str, Any], new: dict[str, Any], default: dict[str, An
             yield f"{prefix}{key}: {a!r} there, {b!r} now"
 
 
+def _defaults(config: ConfigDict) -> ConfigDict:
+    """The defaults of an experiment with these parts."""
+    found = default_config()
+    for path in PARTS:
+        mine, theirs = found, config
+        for key in path.split("."):
+            mine, theirs = mine[key], theirs[key]
+        mine.name = theirs.name
+    return resolve(found)
+
+
 def _begun(path: Path) -> bool:
     """Whether this is what a run leaves that was killed before it had written its config."""
     if path.name in ("config.writing", "data.json") or path.name.endswith(("_config.json", "_data.json")):
@@ -100,7 +111,11 @@ def recorded_config(workdir: Path) -> dict[str, Any] | None:
                 f"{workdir} is not empty and holds no config.json; expected a new directory or a run's own"
             )
         return None
-    return _read(settings)
+    found = _read(settings)
+    try:
+        return None if found is None else upgraded(found)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{settings} is damaged (it lacks {error}); repair it or choose another --workdir") from error
 
 
 def _check_owner(workdir: Path, config: ConfigDict, accept_changes: bool) -> None:
@@ -113,14 +128,13 @@ def _check_owner(workdir: Path, config: ConfigDict, accept_changes: bool) -> Non
     if recorded is not None and not accept_changes:
         free = ["sampling.", "evaluation.", "data.workers", "data.cache", "training.activation_checkpointing"]
         free += [f"training.{k}" for k in ("checkpoint_every", "log_every", "validate_every", "sample_every", "keep_")]
-        if config.optim.schedule != "cosine":
+        ends = "steps" in inspect.signature(named_part(config, "optim.schedule")).parameters
+        if not ends:
             free.append("training.steps")
-        # there sampling.levels says what the network is told
-        fixed = ["sampling.levels"] * (config.training.sigmas == "sequence" or config.model.label == "index")
-        different = _differences(recorded, _plain(config), _plain(default_config()))
-        changed = [d for d in different if d.startswith(tuple(fixed)) or not d.startswith(tuple(free))]
+        different = _differences(recorded, _plain(config), _plain(_defaults(config)))
+        changed = [d for d in different if not d.startswith(tuple(free))]
         if any(d.startswith("training.steps") for d in changed):
-            changed.append("the cosine schedule ends at training.steps")
+            changed.append(f"the {config.optim.schedule.name} schedule ends at training.steps")
         if changed:
             raise ValueError(
                 f"{workdir} belongs to another experiment ({'; '.join(changed)}): choose another --workdir, or go on "
@@ -258,7 +272,7 @@ def train(
     ``accept_changes``) or checkpoints of which none is whole, NonFiniteError, OSError for a checkpoint that can't be
     written, and Interrupted once it has saved where SIGINT or SIGTERM stopped it (a second signal stops at once).
     """
-    workdir, config = Path(workdir).expanduser(), copy.deepcopy(config)
+    workdir, config = Path(workdir).expanduser(), resolve(check_types(config))
     with _Signals() as signals, ExitStack() as held:
         device = parallel.join()
         recorded = recorded_config(workdir)

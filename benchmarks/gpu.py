@@ -183,7 +183,7 @@ def bf16_gradients(device: torch.device) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 np.save(f"{folder}/x.npy", np.random.default_rng(0).normal(size=(64, *shape)))
                 c.data.source, c.data.path, c.data.layout = "arrays", f"{folder}/x.npy", "channels_first"
-                c.model.width, c.model.blocks, c.model.multipliers = 32, 1, multipliers
+                c.model.net.width, c.model.net.blocks, c.model.net.multipliers = 32, 1, multipliers
                 c.training.batch_size, c.training.precision = 32, precision
                 experiment = build(c)
             experiment.model.to(device)
@@ -200,7 +200,7 @@ def a_run(device: torch.device) -> dict[str, Any]:
 
     def config(steps: int) -> Any:
         c = default_config()
-        c.data.validation, c.model.width, c.model.dropout = 64, 32, 0.1
+        c.data.validation, c.model.net.width, c.model.net.dropout = 64, 32, 0.1
         c.training.steps, c.training.batch_size, c.training.checkpoint_every = steps, 64, 20
         c.training.sample_every, c.training.log_every = 0, 20
         return c

@@ -39,8 +39,8 @@ def config_of(precision: str, dropout: float) -> Any:
     c = default_config()
     c.data.source = "arrays"
     c.process.name, c.model.prediction, c.model.label = "ddpm", "eps", "index"
-    c.model.width, c.model.multipliers, c.model.blocks = 32, (1, 2, 2), 2
-    c.model.attention, c.model.head, c.model.dropout = (1,), 64, dropout
+    c.model.net.width, c.model.net.multipliers, c.model.net.blocks = 32, (1, 2, 2), 2
+    c.model.net.attention, c.model.net.head, c.model.net.dropout = (1,), 64, dropout
     c.training.batch_size, c.training.precision = BATCH, precision
     return c
 

@@ -34,18 +34,22 @@ class Setting:
 class Kind:
     """Parts that can stand in each other's place: makers by their names, and the class that an imported one must have.
 
-    ``inner``: parameters that are parts themselves, and of which kind.
+    ``inner``: parameters that are parts themselves, and of which kind; ``given``: parameters that are no settings, for
+    what surrounds the part knows them.
     """
 
     name: str
     table: Mapping[str, Callable[..., Any]]
     base: type | None = None
     inner: Mapping[str, Kind] = field(default_factory=dict)
+    given: tuple[str, ...] = ()
 
     def maker(self, name: object, where: str) -> Callable[..., Any]:
         """What makes the part of this name; ValueError with the nearest for one that is not known."""
         if isinstance(name, str) and name in self.table:
             return self.table[name]
+        if name is None:
+            raise ValueError(f"{where}.name is not set; expected one of {', '.join(self.table)}")
         if not isinstance(name, str) or ":" not in name:
             raise ValueError(
                 f"{where}.name is {name!r}; {nearest_name(str(name), self.table)}, or package.module:Class for one of "
@@ -72,7 +76,7 @@ class Kind:
         return {
             name: Setting(None if p.default is p.empty else p.default, hints[name], p.default is p.empty)
             for name, p in inspect.signature(maker).parameters.items()
-            if name in hints and name not in self.inner and _is_plain(hints[name])
+            if name in hints and name not in (*self.inner, *self.given) and _is_plain(hints[name])
         }
 
     def inner_parts(self, maker: Callable[..., Any]) -> dict[str, tuple[Kind, bool]]:
@@ -88,7 +92,7 @@ class Kind:
         defaults: Mapping[str, Any] | None = None,
         beside: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """``given`` (name and keys) with all keys of the part; ``defaults`` come before the part's own.
+        """``given`` (name and keys) with all keys of the part; ``defaults``: of those that have none.
 
         ``beside``: keys that are there and none of the part's. Raises ValueError for a key that the part lacks and for
         a value of another type.
@@ -97,14 +101,15 @@ class Kind:
         known, parts, defaults = self.settings(maker), self.inner_parts(maker), defaults or {}
         for key in given:
             if key not in known and key not in parts and key != "name" and key not in beside:
+                owners = [name for name, other in self.table.items() if key in self.settings(other)]
                 raise ValueError(
-                    f"{where}.{key} is no setting of {given['name']!r}; {nearest_name(key, (*known, *parts, *beside))}"
-                    if known or parts or beside
-                    else f"{where}.{key} is no setting of {given['name']!r}, which has none"
+                    f"{where}.{key} is no setting of {where}.name={given['name']!r}"
+                    + (f" (only of {', '.join(map(repr, owners))})" if owners else "")
+                    + f"; {nearest_name(key, (*known, *parts, *beside)) if known or parts or beside else 'it has none'}"
                 )
         found = {"name": given["name"]}
         for key, setting in known.items():
-            value = given.get(key, defaults.get(key, setting.default))
+            value = given.get(key, defaults.get(key) if setting.needed else setting.default)
             if value != setting.default and not fits(value, setting.hint):
                 raise ValueError(f"{where}.{key} is {value!r}; expected {in_words(setting.hint)}")
             found[key] = tuple(value) if isinstance(value, list) else value
@@ -144,11 +149,15 @@ class Kind:
 
 
 def _suits(value: Any, maker: Callable[..., Any], name: str) -> bool:
-    """Whether a value is of the type that a parameter with a default has."""
-    hints = typing.get_type_hints(maker.__init__ if isinstance(maker, type) else maker)  # type: ignore[misc]
-    return name in hints and any(
-        t in (Any, object) or (isinstance(t, type) and isinstance(value, t)) for t in _options(hints[name])
-    )
+    """Whether a value is of the type that a parameter has."""
+    hint = typing.get_type_hints(maker.__init__ if isinstance(maker, type) else maker).get(name, object)  # type: ignore[misc]
+    for option in _options(hint):
+        if option is Any or fits(value, option):
+            return True
+        kind = typing.get_origin(option) or option
+        if callable(value) if kind is Callable else isinstance(kind, type) and isinstance(value, kind):
+            return True
+    return False
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

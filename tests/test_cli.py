@@ -15,11 +15,11 @@ from scorelab.cli.main import main
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs/digits/ncsn.py")
 SMALL = [
-    "--config.model.width=8",
+    "--config.model.net.width=8",
     "--config.training.steps=3",
     "--config.training.batch_size=16",
-    "--config.sampling.levels=3",
-    "--config.sampling.steps=2",
+    "--config.sampling.grid.n=3",
+    "--config.sampling.sampler.steps=2",
     "--config.optim.lr=1e-3",
 ]
 
@@ -34,7 +34,7 @@ def run(tmp_path_factory) -> Path:
 def test_train_writes_a_run(run):
     settings = json.loads((run / "config.json").read_text())
     assert settings["optim"]["lr"] == 1e-3
-    assert settings["model"]["multipliers"] == [1, 2]
+    assert settings["model"]["net"]["multipliers"] == [1, 2]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if "loss" in r] == [3]
     assert (run / "checkpoints" / "step_00000003" / "manifest.json").is_file()
@@ -95,10 +95,11 @@ def test_runs_from_before_a_setting_there_is_now_are_read(run, tmp_path, capsys)
     for group, key in (
         ("data", "background"),
         ("data", "layout"),
-        ("sampling", "step_size"),
+        ("sampling", "guidance"),
         ("training", "precision"),
     ):
         del settings[group][key]
+    del settings["sampling"]["sampler"]["step_size"]
     (old / "config.json").write_text(json.dumps(settings))
     (old / "data.json").unlink()
     assert main(["likelihood", f"--workdir={old}", "--n=2", "--levels=17", "--tolerance=1e-1"]) == 0
@@ -111,8 +112,8 @@ def test_points_are_trained_and_written_as_arrays(tmp_path):
         "from scorelab.training import default_config\n"
         "def get_config():\n"
         "    c = default_config()\n"
-        "    c.data.source, c.model.net = 'ring', 'mlp'\n"
-        "    c.process.sigma_max, c.training.steps, c.sampling.levels = 20.0, 3, 4\n"
+        "    c.data.source, c.model.net.name = 'ring', 'mlp'\n"
+        "    c.process.sigma_max, c.training.steps, c.sampling.grid.n = 20.0, 3, 4\n"
         "    return c\n"
     )
     assert main(["train", "--config", str(config), "--workdir", str(tmp_path / "run")]) == 0
@@ -136,7 +137,7 @@ def test_dry_run_prints_the_experiment_and_writes_nothing(tmp_path, capsys):
             ["train", "--config", CONFIG, "--workdir=w", "--config.optim.lr=fast"],
             "optim.lr=fast: expected a number",
         ),
-        (["train", "--config", CONFIG, "--workdir=w", "--config.model.multipliers=x"], "multipliers"),
+        (["train", "--config", CONFIG, "--workdir=w", "--config.model.net.multipliers=x"], "multipliers"),
         (["train", "--config", CONFIG, "--workdir=w", "--config.process.name=vee"], "did you mean 've'"),
         (["train", "--config", CONFIG, "--workdir=w", "--config.process.sigma_min=90."], "sigma_min"),
         (["train", "--config", "nowhere.py", "--workdir=w"], "nowhere.py"),

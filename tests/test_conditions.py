@@ -131,18 +131,23 @@ def test_the_command_line_refuses_unknown_classes(tmp_path, capsys):
         assert said in capsys.readouterr().err, arguments
 
 
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
 def test_samples_of_classes_are_drawn_each_in_turn_and_guided(tmp_path):
     c = conditional(
-        2, sampling__samples=27, training__sample_every=2, sampling__levels=4, optim__warmup=0, optim__lr=0.1
+        2, sampling__samples=27, training__sample_every=2, sampling__grid__n=4, optim__warmup=0, optim__lr=0.1
     )
     train(c, tmp_path, progress=False)
     run = sample_run(tmp_path)
     assert run.labels.tolist() == list(range(10)) * 2
     assert run.columns == 10
     # every class in turn while training, too: 27 as they were asked for
-    assert Image.open(tmp_path / "samples" / "step_00000002.png").size == (5 * 8, 6 * 8)
+    assert size(tmp_path / "samples" / "step_00000002.png") == (5 * 8, 6 * 8)
     assert main(["sample", f"--workdir={tmp_path}", "--condition=each", "--guidance=2"]) == 0
-    assert Image.open(tmp_path / "samples" / "drawn_00000002_each_guided_2.png").size == (10 * 8, 2 * 8)
+    assert size(tmp_path / "samples" / "drawn_00000002_each_guided_2.png") == (10 * 8, 2 * 8)
     # rows are rows: one class of the grid alone, and any part of it
     three = sample_run(tmp_path, n=20, condition="3", guidance=2.0).x
     each = sample_run(tmp_path, n=20, guidance=2.0).x
@@ -163,7 +168,7 @@ def test_samples_of_classes_are_drawn_each_in_turn_and_guided(tmp_path):
 def test_conditional_settings_that_do_not_fit_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", randn(20, 2).numpy())
     np.savez(tmp_path / "unknown.npz", x0=randn(20, 2).numpy(), labels=np.arange(20) - 1)
-    mlp = {"data__source": "arrays", "model__net": "mlp", "training__batch_size": 8}
+    mlp = {"data__source": "arrays", "model__net__name": "mlp", "training__batch_size": 8}
     for name, said in (("x.npy", "none; expected whole numbers from 0"), ("unknown.npz", "labels from -1 to 18")):
         with pytest.raises(ValueError, match=f"needs a class for every sample, and the data has {said}"):
             build(conditional(**mlp, data__path=str(tmp_path / name)))
@@ -177,7 +182,7 @@ def test_conditional_settings_that_do_not_fit_are_refused(tmp_path):
 
 def test_a_conditional_run_goes_on_bit_for_bit(tmp_path):
     """Stopped and resumed with workers, dropout of labels and of activations, and a stable target."""
-    options = {"data__workers": 2, "training__stable_target": 900, "training__validate_every": 2}
+    options = {"data__workers": 2, "training__objective__reference": 900, "training__validate_every": 2}
     options |= {"data__validation": 40}
     train(conditional(6, **options), tmp_path / "whole", progress=False)
     train(conditional(4, **options), tmp_path / "parts", progress=False)
@@ -266,7 +271,7 @@ def test_other_objectives_are_denoising_but_for_a_constant(name):
 
 @pytest.mark.parametrize("name", ["implicit", "sliced"])
 def test_other_objectives_train_from_a_config(name, tmp_path, capsys):
-    c = small(4, data__source="moons", model__net="mlp", training__objective=name, training__batch_size=64)
+    c = small(4, data__source="moons", model__net__name="mlp", training__objective__name=name, training__batch_size=64)
     train(c, tmp_path, progress=False)
     found = rows(tmp_path)
     assert [row["step"] for row in found] == [1, 2, 3, 4]
@@ -274,8 +279,10 @@ def test_other_objectives_train_from_a_config(name, tmp_path, capsys):
     assert found[-1]["loss"] < 0
     assert main(["report", f"--workdir={tmp_path}"]) == 0
     # images by their exact trace, and in several parts
-    c = small(2, training__objective=name, training__batch_size=4, training__accumulate=2, model__dropout=0.0)
-    whole = small(2, training__objective=name, training__batch_size=4, model__dropout=0.0)
+    c = small(
+        2, training__objective__name=name, training__batch_size=4, training__accumulate=2, model__net__dropout=0.0
+    )
+    whole = small(2, training__objective__name=name, training__batch_size=4, model__net__dropout=0.0)
     a, b = Trainer(build(c), c), Trainer(build(whole), whole)
     for _ in range(2):
         x, y = a.advance(), b.advance()

@@ -44,14 +44,14 @@ def config(kind: str):
     from test_training import small
 
     c = small(20)
-    c.model.dropout, c.training.precision, c.training.batch_size = 0.0, "fp32", 100
+    c.model.net.dropout, c.training.precision, c.training.batch_size = 0.0, "fp32", 100
     c.training.checkpoint_every, c.training.validate_every, c.data.validation = 10, 10, 50
     if kind == "fsdp":
         c.training.fsdp = True
     if kind == "conditional":
         c.model.conditional, c.training.label_dropout, c.data.workers = True, 0.2, 2
     if kind == "full":
-        c.model.dropout, c.data.workers, c.training.accumulate = 0.2, 2, 5
+        c.model.net.dropout, c.data.workers, c.training.accumulate = 0.2, 2, 5
         c.training.steps, c.training.batch_size, c.training.checkpoint_every = 12, 200, 3
         c.optim.ema, c.optim.ema_power, c.optim.name = (0.9, 0.99), (0.1,), "adamw"
     return c

@@ -270,6 +270,6 @@ def test_any_shape_trains_a_step(tmp_path, shape):
     np.save(tmp_path / "x.npy", RNG.normal(size=shape))
     config = default_config()
     config.data.source, config.data.path = "arrays", str(tmp_path / "x.npy")
-    config.model.width, config.training.batch_size = 8, 4
+    config.model.net.width, config.training.batch_size = 8, 4
     metrics = Trainer(build(config), config).advance()
     assert np.isfinite(metrics.loss)

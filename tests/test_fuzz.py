@@ -62,12 +62,12 @@ OVERRIDES = st.dictionaries(st.sampled_from(keys(default_config())), VALUES, max
 def test_any_override_trains_or_is_refused_with_a_message(tmp_path, capsys, overrides):
     """One step of a small network, samples and all: exit code 0, or 2 and one line."""
     chosen = {
-        "model.width": "8",
-        "model.blocks": "1",
+        "model.net.width": "8",
+        "model.net.blocks": "1",
         "training.batch_size": "8",
-        "sampling.levels": "3",
+        "sampling.grid.n": "3",
         "sampling.samples": "2",
-        "sampling.steps": "1",
+        "sampling.sampler.steps": "1",
         **overrides,
         "training.steps": "1",
         "training.compile": "False",

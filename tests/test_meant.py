@@ -481,7 +481,7 @@ def test_floats_have_their_own_range_in_pictures_and_warnings(tmp_path):
 def settings(path: Path, **changes):
     c = default_config()
     c.data.source, c.data.path, c.data.validation = "folder", str(path), 2
-    c.model.width, c.model.blocks, c.model.multipliers, c.model.prediction = 8, 1, (1,), "edm"
+    c.model.net.width, c.model.net.blocks, c.model.net.multipliers, c.model.prediction = 8, 1, (1,), "edm"
     c.training.steps, c.training.batch_size, c.training.sample_every, c.training.precision = 2, 4, 0, "fp32"
     for key, value in changes.items():
         c.training[key] = value

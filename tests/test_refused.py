@@ -34,9 +34,9 @@ TINY = (
     "from scorelab.training import default_config\n"
     "def get_config():\n"
     "    c = default_config()\n"
-    "    c.model.width, c.model.blocks, c.model.multipliers = 8, 1, (1,)\n"
+    "    c.model.net.width, c.model.net.blocks, c.model.net.multipliers = 8, 1, (1,)\n"
     "    c.training.steps, c.training.batch_size, c.training.sample_every, c.training.precision = 2, 8, 0, 'fp32'\n"
-    "    c.sampling.levels = 3\n"
+    "    c.sampling.grid.n = 3\n"
     "    return c\n"
 )
 
@@ -47,18 +47,43 @@ TINY = (
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__net": "mlp", "data__source": "moons", "model__label": "time"}, "model.label is 'time'.*'mlp'"),
-        ({"model__net": "mlp", "data__source": "moons", "model__input_scale": "unit_variance"}, "model.input_scale"),
-        ({"model__depth": 5}, "model.depth is 5, which model.net='unet' does not read"),
-        ({"sampling__sampler": "reverse_sde", "sampling__eta": 0.5}, "sampling.eta is 0.5, which .*'reverse_sde'"),
-        ({"sampling__grid": "process", "sampling__sigma_min": 0.1}, "sampling.sigma_min is 0.1, which .*'process'"),
-        ({"process__beta_max": 10.0}, "process.beta_max is 10.0, which process.name='ve'"),
-        ({"process__name": "vp", "process__sigma_min": 0.02}, "process.sigma_min is 0.02, which process.name='vp'"),
-        ({"process__name": "flow", "process__steps": 5}, "process.steps is 5"),
-        ({"optim__decay_from": 7}, "optim.decay_from is 7, which optim.schedule='constant'"),
+        ({"model__net__name": "mlp", "data__source": "moons", "model__label": "time"}, "model.label is 'time'.*'mlp'"),
+        (
+            {"model__net__name": "mlp", "data__source": "moons", "model__input_scale": "unit_variance"},
+            "model.input_scale",
+        ),
+        (
+            {"model__net__depth": 5},
+            "model.net.depth is no setting of config.model.net.name='unet' .only of 'mlp'.; did",
+        ),
+        (
+            {"sampling__sampler__name": "heun", "sampling__sampler__eta": 0.5},
+            "sampling.sampler.eta is no setting of config.sampling.sampler.name='heun' .only of ",
+        ),
+        (
+            {"sampling__grid__name": "process", "sampling__grid__sigma_min": 0.1},
+            "sampling.grid.sigma_min is no setting of .*'process' .only of 'karras', 'geometric', 'log_linear'.",
+        ),
+        (
+            {"process__beta_max": 10.0},
+            "process.beta_max is no setting of .*='ve' .only of 'vp', 'subvp'.; did you mean",
+        ),
+        (
+            {"process__name": "vp", "process__sigma_max": 3.0},
+            "process.sigma_max is no setting of config.process.name='vp' .only of 've'.",
+        ),
+        (
+            {"optim__schedule__decay_from": 7},
+            "decay_from is no setting of .*'constant' .only of 'inverse_sqrt'.; it has",
+        ),
+        (
+            {"optim__learning_rate": 1.0},
+            "config.optim.learning_rate is no setting of config.optim.name='adam'; known: beta1, beta2, clip,",
+        ),
+        ({"training__objective__refernce": 7}, "objective.refernce is no setting .*; did you mean 'reference'?"),
         ({"data__flip": True}, "data.flip is True, which data.source='digits' does not read"),
         ({"data__layout": "channels_last"}, "data.layout"),
-        ({"sampling__step_size": 1e-5}, "sampling.step_size"),
+        ({"sampling__sampler__step_size": 1e-5}, "sampling.sampler.step_size is no setting of"),
     ],
 )
 def test_settings_that_nobody_reads_are_refused(changes, message):
@@ -81,9 +106,12 @@ def test_every_setting_is_read_by_something():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training__weighting": "likelihood", "process__name": "ddpm"}, "a fixed sequence has no density"),
-        ({"sampling__sampler": "ancestral", "sampling__variance": "learned"}, "can't be sampled with: .*learned"),
-        ({"sampling__sampler": "annealed_langevin", "sampling__step_size": 1.0}, "diverges"),
+        ({"training__weighting__name": "likelihood", "process__name": "ddpm"}, "a fixed sequence has no density"),
+        (
+            {"sampling__sampler__name": "ancestral", "sampling__sampler__variance": "learned"},
+            "can't be sampled with: .*learned",
+        ),
+        ({"sampling__sampler__name": "annealed_langevin", "sampling__sampler__step_size": 1.0}, "diverges"),
         ({"sampling__clip": True, "data__source": "arrays", "data__path": "x.npy"}, "sampling.clip is for data scaled"),
     ],
 )
@@ -398,7 +426,7 @@ def test_processes_of_ones_own_are_refused_before_anything_is_written(tmp_path):
         ("model.json", lambda t: b"[1, 2]"),
         ("model.json", lambda t: t.replace(b'"VE"', b'"Mine"')),
         ("model.json", lambda t: t.replace(b'"prediction"', b'"predictions"')),
-        ("model.json", lambda t: t.replace(b'"MLP"', b'"Net"')),
+        ("model.json", lambda t: t.replace(b'"mlp"', b'"Net"')),
         ("model.json", lambda t: t.replace(b'"width"', b'"breadth"')),
         ("model.json", lambda t: b"\xff\xfe"),
         ("model.safetensors", lambda t: t[:-10]),

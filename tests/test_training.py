@@ -35,7 +35,7 @@ from scorelab.training import (
     default_config,
     train,
 )
-from scorelab.training.optim import learning_rate
+from scorelab.training.optim import SCHEDULES, learning_rate
 from scorelab.training.watch import TIMINGS
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,7 @@ ROOT = Path(__file__).parent.parent
 
 def small(steps: int = 6, **changes):
     c = default_config()
-    c.model.width, c.model.blocks, c.model.multipliers, c.model.dropout = 8, 1, (1, 2), 0.1
+    c.model.net.width, c.model.net.blocks, c.model.net.multipliers, c.model.net.dropout = 8, 1, (1, 2), 0.1
     c.process.sigma_max = 10.0
     c.training.steps, c.training.batch_size = steps, 700  # 1797 digits: epochs end inside batches
     c.training.checkpoint_every, c.training.log_every = 2, 1
@@ -51,15 +51,18 @@ def small(steps: int = 6, **changes):
     # what "auto" means differs from machine to machine
     c.training.precision, c.training.channels_last = "fp32", "no"
     for key, value in changes.items():
-        group, name = key.split("__")
-        c[group][name] = value
-    # what a part does not read is refused
-    default = default_config()
-    if c.model.net == "mlp":
-        for name in ("blocks", "multipliers", "dropout"):
-            c.model[name] = default.model[name]
-    if c.process.name != "ve":
-        c.process.sigma_max = default.process.sigma_max
+        *groups, name = key.split("__")
+        place = c
+        for group in groups:
+            place = place[group]
+        if name == "name":
+            # what a part lacks is refused
+            for other in {"model.net": ("blocks", "multipliers", "dropout"), "process": ("sigma_max",)}.get(
+                ".".join(groups), ()
+            ):
+                if other in place:
+                    del place[other]
+        place[name] = value
     return c
 
 
@@ -82,7 +85,7 @@ def rows(workdir: Path) -> list[dict]:
 
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):
     """Stopped in the middle of an epoch, with dropout, EMA, warm-up and a cosine schedule on."""
-    c = small(optim__schedule="cosine", optim__warmup=3)
+    c = small(optim__schedule__name="cosine", optim__warmup=3)
     train(c, tmp_path / "whole", progress=False)
     train(c, tmp_path / "parts", progress=False)
     for step in (4, 6):
@@ -118,10 +121,10 @@ def test_ema_warms_up_and_never_touches_the_weights():
 
 
 def test_learning_rate_and_clipping():
-    c = small(10, optim__warmup=4, optim__lr=1.0, optim__schedule="cosine", optim__clip=1e-3)
+    c = small(10, optim__warmup=4, optim__lr=1.0, optim__schedule__name="cosine", optim__clip=1e-3)
     found = []
     for step in range(10):
-        found.append(learning_rate(c.optim, step, 10))
+        found.append(learning_rate(1.0, c.optim.warmup, SCHEDULES["cosine"](10), step))
     assert found == pytest.approx([min(1, (i + 1) / 4) * 0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(10)])
 
 
@@ -172,7 +175,7 @@ def test_non_finite_steps_are_left_out_up_to_a_limit():
 
 
 def test_accumulation_changes_nothing_but_rounding():
-    options = {"training__batch_size": 24, "model__dropout": 0.0}
+    options = {"training__batch_size": 24, "model__net__dropout": 0.0}
     whole, parts = small(**options), small(training__accumulate=4, **options)
     a, b = Trainer(build(whole), whole), Trainer(build(parts), parts)
     for _ in range(3):
@@ -314,12 +317,12 @@ def test_another_experiments_directory_is_refused_and_left_alone(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["optim"]["lr"] == 0.1
     assert rows(tmp_path)[-1]["step"] == 5
     # how samples are drawn may change, but not the levels where they are what the network is told
-    options = {"model__label": "index", "sampling__levels": 6}
+    options = {"model__label": "index", "training__sigmas__name": "sequence", "training__sigmas__levels": 6}
     indexed = tmp_path.parent / "indexed"
     train(small(2, **options), indexed, progress=False)
-    train(small(3, sampling__sampler="ddim", sampling__eta=0.5, **options), indexed, progress=False)
-    with pytest.raises(ValueError, match="sampling.levels: 6 there, 7 now"):
-        train(small(4, **{**options, "sampling__levels": 7}), indexed, progress=False)
+    train(small(3, sampling__sampler__name="ddim", sampling__sampler__eta=0.5, **options), indexed, progress=False)
+    with pytest.raises(ValueError, match="training.sigmas.levels: 6 there, 7 now"):
+        train(small(4, **{**options, "training__sigmas__levels": 7}), indexed, progress=False)
     # what it wrote is not begun over when its checkpoints are gone
     (tmp_path / "checkpoints").rename(tmp_path.parent / "elsewhere")
     for _ in range(2):
@@ -357,9 +360,9 @@ def test_odd_images_train_and_sample(channels):
 def test_training_learns():
     """200 steps on the two modes: the loss falls from the zero predictor's 1 towards what the true score leaves."""
     c = default_config()
-    c.data.source, c.model.net, c.model.prediction = "two_modes", "mlp", "edm"
+    c.data.source, c.model.net.name, c.model.prediction = "two_modes", "mlp", "edm"
     c.process.sigma_min, c.process.sigma_max = 0.1, 100.0
-    c.training.sigmas, c.training.batch_size, c.training.steps = "log_uniform", 256, 200
+    c.training.sigmas.name, c.training.batch_size, c.training.steps = "log_uniform", 256, 200
     c.optim.lr = 5e-3
     trainer = Trainer(build(c), c)
     for _ in range(200):
@@ -371,7 +374,7 @@ def test_training_learns():
         learnt = float(objective(trainer.averaged(), x0, generator(1)).loss.mean())
         best = float(objective(data.score, x0, generator(1)).loss.mean())
     assert best < learnt < best + 0.03
-    assert losses.WEIGHTINGS[0] == c.training.weighting
+    assert next(iter(losses.WEIGHTINGS)) == c.training.weighting.name
 
 
 def test_data():
@@ -403,11 +406,11 @@ def test_data():
         (lambda: load("digit"), "did you mean 'digits'"),
         (lambda: build(small(process__name="vee")), "did you mean 've'"),
         (lambda: build(small(training__steps=0)), "training.steps"),
-        (lambda: build(small(training__weighting="sigma")), "did you mean 'sigma2'"),
-        (lambda: Trainer(build(small()), small(optim__schedule="step")), "schedule"),
+        (lambda: build(small(training__weighting__name="sigma")), "did you mean 'sigma2'"),
+        (lambda: Trainer(build(small()), small(optim__schedule__name="step")), "schedule"),
         (lambda: EMA([], 1.0), "decay"),
-        (lambda: build_sampling(small(sampling__grid="steps"), build(small()).model), "DDPM"),
-        (lambda: build_sampling(small(sampling__sampler="eular"), build(small()).model), "did you mean 'euler'"),
+        (lambda: build_sampling(small(sampling__grid__name="steps"), build(small()).model), "DDPM"),
+        (lambda: build_sampling(small(sampling__sampler__name="eular"), build(small()).model), "did you mean 'euler'"),
     ],
 )
 def test_bad_input_is_refused(make, message):

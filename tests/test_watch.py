@@ -28,7 +28,7 @@ def rows(workdir, key):
 
 def test_losses_by_noise_level_beside_the_zero_predictor():
     """A fresh network says 0: its loss is the zero predictor's in every part of the levels, which ascend."""
-    c = small(model__dropout=0.0)
+    c = small(model__net__dropout=0.0)
     found = Trainer(build(c), c).advance()
     for loss, zero in zip(found.loss_bins, found.zero_bins, strict=True):
         assert loss == pytest.approx(zero, rel=1e-3)
@@ -55,7 +55,7 @@ def test_a_row_is_the_mean_since_the_last(tmp_path):
 
 def test_samples_and_losses_at_fixed_noise(tmp_path):
     options = {"training__sample_every": 3, "training__validate_every": 2, "data__validation": 100}
-    train(small(4, sampling__levels=4, sampling__samples=9, **options), tmp_path, progress=False)
+    train(small(4, sampling__grid__n=4, sampling__samples=9, **options), tmp_path, progress=False)
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_00000003.png", "step_00000004.png"]
     with Image.open(tmp_path / "samples" / "step_00000003.png") as picture:
         assert picture.size == (24, 24)
@@ -75,8 +75,8 @@ def test_samples_and_losses_at_fixed_noise(tmp_path):
 
 
 def test_points_are_written_as_arrays(tmp_path):
-    c = small(2, data__source="moons", model__net="mlp", model__dropout=0.0, training__sample_every=2)
-    c.sampling.levels, c.sampling.samples = 4, 10
+    c = small(2, data__source="moons", model__net__name="mlp", training__sample_every=2)
+    c.sampling.grid.n, c.sampling.samples = 4, 10
     train(c, tmp_path, progress=False)
     assert np.load(tmp_path / "samples" / "step_00000002.npz")["samples"].shape == (10, 2)
     assert len(rows(tmp_path, "sample_std")[0]["sample_std"]) == 2
@@ -98,7 +98,7 @@ def test_what_is_held_out_is_never_trained_on():
 
 def test_tensorboard(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(small(3, training__sample_every=3, sampling__levels=4, sampling__samples=4), tmp_path, progress=False)
+    train(small(3, training__sample_every=3, sampling__grid__n=4, sampling__samples=4), tmp_path, progress=False)
     events = event_accumulator.EventAccumulator(str(tmp_path))
     events.Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
@@ -142,7 +142,7 @@ def test_slow_data_is_said(tmp_path, capsys):
 
 def test_report(tmp_path, capsys):
     options = {"training__sample_every": 2, "training__validate_every": 2}
-    train(small(4, sampling__levels=4, sampling__samples=4, **options), tmp_path, progress=False)
+    train(small(4, sampling__grid__n=4, sampling__samples=4, **options), tmp_path, progress=False)
     assert main(["report", "--workdir", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()

@@ -58,13 +58,13 @@ def config_for(name: str, steps: int) -> ConfigDict:
     """The experiment that learns a target: the same for all but for the noise levels."""
     c = default_config()
     c.data.source = name
-    c.model.net, c.model.prediction, c.model.width, c.model.features = "mlp", "edm", 128, 32
+    c.model.net.name, c.model.prediction, c.model.net.width, c.model.net.features = "mlp", "edm", 128, 32
     c.process.sigma_min = sigma_min_for(name)
     scale = sigma_data_of(target(name).sample(10_000, torch.Generator().manual_seed(0)))
     c.process.sigma_max = round(20 * scale, 3)
-    c.training.sigmas, c.training.steps = "tapered", steps
-    c.training.batch_size, c.training.stable_target = 512, 2048
-    c.optim.lr, c.optim.beta2, c.optim.schedule = 1e-2, 0.99, "cosine"
+    c.training.sigmas.name, c.training.steps = "tapered", steps
+    c.training.batch_size, c.training.objective.reference = 512, 2048
+    c.optim.lr, c.optim.beta2, c.optim.schedule.name = 1e-2, 0.99, "cosine"
     return c
 
 

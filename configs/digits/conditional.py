@@ -12,11 +12,11 @@ def get_config() -> ConfigDict:
     # data in [-1, 1]^64: the largest pairwise distance is 12
     c.process.sigma_min, c.process.sigma_max = 0.05, 12.0
     c.model.prediction, c.model.input_scale = "edm", "unit_variance"
-    c.model.width, c.model.multipliers, c.model.blocks = 32, (1, 2), 1
+    c.model.net.width, c.model.net.multipliers, c.model.net.blocks = 32, (1, 2), 1
     c.model.conditional, c.training.label_dropout = True, 0.1
-    c.training.sigmas = "log_uniform"
-    c.training.steps, c.training.batch_size = 2500, 64
-    c.optim.lr, c.optim.schedule, c.optim.ema = 2e-3, "cosine", (0.995,)
-    c.sampling.sampler, c.sampling.grid, c.sampling.levels = "heun", "karras", 18
+    c.training.sigmas.name = "log_uniform"
+    c.training.steps, c.training.batch_size = 4000, 64
+    c.optim.lr, c.optim.schedule.name, c.optim.ema = 2e-3, "cosine", (0.995,)
+    c.sampling.sampler.name, c.sampling.grid.name, c.sampling.grid.n = "heun", "karras", 18
     c.sampling.samples = 100
     return c

@@ -10,8 +10,8 @@ def get_config() -> ConfigDict:
     c.data.source = "digits"
     c.process.name = "ddpm"
     c.model.prediction, c.model.label = "eps", "index"
-    c.model.width, c.model.multipliers, c.model.blocks = 32, (1, 2), 1
+    c.model.net.width, c.model.net.multipliers, c.model.net.blocks = 32, (1, 2), 1
     c.training.steps, c.training.batch_size = 2500, 64
-    c.optim.lr, c.optim.schedule, c.optim.ema = 2e-3, "cosine", (0.995,)
-    c.sampling.sampler, c.sampling.grid, c.sampling.levels = "ancestral", "steps", 250
+    c.optim.lr, c.optim.schedule.name, c.optim.ema = 2e-3, "cosine", (0.995,)
+    c.sampling.sampler.name, c.sampling.grid.name, c.sampling.grid.steps = "ancestral", "steps", 250
     return c

@@ -13,9 +13,9 @@ def get_config() -> ConfigDict:
     c.data.source, c.data.validation = "fashion_mnist", 500
     c.process.name = "ddpm"
     c.model.prediction, c.model.label = "eps", "index"
-    c.model.width, c.model.multipliers, c.model.blocks, c.model.attention = 16, (1, 2, 4), 1, (2,)
+    c.model.net.width, c.model.net.multipliers, c.model.net.blocks, c.model.net.attention = 16, (1, 2, 4), 1, (2,)
     c.training.steps, c.training.batch_size = 2400, 64
     c.training.sample_every, c.training.validate_every = 600, 200
-    c.optim.lr, c.optim.schedule, c.optim.ema = 2e-3, "cosine", (0.995,)
-    c.sampling.sampler, c.sampling.grid, c.sampling.levels = "ancestral", "steps", 100
+    c.optim.lr, c.optim.schedule.name, c.optim.ema = 2e-3, "cosine", (0.995,)
+    c.sampling.sampler.name, c.sampling.grid.name, c.sampling.grid.steps = "ancestral", "steps", 100
     return c

@@ -144,19 +144,21 @@ def _train(arguments: list[str]) -> None:
     config, rest = _config_file(arguments)
     config, rest = _with_parts(config, rest)
     _check_keys(config, rest)
+    # ml_collections takes None for the text of a number, and no number for None
+    known = _values(config)
+    apart = {a: a[len("--config.") :].partition("=") for a in rest if a.startswith("--config.") and "=" in a}
+    apart = {a: p for a, p in apart.items() if p[2] == "None" or known[p[0]] is None}
+    rest = [a for a in rest if a not in apart]
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["scorelab", *rest[1:]])
     flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
     flags.DEFINE_integer("step", 0, "the checkpoint to go on from", flag_values=values)
     flags.DEFINE_bool("accept_changes", False, "go on with settings or data other than the run's", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print the experiment and its cost, and train nothing", flag_values=values)
-    # ml_collections takes None for the text of a number
-    nothing = [a for a in rest if a.startswith("--config.") and a.endswith("=None")]
-    _parse([a for a in rest if a not in nothing], values)
+    _parse(rest, values)
     config = holder.value
     with config.ignore_type():
-        for argument in nothing:
-            config.update_from_flattened_dict({argument[len("--config.") : -len("=None")]: None})
+        config.update_from_flattened_dict({key: _literal(text) for key, _, text in apart.values()})
     from scorelab import parallel
     from scorelab.cli.dry_run import dry_run
     from scorelab.training import train
@@ -187,7 +189,7 @@ def _with_parts(config: ConfigDict, arguments: list[str]) -> tuple[ConfigDict, l
     other arguments. A part that is named takes its own defaults, not those of the one before.
     """
     from scorelab.training import resolve
-    from scorelab.training.config import PARTS, check_types
+    from scorelab.training.config import PARTS, beside, check_types
 
     named, rest = {}, []
     for argument in arguments:
@@ -206,8 +208,7 @@ def _with_parts(config: ConfigDict, arguments: list[str]) -> tuple[ConfigDict, l
                 place[key] = ConfigDict()
             place = place[key]
         if place.get("name") != named[path]:
-            kept = {k: v for k, v in place.items() if path == "optim" and k in _BESIDE}
-            for key in [k for k in place if k not in kept]:
+            for key in [k for k in place if path not in PARTS or k not in beside(path)]:
                 del place[key]
             place.name = named[path]
     return resolve(config), rest
@@ -220,17 +221,24 @@ def _check_keys(config: ConfigDict, arguments: list[str]) -> None:
         if argument.startswith("--config."):
             name = argument[len("--config.") :].split("=")[0]
             if name not in known:
-                raise ValueError(f"unknown config key {name!r}; {nearest_name(name, known)}")
+                group, _, last = name.rpartition(".")
+                beside = [k.removeprefix(f"{group}.") for k in known if k.startswith(f"{group}.")]
+                near = nearest_name(last, beside) if group.count(".") and beside else nearest_name(name, known)
+                raise ValueError(f"unknown config key {name!r}; {near}")
             if isinstance(known[name], tuple) and "=" in argument and not argument.endswith("=None"):
                 _check_tuple(name, argument.split("=", 1)[1])
 
 
-def _check_tuple(name: str, text: str) -> None:
+def _literal(text: str) -> Any:
+    """What a text says, itself if it is no number, tuple or None."""
     try:
-        value = ast.literal_eval(text)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = None
-    if not isinstance(value, (tuple, int, float)):
+        return text
+
+
+def _check_tuple(name: str, text: str) -> None:
+    if not isinstance(_literal(text), (tuple, int, float)):
         raise ValueError(f"--config.{name} is {text!r}; expected a tuple such as '(1, 2)'")
 
 
@@ -269,8 +277,6 @@ def _sample(arguments: list[str]) -> None:
         print(write_samples(run, out))
 
 
-_BESIDE = ("warmup", "schedule", "clip", "ema", "ema_power")
-"""Settings of optim that are not the optimiser's."""
 _GUIDED: dict[str, str | None] = {"condition": "", "guidance_interval": None}
 
 

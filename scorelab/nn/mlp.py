@@ -32,7 +32,7 @@ class MLP(Conditional):
     """
 
     directions: Tensor
-    wants: ClassVar[dict[str, str]] = {"label": "relative_log_sigma", "input_scale": "unit_data"}
+    wants: ClassVar[dict[str, tuple[str, ...]]] = {"label": ("relative_log_sigma",), "input_scale": ("unit_data",)}
 
     def __init__(
         self,

@@ -134,8 +134,8 @@ class UNet(Conditional):
     """net(x, label, condition=None) -> F like x (B, C, *sizes); label (B,) float, condition (B,) class indices.
 
     data_shape: (C, *sizes) with one to three sizes. width: channels at full resolution; multipliers: one each.
-    attention: which resolutions (0 is full) have self-attention. embedding: "fourier" for log sigma, "positional" for
-    step indices. num_classes: condition on class labels; null_class: and on none.
+    attention: which resolutions (0 is full) have self-attention. embedding: "fourier" (None) for log sigma,
+    "positional" for step indices. num_classes: condition on class labels; null_class: and on none.
 
     Raises ValueError for settings that don't fit.
     """
@@ -150,7 +150,7 @@ class UNet(Conditional):
         attention: tuple[int, ...] = (),
         head: int = 64,
         dropout: float = 0.0,
-        embedding: str = "fourier",
+        embedding: str | None = None,
         num_classes: int | None = None,
         null_class: bool = False,
     ) -> None:
@@ -163,14 +163,14 @@ class UNet(Conditional):
             "attention": tuple(attention),
             "head": head,
             "dropout": dropout,
-            "embedding": embedding,
+            "embedding": embedding or "fourier",
         }
         _check(**self.config)
         self.config |= {"num_classes": num_classes, "null_class": null_class}
         rank, channels = len(data_shape) - 1, data_shape[0]
         conv = _CONV[rank]
         inner = 4 * width
-        encode = FourierEmbedding(width) if embedding == "fourier" else PositionalEmbedding(width)
+        encode = PositionalEmbedding(width) if embedding == "positional" else FourierEmbedding(width)
         self.embed = nn.Sequential(encode, nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, inner))
         self.classes = None if num_classes is None else Classes(num_classes, inner, null_class)
         self.first = conv(channels, width, 3, padding=1)

@@ -31,11 +31,11 @@ from scorelab.sigmas import GRIDS, LEVELS, FromSigmas, SigmaDistribution
 from scorelab.training.optim import OPTIMISERS, SCHEDULES
 from scorelab.typing import Batch, Tensor
 
-__all__ = ["PARTS", "Experiment", "build", "default_config", "load_data", "part", "resolve", "sigma_data_of"]
+__all__ = ["PARTS", "Experiment", "beside", "build", "default_config", "load_data", "part", "resolve", "sigma_data_of"]
 
 _INNER = Kind("sampler", SAMPLERS, Sampler)
 PARTS = {
-    "model.net": Kind("network", NETWORKS, nn.Module),
+    "model.net": Kind("network", NETWORKS, nn.Module, given=("data_shape", "num_classes", "null_class")),
     "process": Kind("process", PROCESSES, Process),
     "optim": Kind("optimiser", OPTIMISERS, torch.optim.Optimizer),
     "optim.schedule": Kind("schedule", SCHEDULES),
@@ -141,7 +141,7 @@ def _at(config: ConfigDict, path: str) -> ConfigDict:
     return config
 
 
-def _beside(path: str) -> tuple[str, ...]:
+def beside(path: str) -> tuple[str, ...]:
     """Settings that stand among a part's and are none of its own."""
     return tuple(k for k in _at(default_config(), path) if k != "name")
 
@@ -151,16 +151,15 @@ def resolve(config: ConfigDict) -> ConfigDict:
     type, naming the nearest.
     """
     found = copy.deepcopy(config)
-    positional = {"embedding": "positional"} if config.model.label == "index" else {}
-    defaults: dict[str, dict[str, Any]] = {"model.net": positional, "sampling.grid": {"n": 18}}
+    defaults = {"sampling.grid": {"n": 18}}
     for path, kind in PARTS.items():
         given = _at(config, path)
-        beside = _beside(path)
-        resolved = kind.resolve(_plain(given), f"config.{path}", defaults.get(path, {}), beside)
+        others = beside(path)
+        resolved = kind.resolve(_plain(given), f"config.{path}", defaults.get(path, {}), others)
         place = _at(found, path)
         with place.unlocked(), place.ignore_type():
             for key, value in resolved.items():
-                if key not in beside:
+                if key not in others:
                     place[key] = value
         place.unlock()
     return found
@@ -173,7 +172,7 @@ def _plain(given: ConfigDict) -> dict[str, Any]:
 
 def part(config: ConfigDict, path: str, **context: Any) -> Any:
     """The part that a resolved config names; what its settings leave open comes from ``context``."""
-    given = {k: v for k, v in _plain(_at(config, path)).items() if k not in _beside(path)}
+    given = {k: v for k, v in _plain(_at(config, path)).items() if k not in beside(path)}
     return PARTS[path].make(given, f"config.{path}", context)
 
 
@@ -354,6 +353,8 @@ def _warn_of_scale(x0: Tensor, process: Process) -> None:
 def _network(config: ConfigDict, data: Source) -> nn.Module:
     """The network of ``config.model``, with weights drawn from ``config.seed``."""
     known = {"data_shape": data.data_shape, **_classes(config, data)}
+    if config.model.label == "index":
+        known["embedding"] = "positional"
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         net: nn.Module = part(config, "model.net", **known)
@@ -371,9 +372,15 @@ def _network(config: ConfigDict, data: Source) -> nn.Module:
 
 
 def _choice(config: ConfigDict, key: str, net: nn.Module, names: tuple[str, ...]) -> str:
-    """``config.model.label`` or ``input_scale``: as it says, or as the network wants it."""
-    wanted = getattr(net, "wants", {}).get(key, names[0])
-    return choose(config.model[key] or wanted, names, f"model.{key}")
+    """``config.model.label`` or ``input_scale``: as it says, or as the network wants it first."""
+    wanted: tuple[str, ...] = getattr(net, "wants", {}).get(key, names)
+    found = choose(config.model[key] or wanted[0], names, f"model.{key}")
+    if found not in wanted:
+        raise ValueError(
+            f"model.{key} is {found!r}, which model.net.name={config.model.net.name!r} does not take (only "
+            f"{', '.join(map(repr, wanted))}): leave it out, or choose another network"
+        )
+    return found
 
 
 def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
@@ -387,8 +394,8 @@ def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
     config = resolve(config)
     m = config.model
     _check_training(config)
-    _check_used(config)
     data = load_data(config)
+    _check_used(config)
     reference, process = data.reference(), part(config, "process")
     _warn_of_scale(reference, process)
     sigma_data = sigma_data_of(reference) if sigma_data is None else sigma_data

@@ -1,0 +1,464 @@
+"""Parts chosen by name, of the library's and of one's own, with settings that stand beside their code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ml_collections import ConfigDict
+from test_training import small
+
+from scorelab import ScoreModel, losses, processes, samplers, sigmas
+from scorelab.cli.main import main
+from scorelab.cli.sampling import load_run, sample_run
+from scorelab.parts import Kind, fits
+from scorelab.training import build, build_sampling, checkpoint, default_config, resolve, train
+from scorelab.training.config import PARTS, part, upgraded
+from scorelab.training.optim import OPTIMISERS, SCHEDULES
+from scorelab.training.sampling import check_sampling
+
+ROOT = Path(__file__).parent.parent
+
+OWN = '''
+import torch
+from torch import nn
+from scorelab.losses import Denoising
+from scorelab.processes import VE
+from scorelab.samplers import Sampler, Wrapper
+from scorelab.samplers.base import evaluate
+from scorelab.sigmas import LogNormal
+
+
+class Net(nn.Module):
+    """Fifteen lines: x (B, *data_shape) and a label (B,) to something like x."""
+
+    def __init__(self, data_shape: tuple[int, ...], width: int = 16):
+        super().__init__()
+        self.shape, count = data_shape, torch.Size(data_shape).numel()
+        self.layers = nn.Sequential(nn.Linear(count + 1, width), nn.SiLU(), nn.Linear(width, count))
+
+    def forward(self, x, label):
+        h = torch.cat([x.flatten(1), label.unsqueeze(1).to(x.dtype)], 1)
+        return self.layers(h).reshape(x.shape)
+
+
+class Process(VE):
+    """A process of one's own."""
+
+
+class Levels(LogNormal):
+    """Levels of one's own."""
+
+
+class Objective(Denoising):
+    """Twice the loss."""
+
+    def losses(self, score, batch, u, noise):
+        return 2 * super().losses(score, batch, u, noise)
+
+
+class Steps(Sampler):
+    """Euler's steps, shortened."""
+
+    def __init__(self, share: float = 1.0):
+        self.share = share
+
+    def step(self, at):
+        score, x, sigma, sigma_next, state, _ = at
+        return x + self.share * (sigma - sigma_next) * sigma * evaluate(score, x, sigma), state
+
+
+class Around(Wrapper):
+    """A wrapper with an inner part."""
+
+    def __init__(self, inner: Sampler):
+        self.within = inner
+
+    @property
+    def inner(self):
+        return self.within
+
+
+class Descent(torch.optim.SGD):
+    def __init__(self, params, lr: float = 0.1):
+        super().__init__(params, lr)
+
+
+def grid(sigma_min: float, sigma_max: float, n: int = 5):
+    return torch.linspace(sigma_max, sigma_min, n, dtype=torch.float64)
+
+
+def weight(power: float = 0.0):
+    return lambda s: s**power
+
+
+def falling(steps: int):
+    return lambda step: 1 - step / steps
+'''
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module with a part of every kind."""
+    (tmp_path / "own_parts.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "own_parts"
+    sys.modules.pop("own_parts", None)
+
+
+def test_every_part_is_in_a_table():
+    """Samplers, processes, objectives and levels that can be chosen, and the few that a config can't make."""
+    known = {v for v in vars(samplers).values() if isinstance(v, type) and issubclass(v, samplers.Sampler)}
+    apart = {samplers.Sampler, samplers.Wrapper, samplers.MetropolisLangevin, samplers.Calibrated}
+    assert set(samplers.SAMPLERS.values()) == known - apart
+    correctors = {v for v in vars(samplers).values() if isinstance(v, type) and issubclass(v, samplers.Corrector)}
+    assert set(samplers.CORRECTORS.values()) == correctors - {samplers.Corrector}
+    made = {v for v in vars(processes).values() if isinstance(v, type) and issubclass(v, processes.Process)}
+    assert {type(make()) for make in processes.PROCESSES.values()} == made - {processes.Process}
+    objectives = {v for v in vars(losses).values() if isinstance(v, type) and issubclass(v, losses.Objective)}
+    assert set(losses.OBJECTIVES.values()) == objectives - {losses.Objective}
+    for kind in PARTS.values():
+        for name in kind.table:
+            assert kind.settings(kind.maker(name, "config.x")) is not None
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_every_sampler_is_reached_from_a_config(name):
+    config = small(sampling__sampler__name=name, sampling__grid__n=4)
+    if name == "predictor_corrector":
+        config.sampling.sampler.predictor = ConfigDict({"name": "reverse_diffusion"})
+        config.sampling.sampler.corrector = ConfigDict({"name": "langevin", "snr": 0.1})
+    model = build(config).model
+    levels, sampler = build_sampling(config, model)
+    assert type(sampler) is samplers.SAMPLERS[name]
+    assert float(levels[0]) == pytest.approx(model.sigma_range[1])
+    if name == "predictor_corrector":
+        assert sampler == samplers.PredictorCorrector(
+            samplers.ReverseDiffusion(model.process), samplers.LangevinCorrector(0.1)
+        )
+    with pytest.warns(RuntimeWarning) if name in ("reverse_diffusion", "predictor_corrector") else _nothing():
+        check_sampling(config, model)
+
+
+def _nothing():
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+@pytest.mark.parametrize("name", sigmas.GRIDS)
+def test_every_grid_is_reached_from_a_config(name):
+    c = small(sampling__grid__name=name, process__name="ddpm" if name == "steps" else "vp")
+    c.sampling.grid["steps" if name == "steps" else "n"] = 7
+    levels, _ = build_sampling(c, build(c).model)
+    assert len(levels) == (7 if name == "geometric" else 8)
+
+
+@pytest.mark.parametrize("name", sigmas.LEVELS)
+def test_every_distribution_of_levels_trains(name, tmp_path):
+    train(small(1, training__sigmas__name=name, training__batch_size=8), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
+@pytest.mark.parametrize("process", ["ve", "subvp"])
+def test_every_weighting_and_process_is_reached(weighting, process):
+    config = small(process__name=process, training__weighting__name=weighting, training__sigmas__name="log_uniform")
+    parts = build(config)
+    known = {"sigma2": 1.0, "snr": 1.0, "x0": 0.25, "min_snr": 1.0, "edm": 1 + 0.25 / parts.sigma_data**2}
+    low, high = parts.model.sigma_range
+    expected = known.get(weighting, torch.tensor(high / low).log())
+    assert float(parts.objective.weight(torch.tensor([0.5]))) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_settings_have_the_defaults_of_their_parts():
+    config = resolve(small())
+    assert config.process.to_dict() == {"name": "ve", "sigma_min": 0.01, "sigma_max": 10.0}
+    assert config.optim.lr == 2e-4
+    assert config.sampling.grid.to_dict() == {
+        "name": "karras",
+        "n": 18,
+        "sigma_min": None,
+        "sigma_max": None,
+        "rho": 7.0,
+    }
+    assert config.training.objective.to_dict() == {"name": "denoising", "reference": 0}
+    # a network that is told indices embeds them by their place
+    index = build(small(model__label="index", training__sigmas__name="sequence")).model.net
+    assert [build(small()).model.net.config["embedding"], index.config["embedding"]] == ["fourier", "positional"]
+    assert resolve(config) == config
+    # what is asked of the default is not changed by it
+    assert "lr" not in default_config().optim
+
+
+def test_parts_of_ones_own_are_named_by_their_import_path(own, tmp_path):
+    c = small(4, training__batch_size=16, training__sample_every=4, sampling__samples=4)
+    c.model.net = ConfigDict({"name": f"{own}:Net", "width": 12}).unlock()
+    c.process = ConfigDict({"name": f"{own}:Process", "sigma_max": 7.0})
+    c.training.sigmas = ConfigDict({"name": f"{own}:Levels", "mean": -1.0})
+    c.training.objective = ConfigDict({"name": f"{own}:Objective"})
+    c.training.weighting = ConfigDict({"name": f"{own}:weight", "power": 0.5})
+    c.optim.name = f"{own}:Descent"
+    c.optim.schedule = ConfigDict({"name": f"{own}:falling"})
+    c.sampling.grid = ConfigDict({"name": f"{own}:grid"})
+    c.sampling.sampler = ConfigDict({"name": f"{own}:Around", "inner": {"name": f"{own}:Steps", "share": 0.9}})
+    parts = build(c)
+    module = sys.modules[own]
+    assert type(parts.model.net) is module.Net
+    assert parts.model.net.layers[0].out_features == 12
+    assert parts.model.process == module.Process(0.01, 7.0)
+    assert parts.objective.sigmas == module.Levels(-1.0)
+    assert float(parts.objective.weight(torch.tensor(4.0))) == 2
+    levels, sampler = build_sampling(c, parts.model)
+    assert levels.tolist() == pytest.approx(torch.linspace(7.0, 0.01, 5, dtype=torch.float64).tolist())
+    assert sampler.within.share == 0.9
+    train(c, tmp_path / "run", progress=False)
+    # the run says it all: its model is made again from it, and goes on
+    model = ScoreModel.load(tmp_path / "run" / "checkpoints" / "step_00000004")
+    assert type(model.net) is module.Net
+    assert sample_run(tmp_path / "run", n=3).x.shape == (3, 1, 8, 8)
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert recorded["model"]["net"] == {"name": f"{own}:Net", "width": 12}
+    c.training.steps = 5
+    with pytest.raises(ValueError, match="training.steps: 4 there, 5 now; the own_parts:falling schedule ends at"):
+        train(c, tmp_path / "run", progress=False)
+
+
+def test_a_network_of_ones_own_trains_is_killed_and_goes_on(own, tmp_path):
+    """Through the command line, from a config file beside it: bit for bit the run that was not killed."""
+    (tmp_path / "config.py").write_text(
+        "from scorelab.training import default_config\n\n\n"
+        "def get_config():\n"
+        "    c = default_config()\n"
+        "    c.model.net.name = 'own_parts:Net'\n"
+        "    c.training.steps, c.training.batch_size, c.training.checkpoint_every = 60, 16, 5\n"
+        "    c.training.sample_every = c.training.validate_every = 0\n"
+        "    return c\n"
+    )
+    command = [sys.executable, "-m", "scorelab.cli", "train", "--config=config.py", "--config.model.net.width=20"]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+    def run(workdir: str, *more: str) -> subprocess.CompletedProcess[str]:
+        whole = [*command, f"--workdir={workdir}", *more]
+        return subprocess.run(whole, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    assert run("whole").returncode == 0
+    with subprocess.Popen(
+        [*command, "--workdir=killed"], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+    ) as child:
+        while checkpoint.last_step(tmp_path / "killed") < 10 and child.poll() is None:
+            pass
+        child.kill()
+    assert 10 <= checkpoint.last_step(tmp_path / "killed") < 60
+    done = run("killed")
+    assert done.returncode == 0, done.stderr
+    for name in ("model.safetensors", "ema.safetensors"):
+        files = [tmp_path / w / "checkpoints" / "step_00000060" / name for w in ("whole", "killed")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"model__net__name": "unnet"},
+            "config.model.net.name is 'unnet'; did you mean 'unet'., or package.module:Class",
+        ),
+        ({"model__net__name": "nowhere:Net"}, "No module named 'nowhere'; expected an importable"),
+        ({"model__net__name": "own_parts:Nett"}, "has no attribute 'Nett'; expected an importable"),
+        ({"model__net__name": "own_parts:Steps"}, "expected a subclass of torch.nn.modules.module.Module"),
+        ({"model__net__name": "os:system"}, "expected a subclass of torch.nn.modules.module.Module"),
+        ({"sampling__sampler__name": "own_parts:Net"}, "expected a subclass of scorelab.samplers.base.Sampler"),
+        (
+            {"sampling__sampler__name": "predictor_corrector"},
+            "config.sampling.sampler.predictor.name is not set; expected one of adams_bashforth,",
+        ),
+        ({"process__sigma_min": "low"}, "config.process.sigma_min is 'low'; expected a finite number"),
+        ({"model__net__head": 1.5}, "config.model.net.head is 1.5; expected a whole number"),
+        ({"model__net__attention": (0.5,)}, r"config.model.net.attention is \(0.5,\); expected a tuple"),
+        ({"training__sigmas__name": "tapered", "training__sigmas__share": True}, "share is True; expected a finite"),
+    ],
+)
+def test_parts_that_are_none_are_refused(own, changes, said):
+    changes = {"model__net__name": "unet", **changes}
+    with pytest.raises(ValueError, match=said):
+        resolve(small(**changes))
+
+
+def test_what_a_part_needs_and_a_config_cannot_give_is_named():
+    def needs(network: torch.nn.Module, width: int = 3) -> int:
+        return width
+
+    kind = Kind("thing", {"needs": needs})
+    assert list(kind.settings(needs)) == ["width"]
+    with pytest.raises(ValueError, match="config.x: 'needs' needs network, which a config can't give"):
+        kind.make({"name": "needs", "width": 4}, "config.x", {})
+    assert kind.make({"name": "needs", "width": 4}, "config.x", {"network": torch.nn.Identity()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (1, float, True),
+        (True, float, False),
+        (True, int, False),
+        (1.0, int, False),
+        (float("nan"), float, False),
+        (None, float | None, True),
+        ("10", int | str | None, True),
+        ([1, 2], tuple[int, ...], True),
+        ((1, 2.5), tuple[int, ...], False),
+        ((1, "a"), tuple[int, str], True),
+        ((1,), tuple[int, str], False),
+    ],
+)
+def test_plain_types(value, hint, expected):
+    assert fits(value, hint) is expected
+
+
+def test_the_command_line_takes_a_part_with_its_settings(tmp_path, capsys):
+    command = ["train", f"--config={ROOT}/configs/digits/ncsn.py", "--dry_run"]
+    more = ["--config.process.sigma_max=30", "--config.sampling.grid.sigma_max=None", "--config.sampling.grid.rho=5"]
+    more += ["--config.sampling.sampler.name=predictor_corrector", "--config.sampling.sampler.predictor.name=euler"]
+    more += ["--config.sampling.sampler.corrector.name=langevin", "--config.sampling.sampler.corrector.snr=0.2"]
+    more += ["--config.sampling.grid.name=karras", "--config.sampling.sampler.corrector_first=True"]
+    assert main([*command, *more]) == 0
+    found = capsys.readouterr().out
+    for line in ("sigma_max: 30.0", "rho: 5.0", "snr: 0.2", "corrector_first: true", "name: predictor_corrector"):
+        assert line in found
+    # naming a part takes its own defaults, and naming the same one changes nothing
+    assert main([*command, "--config.sampling.sampler.name=annealed_langevin"]) == 0
+    assert "step_size: 0.0007" in capsys.readouterr().out
+    assert main([*command, "--config.optim.name=adamw"]) == 0
+    found = capsys.readouterr().out
+    assert "lr: 0.0002" in found
+    assert "name: cosine" in found
+    for argument, said in [
+        (
+            "--config.sampling.sampler.eta=1",
+            "unknown config key 'sampling.sampler.eta'; known: denoise, name, step_size, steps",
+        ),
+        ("--config.process.name=vpp", "config.process.name is 'vpp'; did you mean 'vp'"),
+        ("--config.sampling.grid.sigma_max=high", "config.sampling.grid.sigma_max is 'high'; expected a finite number"),
+        ("--config.model.net.name=mlp", "images need UNet"),
+    ]:
+        assert main([*command, argument]) == 2, argument
+        assert said in capsys.readouterr().err, argument
+
+
+OLD = {
+    "seed": 3,
+    "data": {"source": "digits"},
+    "model": {
+        "net": "unet",
+        "prediction": "edm",
+        "label": "log_sigma",
+        "input_scale": "unit_variance",
+        "width": 8,
+        "multipliers": [1, 2],
+        "blocks": 1,
+        "attention": [],
+        "head": 64,
+        "dropout": 0.1,
+        "depth": 3,
+        "features": 32,
+    },
+    "process": {
+        **{"name": "ve", "sigma_min": 0.05, "sigma_max": 12.0, "beta_min": 0.1, "beta_max": 20.0, "steps": 1000},
+    },
+    "optim": {"name": "adam", "lr": 2e-3, "schedule": "inverse_sqrt", "decay_from": 50, "ema": [0.99], "warmup": 5},
+    "training": {"steps": 2, "batch_size": 16, "sigmas": "sequence", "weighting": "edm", "stable_target": 32},
+    "sampling": {
+        "sampler": "annealed_langevin",
+        "levels": 20,
+        "grid": "geometric",
+        "sigma_min": 0.0,
+        "sigma_max": 10.0,
+        "steps": 10,
+        "step_size": 0.0,
+        "eta": 0.0,
+        "variance": "posterior",
+        "clip": False,
+        "samples": 8,
+    },
+}
+
+
+def test_configs_of_before_are_read():
+    found = upgraded(OLD)
+    config = default_config().unlock()
+    with config.ignore_type():
+        config.update(found)
+    config = resolve(config)
+    assert config.model.net.to_dict() == {
+        **{"name": "unet", "width": 8, "multipliers": [1, 2], "blocks": 1, "attention": [], "head": 64, "dropout": 0.1},
+        "embedding": None,
+    }
+    assert config.process.to_dict() == {"name": "ve", "sigma_min": 0.05, "sigma_max": 12.0}
+    assert config.optim.schedule.to_dict() == {"name": "inverse_sqrt", "decay_from": 50}
+    assert config.training.sigmas.to_dict() == {"name": "sequence", "sigma_min": None, "sigma_max": None, "levels": 20}
+    assert config.training.objective.reference == 32
+    assert config.sampling.grid.to_dict() == {"name": "geometric", "n": 20, "sigma_min": None, "sigma_max": 10.0}
+    sampler = config.sampling.sampler
+    assert (sampler.name, sampler.steps, sampler.step_size) == ("annealed_langevin", 10, None)
+    assert upgraded(found) == found
+    ddpm = {**OLD, "process": {**OLD["process"], "name": "ddpm"}, "model": {**OLD["model"], "label": "index"}}
+    ddpm |= {"sampling": {**OLD["sampling"], "grid": "steps", "sampler": "ancestral"}}
+    ddpm |= {"training": {**OLD["training"], "sigmas": "process"}}
+    found = upgraded(ddpm)
+    assert found["process"] == {"name": "ddpm", "steps": 1000}
+    assert found["sampling"]["grid"] == {"name": "steps", "steps": 20}
+    assert found["sampling"]["sampler"] == {"name": "ancestral", "variance": "posterior"}
+    points = {**OLD, "model": {**OLD["model"], "net": "mlp", "input_scale": "process"}}
+    assert upgraded(points)["model"]["net"] == {"name": "mlp", "width": 8, "depth": 3, "features": 32}
+    assert upgraded(points)["model"]["label"] == ""
+
+
+def test_runs_and_models_of_before_go_on_and_are_sampled(tmp_path):
+    """A run whose config and model.json are rewritten as an earlier version wrote them."""
+    config = default_config().unlock()
+    with config.ignore_type():
+        config.update(upgraded(OLD))
+    config.training.sample_every = config.training.validate_every = 0
+    config.training.precision, config.training.channels_last = "fp32", "no"
+    train(config, tmp_path, progress=False)
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    old = {group: {**recorded[group], **OLD[group]} if isinstance(OLD[group], dict) else OLD[group] for group in OLD}
+    old["data"] = recorded["data"]
+    for group, key in (("training", "objective"), ("training", "label_dropout"), ("model", "conditional")):
+        old[group].pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    place = tmp_path / "checkpoints" / "step_00000002"
+    model = json.loads((place / "model.json").read_text())
+    model["net"]["name"] = "UNet"
+    (place / "model.json").write_text(json.dumps(model))
+    manifest = json.loads((place / "manifest.json").read_text())
+    import hashlib
+
+    text = (place / "model.json").read_bytes()
+    manifest["files"]["model.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    assert load_run(tmp_path)[0].process.sigma_max == 12.0
+    assert sample_run(tmp_path, n=2).x.shape == (2, 1, 8, 8)
+    with config.unlocked():
+        config.training.steps = 3
+    train(config, tmp_path, progress=False)
+    assert checkpoint.last_step(tmp_path) == 3
+    config.process.sigma_max = 13.0
+    with pytest.raises(ValueError, match="process.sigma_max: 12.0 there, 13.0 now"):
+        train(config, tmp_path, progress=False)
+
+
+def test_optimisers_and_schedules_are_made_from_their_settings():
+    assert set(OPTIMISERS) == {"adam", "adamw"}
+    assert set(SCHEDULES) == {"constant", "cosine", "inverse_sqrt"}
+    config = resolve(small(optim__beta1=0.5, optim__lr=0.25))
+    weight = torch.nn.Parameter(torch.zeros(2))
+    made = part(config, "optim", parameters=[weight])
+    assert made.defaults["betas"] == (0.5, 0.999)
+    assert made.defaults["lr"] == 0.25

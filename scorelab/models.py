@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from scorelab import processes
 from scorelab.checks import broadcast, check_batch, check_sigmas, widened
 from scorelab.nn import NETWORKS
 from scorelab.parts import Kind
@@ -366,7 +366,7 @@ class ScoreModel(nn.Module):
             name = str(settings["net"]["name"])
             with torch.random.fork_rng(devices=[]):
                 # names were those of classes once
-                net = _NETWORK.maker(name if ":" in name else name.lower(), "net")(**arguments)
+                net = _made(_NETWORK, name if ":" in name else name.lower(), arguments)
         return cls(
             net,
             process_from_dict(settings["process"]),
@@ -454,36 +454,56 @@ def unwrapped(net: nn.Module) -> nn.Module:
 
 
 _NETWORK = Kind("network", NETWORKS, nn.Module)
+_PROCESSES = {made.__name__: made for made in (VE, VP, SubVP, Cosine, Flow, DiscreteVP)}
+_OWN_PROCESS = Kind("process", _PROCESSES, Process)
+
+
+def _path_of(made: object) -> str | None:
+    """The import path of an object's class, None if it has none that another process would find."""
+    own = type(made)
+    there = getattr(sys.modules.get(own.__module__), own.__qualname__, None) is own
+    return f"{own.__module__}:{own.__qualname__}" if there and own.__module__ != "__main__" else None
+
+
+def _made(kind: Kind, name: str, arguments: dict[str, Any]) -> Any:
+    """A part, which remembers by what it was made."""
+    made = kind.maker(name, kind.name)(**arguments)
+    if isinstance(made, nn.Module) and not hasattr(made, "config"):
+        made.config = arguments  # type: ignore[assignment]
+    return made
 
 
 def _net_to_dict(net: nn.Module) -> dict[str, Any] | None:
     """By what a network is made again: its name and its ``config``, the arguments of its class; None if it has none."""
-    settings, own = getattr(net, "config", None), type(net)
-    known = next((name for name, made in NETWORKS.items() if made is own), None)
-    if known is None and (own.__module__ == "__main__" or "." in own.__qualname__):
-        return None
-    if not isinstance(settings, dict):
-        return None
-    return {"name": known or f"{own.__module__}:{own.__qualname__}", **settings}
+    name = next((name for name, made in NETWORKS.items() if made is type(net)), None) or _path_of(net)
+    settings = getattr(net, "config", None)
+    return {"name": name, **settings} if name is not None and isinstance(settings, dict) else None
 
 
 def process_to_dict(process: Process) -> dict[str, Any]:
-    """A process as JSON can hold it."""
-    name = type(process).__name__
-    if type(process) is DiscreteVP:
-        return {"name": name, "betas": process.betas.tolist()}
-    if type(process) in (VE, VP, SubVP, Cosine, Flow):
-        return {"name": name, **dataclasses.asdict(process)}  # type: ignore[call-overload]
-    raise ValueError(f"{name} is not one of scorelab's processes and cannot be saved")
+    """A process as JSON can hold it: its name and arguments, of one's own those of its ``config``."""
+    name = type(process).__name__ if type(process) in _PROCESSES.values() else _path_of(process)
+    if isinstance(process, DiscreteVP):
+        settings: Any = {"betas": process.betas.tolist()}
+    else:
+        settings = (
+            dataclasses.asdict(process) if dataclasses.is_dataclass(process) else getattr(process, "config", None)
+        )
+    if name is None or not isinstance(settings, dict):
+        raise ValueError(
+            f"{type(process).__name__} is not one of scorelab's processes and can't be saved; expected a class that "
+            "can be imported, with its arguments in an attribute config"
+        )
+    return {"name": name, **settings}
 
 
 def process_from_dict(settings: dict[str, Any]) -> Process:
     """The process of ``process_to_dict``."""
-    arguments = {k: v for k, v in settings.items() if k != "name"}
-    made = getattr(processes, str(settings["name"]), None)
-    if made not in (VE, VP, SubVP, Cosine, Flow, DiscreteVP):
-        raise ValueError(f"unknown process {settings['name']!r}")
-    return made(**arguments)  # type: ignore[no-any-return]
+    name = str(settings["name"])
+    if name not in _PROCESSES and ":" not in name:
+        raise ValueError(f"unknown process {name!r}")
+    made: Process = _made(_OWN_PROCESS, name, {k: v for k, v in settings.items() if k != "name"})
+    return made
 
 
 def _prediction_name(prediction: Prediction) -> str:

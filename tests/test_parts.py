@@ -25,10 +25,11 @@ from scorelab.training.sampling import check_sampling
 ROOT = Path(__file__).parent.parent
 
 OWN = '''
+import math
 import torch
 from torch import nn
 from scorelab.losses import Denoising
-from scorelab.processes import VE
+from scorelab.processes import VE, Process as Process_
 from scorelab.samplers import Sampler, Wrapper
 from scorelab.samplers.base import evaluate
 from scorelab.sigmas import LogNormal
@@ -49,6 +50,33 @@ class Net(nn.Module):
 
 class Process(VE):
     """A process of one's own."""
+
+
+class Learned(nn.Module, Process_):
+    """A process with a largest level that is learnt."""
+
+    t_min, t_max = 0.0, 1.0
+
+    def __init__(self, sigma_min: float = 0.05, sigma_max: float = 8.0):
+        super().__init__()
+        self.low, self.high = math.log(sigma_min), nn.Parameter(torch.tensor(math.log(sigma_max)))
+
+    def alpha(self, t):
+        return torch.ones_like(t)
+
+    def std(self, t):
+        return torch.exp(self.low + t * (self.high - self.low))
+
+    sigma = std
+
+    def time(self, sigma):
+        return (sigma.log() - self.low) / (self.high - self.low)
+
+    def drift(self, t):
+        return torch.zeros_like(t)
+
+    def diffusion(self, t):
+        return self.std(t) * (2 * (self.high - self.low)).sqrt()
 
 
 class Levels(LogNormal):
@@ -204,7 +232,7 @@ def test_parts_of_ones_own_are_named_by_their_import_path(own, tmp_path):
     c.training.weighting = ConfigDict({"name": f"{own}:weight", "power": 0.5})
     c.optim.name = f"{own}:Descent"
     c.optim.schedule = ConfigDict({"name": f"{own}:falling"})
-    c.sampling.grid = ConfigDict({"name": f"{own}:grid"})
+    c.sampling.grid = ConfigDict({"name": f"{own}:grid", "n": 5})
     c.sampling.sampler = ConfigDict({"name": f"{own}:Around", "inner": {"name": f"{own}:Steps", "share": 0.9}})
     parts = build(c)
     module = sys.modules[own]
@@ -226,6 +254,31 @@ def test_parts_of_ones_own_are_named_by_their_import_path(own, tmp_path):
     c.training.steps = 5
     with pytest.raises(ValueError, match="training.steps: 4 there, 5 now; the own_parts:falling schedule ends at"):
         train(c, tmp_path / "run", progress=False)
+
+
+def test_a_process_is_learned_saved_averaged_and_goes_on(own, tmp_path):
+    """Its weights are the model's: in checkpoints, averages, saved models and resumed runs, bit for bit."""
+    c = small(4, training__checkpoint_every=2, training__batch_size=32, optim__lr=0.05, optim__warmup=0)
+    c.process = ConfigDict({"name": f"{own}:Learned", "sigma_max": 6.0})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    averaged = train(c, whole, progress=False)
+    c.training.steps = 2
+    train(c, parts, progress=False)
+    c.training.steps = 4
+    train(c, parts, progress=False)
+    place = whole / "checkpoints" / "step_00000004"
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert (place / name).read_bytes() == (parts / "checkpoints" / place.name / name).read_bytes()
+    raw, ema = (ScoreModel.load(place, weights=f"{w}.safetensors") for w in ("model", "ema"))
+    high = torch.tensor(6.0).log()
+    assert abs(float(raw.process.high.detach() - high)) > 0.01
+    assert torch.equal(ema.process.high, averaged.process.high)
+    assert abs(float(ema.process.high.detach() - raw.process.high.detach())) > 1e-4
+    assert raw.sigma_range[1] == pytest.approx(float(raw.process.high.detach().exp()))
+    raw.save(tmp_path / "saved")
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor(1.0)
+    assert torch.equal(ScoreModel.load(tmp_path / "saved")(x, sigma), raw(x, sigma))
+    assert sample_run(whole, n=2).x.isfinite().all()
 
 
 def test_a_network_of_ones_own_trains_is_killed_and_goes_on(own, tmp_path):

@@ -414,7 +414,7 @@ class Mine(VP):
 
 def test_processes_of_ones_own_are_refused_before_anything_is_written(tmp_path):
     for process in (Mine(), type("MyDDPM", (DiscreteVP,), {})(linear_betas(100))):
-        with pytest.raises(ValueError, match="is not one of scorelab's processes and cannot be saved"):
+        with pytest.raises(ValueError, match="is not one of scorelab's processes and can't be saved"):
             model(process=process).save(tmp_path / "m")
     assert not (tmp_path / "m").exists()
 

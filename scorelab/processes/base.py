@@ -80,5 +80,6 @@ class Process(ABC):
     @property
     def sigma_range(self) -> tuple[float, float]:
         """sigma at t_min and at t_max."""
-        ends = self.sigma(torch.tensor([self.t_min, self.t_max], dtype=torch.float64))
+        with torch.no_grad():
+            ends = self.sigma(torch.tensor([self.t_min, self.t_max], dtype=torch.float64))
         return float(ends[0]), float(ends[1])

@@ -358,17 +358,20 @@ def _network(config: ConfigDict, data: Source) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         net: nn.Module = part(config, "model.net", **known)
-    if not hasattr(net, "config"):
-        # by which it is made again from a saved model
-        takes = inspect.signature(type(net)).parameters
-        settings = {k: v for k, v in _plain(config.model.net).items() if k != "name"}
-        net.config = {**settings, **{k: v for k, v in known.items() if k in takes}}  # type: ignore[assignment]
+    _remember(net, config.model.net, known)
     if config.model.conditional and getattr(net, "num_classes", None) is None:
         raise ValueError(
             f"model.conditional is True, but the network {config.model.net.name!r} has no num_classes; expected one "
             "that takes conditions"
         )
     return net
+
+
+def _remember(made: Any, settings: ConfigDict, known: dict[str, Any]) -> None:
+    """Give a part of one's own the arguments by which it is made again from a saved model, if it does not have them."""
+    if not hasattr(made, "config"):
+        takes = inspect.signature(type(made)).parameters
+        made.config = {k: v for k, v in {**_plain(settings), **known}.items() if k in takes}
 
 
 def _choice(config: ConfigDict, key: str, net: nn.Module, names: tuple[str, ...]) -> str:
@@ -397,6 +400,8 @@ def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
     data = load_data(config)
     _check_used(config)
     reference, process = data.reference(), part(config, "process")
+    if isinstance(process, nn.Module):
+        _remember(process, config.process, {})
     _warn_of_scale(reference, process)
     sigma_data = sigma_data_of(reference) if sigma_data is None else sigma_data
     net = _network(config, data)

@@ -92,6 +92,9 @@ def _defaults(config: ConfigDict) -> ConfigDict:
         for key in path.split("."):
             mine, theirs = mine[key], theirs[key]
         mine.name = theirs.name
+        for key, inner in theirs.items():
+            if isinstance(inner, ConfigDict) and key not in mine:
+                mine[key] = inner
     return resolve(found)
 
 

@@ -412,11 +412,14 @@ class Mine(VP):
     """A process of the user's own."""
 
 
-def test_processes_of_ones_own_are_refused_before_anything_is_written(tmp_path):
-    for process in (Mine(), type("MyDDPM", (DiscreteVP,), {})(linear_betas(100))):
-        with pytest.raises(ValueError, match="is not one of scorelab's processes and can't be saved"):
-            model(process=process).save(tmp_path / "m")
+def test_processes_that_nobody_would_find_are_refused_before_anything_is_written(tmp_path):
+    process = type("MyDDPM", (DiscreteVP,), {})(linear_betas(100))
+    with pytest.raises(ValueError, match="MyDDPM is not one of scorelab's processes and can't be saved"):
+        model(process=process).save(tmp_path / "m")
     assert not (tmp_path / "m").exists()
+    # one that can be imported is found again
+    model(process=Mine(0.02, 30.0)).save(tmp_path / "m")
+    assert ScoreModel.load(tmp_path / "m").process == Mine(0.02, 30.0)
 
 
 @pytest.mark.parametrize(

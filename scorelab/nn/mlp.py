@@ -50,7 +50,9 @@ class MLP(Conditional):
     ) -> None:
         super().__init__()
         if len(data_shape) != 1 or data_shape[0] < 1:
-            raise ValueError(f"data_shape is {tuple(data_shape)}; expected (D,): images need UNet (model.net='unet')")
+            raise ValueError(
+                f"data_shape is {tuple(data_shape)}; expected (D,): images need UNet (model.net.name='unet')"
+            )
         if width < 1 or depth < 1 or features < 0 or embedding < 2 or not 0 < low <= high:
             raise ValueError(
                 f"width = {width}, depth = {depth}, features = {features}, embedding = {embedding}, low = {low:g}, "

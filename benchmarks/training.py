@@ -29,8 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.solvers import RESULTS
 from scorelab.nn import UNet
+from scorelab.precision import multiplies_in_bf16
 from scorelab.training import Trainer, build, default_config
-from scorelab.training.precision import autocast, multiplies_in_bf16
 
 BATCH, SIZE, STEPS = 64, 32, 2
 
@@ -114,7 +114,7 @@ def peak(precision: str) -> float:
         x = torch.randn(BATCH, 64, SIZE // 2, SIZE // 2).to(memory_format=layout).requires_grad_()
 
         def run(conv: nn.Module = conv, x: torch.Tensor = x) -> None:
-            with autocast(torch.device("cpu"), precision):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 y = conv(x)
             y.backward(torch.ones_like(y))
 

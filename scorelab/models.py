@@ -29,6 +29,7 @@ from scorelab.nn import NETWORKS
 from scorelab.parts import Kind
 from scorelab.predictions import EPS, PREDICTIONS, X0, Prediction, V, coefficients, edm
 from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP
+from scorelab.tables import Table
 from scorelab.typing import ScoreFn, Shape, Tensor
 from scorelab.writing import whole
 
@@ -87,7 +88,8 @@ class ScoreModel(nn.Module):
     A network that takes whole indices only says so by an attribute ``integer_labels = True``; it then gets int64, and
     a level that is none of the grid's to 1e-4 is a ValueError. One that takes conditions has ``num_classes`` or
     ``null_condition`` (see scorelab.nn.classes); where no condition is given it gets the null condition, and without
-    one that is a ValueError.
+    one that is a ValueError. ``precision``, "fp32" or "bf16", is what the network computes in (see
+    scorelab.precision.prepare).
     """
 
     levels: Tensor | None
@@ -132,6 +134,8 @@ class ScoreModel(nn.Module):
         # ascending, as a plain attribute: it stays float64 on the CPU when the model moves or changes precision
         grid = None if levels is None else [s for s in check_sigmas(levels) if s > 0][::-1]
         self.levels = None if grid is None else torch.tensor(grid, dtype=torch.float64)
+        self._logs = None if self.levels is None else Table(self.levels.log())
+        self.precision = "fp32"
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -199,8 +203,13 @@ class ScoreModel(nn.Module):
             scale = self.input_scale(sigma)
         label = self._label(sigma).expand(len(x))
         scaled = (scale.reshape(level.shape) * x).to(x.dtype)
+        given = (scaled, label) if condition is None else (scaled, label, condition)
         try:
-            output: Tensor = self.net(scaled, label) if condition is None else self.net(scaled, label, condition)
+            if self.precision == "bf16":
+                with torch.autocast(x.device.type, torch.bfloat16):
+                    output: Tensor = self.net(*given)
+            else:
+                output = self.net(*given)
         except RuntimeError as error:
             own = next((p.dtype for p in self.parameters()), x.dtype)
             if x.dtype == own or torch.is_autocast_enabled(x.device.type):
@@ -239,8 +248,8 @@ class ScoreModel(nn.Module):
         return self.label_scale * index if index.is_floating_point() else index
 
     def _index(self, sigma: Tensor) -> Tensor:
-        assert self.levels is not None
-        table = self.levels.log().to(device=sigma.device, dtype=sigma.dtype)
+        assert self._logs is not None
+        table = self._logs.like(sigma)
         log = sigma.log().contiguous()
         last = len(table) - 1
         if last == 0:

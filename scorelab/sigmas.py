@@ -18,6 +18,7 @@ from scipy import optimize, special
 
 from scorelab.checks import check_batch, check_finite, check_sigmas
 from scorelab.processes import DiscreteVP, Process
+from scorelab.tables import Table
 from scorelab.typing import Tensor
 
 __all__ = [
@@ -248,11 +249,12 @@ class FromSigmas(SigmaDistribution):
     def __init__(self, sigmas: Tensor | list[float]) -> None:
         grid = check_sigmas(sigmas)
         self.sigmas = torch.tensor([s for s in grid if s > 0], dtype=torch.float64)
+        self._table = Table(self.sigmas)
 
     def __call__(self, u: Tensor) -> Tensor:
         n = len(self.sigmas)
         index = (u * n).long().clamp(0, n - 1)
-        return self.sigmas.to(device=u.device, dtype=u.dtype)[index]
+        return self._table.like(u)[index]
 
     def rate(self, sigma: Tensor) -> Tensor:
         raise ValueError("a fixed sequence has no density; for the likelihood weighting use LogUniform or FromProcess")

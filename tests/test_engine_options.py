@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_training import small
 from torch.nn import functional
 
+from scorelab import precision
+from scorelab.cli.main import main
 from scorelab.models import ScoreModel, UnitVariance
 from scorelab.nn import UNet
 from scorelab.processes import VE
-from scorelab.training import Trainer, build, precision
+from scorelab.training import Trainer, build, train
 from scorelab.training.config import part, resolve
 from scorelab.training.optim import SCHEDULES, learning_rate
 
@@ -77,8 +80,7 @@ def test_every_gradient_of_bf16_is_that_of_fp32_or_bf16_is_refused(shape, multip
     found = {}
     for kind in ("fp32", "bf16"):
         net.zero_grad()
-        with precision.autocast(torch.device("cpu"), kind):
-            y = model(x, sigma)
+        y = precision.prepare(model, kind, channels_last="no")(x, sigma)
         (y * sigma.reshape(-1, *(1,) * len(shape))).square().sum().backward()
         found[kind] = {name: p.grad for name, p in net.named_parameters()}
     for name, right in found["fp32"].items():
@@ -220,3 +222,90 @@ def test_none_is_none_where_that_means_something():
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_compiled_network_trains_alike():
     assert difference(trained(), trained(training__compile=True)) < 1e-4
+
+
+def image_model(**options) -> ScoreModel:
+    torch.manual_seed(0)
+    net = UNet((1, 8, 8), width=8, multipliers=(1,), blocks=1, **options)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return ScoreModel(net, VE(), data_shape=(1, 8, 8), input_scale=UnitVariance(0.5), label="log_sigma").eval()
+
+
+def test_only_the_network_runs_in_what_was_chosen(bf16_anywhere):
+    """What goes in, what comes out and the coefficients are single; large levels lose no digits to bf16."""
+    model, seen = image_model(), []
+    model.net.register_forward_hook(lambda net, given, out: seen.append((*(t.dtype for t in given), out.dtype)))
+    x = 50 * torch.randn(3, 1, 8, 8)
+    plain = model(x, torch.tensor(40.0))
+    assert precision.prepare(model, "bf16") is model
+    assert model.precision == "bf16"
+    del seen[1:]  # it is run once to be looked at
+    half = model(x, torch.tensor(40.0))
+    assert seen == [(torch.float32, torch.float32, torch.float32), (torch.float32, torch.float32, torch.bfloat16)]
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, plain)
+    # x/sigma^2 dominates there: an error of bf16 in it would be 0.4 %
+    torch.testing.assert_close(half, plain, rtol=5e-2, atol=2e-3)
+    assert precision.prepare(model, "fp32").precision == "fp32"
+    torch.testing.assert_close(model(x, torch.tensor(40.0)), plain)
+
+
+def test_conditional_networks_without_a_null_condition_are_settled_too(bf16_anywhere):
+    assert precision.settled_precision("auto", image_model(num_classes=3)) == "bf16"
+    assert precision.settled_precision("auto", image_model(num_classes=3, null_class=True)) == "bf16"
+
+
+def test_layouts_are_chosen_in_one_place(monkeypatch):
+    """On a GPU channels last where the network is compiled; on a CPU in fp32 with AVX-512."""
+    made: list[object] = []
+    monkeypatch.setattr(ScoreModel, "to", lambda self, **k: made.append(k.get("memory_format")) or self)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode=None: made.append(f"compiled {mode}"))
+    monkeypatch.setattr(precision, "check_compiler", lambda device: None)
+    for device, capability, compiled, expected in [
+        ("cuda", "", False, []),
+        ("cuda", "", True, [torch.channels_last, "compiled reduce-overhead"]),
+        ("cpu", "AVX512", False, [torch.channels_last]),
+        ("cpu", "AVX2", False, []),
+        ("cpu", "AVX2", True, ["compiled None"]),
+    ]:
+        made.clear()
+        model = image_model().requires_grad_(False)
+        monkeypatch.setattr(ScoreModel, "device", torch.device(device))
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        precision.prepare(model, "fp32", compile=compiled)
+        assert made == expected
+    made.clear()
+    monkeypatch.setattr(ScoreModel, "device", torch.device("cuda"))
+    precision.prepare(image_model(), "fp32", compile=True, channels_last="no")
+    assert made == ["compiled None"]
+    with pytest.raises(ValueError, match="channels_last is 'maybe'"):
+        precision.prepare(image_model(), "fp32", channels_last="maybe")
+
+
+def test_evaluations_take_one_copy_that_is_filled_again(bf16_anywhere):
+    c = small(3, training__precision="bf16", training__batch_size=16, optim__ema=(0.5,))
+    trainer = Trainer(build(c), c)
+    trainer.advance()
+    first = trainer.evaluated()
+    assert (first.precision, first.training) == ("bf16", False)
+    before = {k: v.clone() for k, v in first.weights().items()}
+    trainer.advance()
+    assert trainer.evaluated() is first
+    assert any(not torch.equal(v, before[k]) for k, v in first.weights().items())
+    for k, v in trainer.averaged().weights().items():
+        assert torch.equal(v, first.weights()[k])
+    assert trainer.averaged().precision == "fp32"
+
+
+def test_samples_in_another_precision(tmp_path, monkeypatch, capsys, bf16_anywhere):
+    train(small(2, sampling__grid__n=4, training__batch_size=16), tmp_path, progress=False)
+    for kind in ("fp32", "bf16", "auto"):
+        out = tmp_path / f"{kind}.npz"
+        assert main(["sample", f"--workdir={tmp_path}", "--n=3", f"--precision={kind}", f"--out={out}"]) == 0
+    single, half, auto = (np.load(tmp_path / f"{k}.npz")["samples"] for k in ("fp32", "bf16", "auto"))
+    np.testing.assert_array_equal(half, auto)
+    assert 0 < np.abs(single - half).max() < 0.5
+    monkeypatch.setattr(precision, "multiplies_in_bf16", lambda device: False)
+    assert main(["sample", f"--workdir={tmp_path}", "--n=3", "--precision=bf16"]) == 2
+    assert "precision is 'bf16', but this cpu has no bf16 instructions; use 'fp32'" in capsys.readouterr().err

@@ -22,11 +22,11 @@ from scorelab.cli import sampling as cli_sampling
 from scorelab.cli.main import main
 from scorelab.models import Constant, LogSigma
 from scorelab.nn import MLP, UNet
+from scorelab.precision import check_compiler
 from scorelab.predictions import edm
 from scorelab.processes import VE, DiscreteVP, linear_betas
 from scorelab.samplers import ProbabilityFlow
 from scorelab.training import NonFiniteError, Trainer, build, checkpoint, default_config, train, watch
-from scorelab.training.precision import check_compiler
 from scorelab.writing import whole
 
 ROOT = Path(__file__).parent.parent

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
+from scorelab.precision import check_compiler
 from scorelab.training import Trainer, build
-from scorelab.training.precision import check_compiler
 from scorelab.training.sampling import check_sampling
 
 __all__ = ["activation_bytes", "dry_run"]

@@ -31,6 +31,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab sample --workdir runs/x [--n 64] [--seed 0] [--out FILE.png|FILE.npz|DIRECTORY] [--sampler FILE.json]
                        [--step STEP] [--weights ema|model|ema_0.9999|ema_power_0.1]
                        [--condition each|none|CLASS] [--guidance 2] [--guidance_interval 0.2,5]
+                       [--precision fp32|bf16|auto] [--compile]
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
                        [--condition ...] [--guidance ...] [--guidance_interval ...]
        scorelab report --workdir runs/x
@@ -251,8 +252,9 @@ def _values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def _sample(arguments: list[str]) -> None:
-    values = _run_flags({"n": None}, {"out": None, "sampler": None, "weights": "ema", **_GUIDED})
+    values = _run_flags({"n": None}, {"out": None, "sampler": None, "weights": "ema", "precision": "fp32", **_GUIDED})
     flags.DEFINE_float("guidance", None, "scale of classifier-free guidance", flag_values=values)
+    flags.DEFINE_bool("compile", False, "compile the network: faster samples after a slow start", flag_values=values)
     # torchrun takes --n for one of its own options
     flags.DEFINE_alias("samples", "n", flag_values=values)
     _parse(arguments, values)
@@ -269,7 +271,8 @@ def _sample(arguments: list[str]) -> None:
         check_out(out)
     weights = str(values["weights"].value)
     guided = _guided(values)
-    run = sample_run(workdir, n=n, seed=seed, step=step, weights=weights, sampler=sampler, **guided)
+    numbers: dict[str, Any] = {"precision": str(values["precision"].value), "compile": bool(values["compile"].value)}
+    run = sample_run(workdir, n=n, seed=seed, step=step, weights=weights, sampler=sampler, **numbers, **guided)
     parts = [f"drawn_{run.step:08d}", weights if weights != "ema" else "", sampler.stem if sampler else ""]
     parts += [guided["condition"], "" if guided["guidance"] is None else f"guided_{guided['guidance']:g}"]
     out = out or workdir / "samples" / f"{'_'.join(filter(None, parts))}.png"

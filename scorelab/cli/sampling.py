@@ -18,6 +18,7 @@ from scorelab.data import Values
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.plotting.pictures import are_images, picture_bytes, tiled
+from scorelab.precision import prepare
 from scorelab.training import Snapshot, checkpoint, default_config, in_turn, reconstruct, sample_model
 from scorelab.training.run import recorded_config, recorded_data, recorded_values
 from scorelab.typing import Tensor
@@ -158,14 +159,17 @@ def sample_run(
     condition: str = "",
     guidance: float | None = None,
     guidance_interval: str | None = None,
+    precision: str = "fp32",
+    compile: bool = False,
 ) -> RunSamples:
     """Samples of a run's checkpoint and ``weights`` (see ``load_run``); sample i depends on (seed, i) alone, and on its
-    class (see ``condition_of``). n: 0 for the experiment's own number, or so many of each class.
+    class (see ``condition_of``). n: 0 for the experiment's own number, or so many of each class. precision, compile:
+    how the network computes (see ``prepare``).
 
     Under torchrun every process makes its share and returns all of them.
     """
     config, model, found = load_run(workdir, step=step, weights=weights)
-    model.to(parallel.join())
+    prepare(model.to(parallel.join()), precision, compile=compile)
     guide(config, guidance, guidance_interval)
     count, classes = n or config.sampling.samples, model.num_classes
     if not n and classes and condition in ("", "each"):

@@ -113,7 +113,8 @@ def _check(
     """Refuse (ValueError) settings of a UNet that don't fit."""
     if len(data_shape) - 1 not in _CONV or min(data_shape) < 1:
         raise ValueError(
-            f"data_shape is {data_shape}; expected (C, L), (C, H, W) or (C, D, H, W): points need MLP (model.net.name='mlp')"
+            f"data_shape is {data_shape}; expected (C, L), (C, H, W) or (C, D, H, W): points need MLP "
+            "(model.net.name='mlp')"
         )
     if embedding not in ("fourier", "positional"):
         raise ValueError(f"embedding is {embedding!r}; expected 'fourier' or 'positional'")

@@ -14,6 +14,7 @@ import math
 import torch
 
 from scorelab.processes.base import Process
+from scorelab.tables import Table
 from scorelab.typing import Tensor
 
 __all__ = ["DiscreteVP", "cosine_betas", "ddpm", "ddpm_cosine", "linear_betas"]
@@ -50,7 +51,7 @@ class DiscreteVP(Process):
         log_abar = torch.log1p(-betas).cumsum(0)
         self.alphas_cumprod = log_abar.exp()
         self.step_sigmas = torch.expm1(-log_abar).sqrt()
-        self._log_sigmas = self.step_sigmas.log()
+        self._log_sigmas = Table(self.step_sigmas.log())
         self.t_min, self.t_max = 1 / self.steps, 1.0
         self._least = float(self.step_sigmas[0])
         self._hash = hash(tuple(betas.tolist()))
@@ -66,7 +67,7 @@ class DiscreteVP(Process):
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log sigma at the left end of t's segment, its slope in t, and t's distance from that end."""
-        table = self._log_sigmas.to(device=t.device, dtype=t.dtype)
+        table = self._log_sigmas.like(t)
         if self.steps == 1:
             return table.expand(t.shape), torch.zeros_like(t), torch.zeros_like(t)
         position = t * self.steps - 1
@@ -88,7 +89,7 @@ class DiscreteVP(Process):
         return sigma * torch.rsqrt(1 + sigma**2)
 
     def time(self, sigma: Tensor) -> Tensor:
-        table = self._log_sigmas.to(device=sigma.device, dtype=sigma.dtype)
+        table = self._log_sigmas.like(sigma)
         below = sigma < self._least
         linear = sigma / self._least / self.steps
         if self.steps == 1:

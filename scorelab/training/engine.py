@@ -25,12 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 from scorelab import parallel
 from scorelab.models import ScoreModel
 from scorelab.noise import counter_generator
+from scorelab.precision import prepare
 from scorelab.training import checkpoint
 from scorelab.training.batches import Batches, Draw
 from scorelab.training.config import Experiment, part, resolve
 from scorelab.training.ema import averages_of
 from scorelab.training.optim import learning_rate
-from scorelab.training.precision import autocast, check_compiler, lay_out, settled_precision
 from scorelab.training.sharding import full, full_state, like, spread
 
 __all__ = ["BINS", "Metrics", "NonFiniteError", "Trainer"]
@@ -70,8 +70,9 @@ class Trainer:
         self.experiment, self.config = experiment, (config := resolve(config))
         self.model, t = experiment.model.train(), config.training
         self.rank, self.processes = parallel.world()
-        self.precision = settled_precision(t.precision, self.model)
-        lay_out(self.model, self.precision, "no" if t.fsdp else t.channels_last)
+        channels_last = "no" if t.fsdp else t.channels_last
+        prepare(self.model, t.precision, compile=t.compile and not t.fsdp, channels_last=channels_last)
+        self.precision = self.model.precision
         if t.activation_checkpointing:
             self._checkpoint_activations()
         if t.fsdp and self.processes == 1:
@@ -81,6 +82,8 @@ class Trainer:
         self._whole = copy.deepcopy(self.model).cpu() if t.fsdp else None
         if t.fsdp:
             spread(self.model.net, device, self.processes)
+            if t.compile:
+                self.model.net.compile()
         self.parameters = list(self.model.parameters())
         if (config.optim.clip or 0) < 0 or "lr" not in config.optim:
             raise ValueError(f"optim is {config.optim.to_dict()}; expected an optimiser with an lr, and clip >= 0")
@@ -89,6 +92,7 @@ class Trainer:
         self.averages = averages_of(self.parameters, tuple(config.optim.ema), tuple(config.optim.ema_power))
         self.ema = self.averages[0]
         self.step = self.skipped = 0
+        self._evaluated: ScoreModel | None = None
         if t.batch_size < self.processes * t.accumulate:
             raise ValueError(
                 f"training.batch_size is {t.batch_size} for {self.processes} processes, accumulate = {t.accumulate}; "
@@ -110,9 +114,6 @@ class Trainer:
         # row i of a batch has its level in part i of as many of equal probability
         self._bins = nn.functional.one_hot(torch.tensor(rows) * BINS // t.batch_size, BINS).float().to(device)
         self._sums = torch.zeros(4, BINS, device=device)
-        if t.compile:
-            check_compiler(device)
-            self.model.net.compile()
         self._network: Callable[..., Tensor] = self.model
         if self.processes > 1 and not t.fsdp:
             self._network = DistributedDataParallel(
@@ -154,8 +155,7 @@ class Trainer:
             for k in range(t.accumulate):
                 some = draw.part(slice(rows * k // t.accumulate, rows * (k + 1) // t.accumulate))
                 with self._exchanging(k == t.accumulate - 1):
-                    with autocast(self.model.device, self.precision):
-                        loss = self.experiment.objective.losses(self._network, *some)
+                    loss = self.experiment.objective.losses(self._network, *some)
                     # processes' gradients are averaged
                     torch.autograd.backward(loss.sum() * (self.processes / t.batch_size))
                 found.append(loss.detach())
@@ -248,10 +248,19 @@ class Trainer:
         self.step += 1
 
     def averaged(self) -> ScoreModel:
-        """A copy of the model with the (first) averaged weights, in evaluation mode; the trained one is not touched."""
+        """A copy of the model with the (first) averaged weights, in evaluation mode and single precision."""
         copied = copy.deepcopy(self.model if self._whole is None else self._whole)
+        copied.precision = "fp32"
         copied.load_weights(self.ema.weights(self.model))
         return copied.to(self.model.device).requires_grad_(False).eval()
+
+    def evaluated(self) -> ScoreModel:
+        """The same, computing as training does, in one copy that is made once and filled again at each call."""
+        if self._evaluated is None:
+            t = self.config.training
+            self._evaluated = prepare(self.averaged(), self.precision, compile=t.compile, channels_last=t.channels_last)
+        self._evaluated.load_weights(self.ema.weights(self.model))
+        return self._evaluated
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of this step into ``folder``; of several processes the first writes."""

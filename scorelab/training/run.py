@@ -25,10 +25,10 @@ from scorelab import parallel
 from scorelab.checks import check_range
 from scorelab.data import Values
 from scorelab.models import ScoreModel
+from scorelab.precision import settled_precision
 from scorelab.training import checkpoint
 from scorelab.training.config import PARTS, build, check_types, default_config, named_part, resolve, upgraded
 from scorelab.training.engine import NonFiniteError, Trainer
-from scorelab.training.precision import settled_precision
 from scorelab.training.sampling import check_sampling
 from scorelab.training.watch import Watch, keep_until
 from scorelab.writing import whole

@@ -128,7 +128,7 @@ class Watch:
         validate, draw = (d and not already for d, already in zip(due, done, strict=True))
         if not validate and not draw:
             return
-        model = self.trainer.averaged()
+        model = self.trainer.evaluated()
         for wanted_now, what, part in ((validate, "validation loss", self._validate), (draw, "samples", self._draw)):
             if not wanted_now:
                 continue

@@ -1,10 +1,14 @@
-"""Numbers of training: single precision or bfloat16, and how images lie in memory."""
+"""How a model's network computes: in single precision or bfloat16, channels first or last, eagerly or compiled.
+
+``prepare`` is the only place that decides; training, evaluation and the command line use it. The network runs in what
+was chosen; x, noise levels, labels and coefficients are float32 at least, for ``ScoreModel`` changes precision at the
+network's door.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from scorelab.checks import nearest_name
 from scorelab.models import ScoreModel
 
-__all__ = ["autocast", "check_compiler", "lay_out", "multiplies_in_bf16", "settled_precision", "unsafe_convolution"]
+__all__ = ["check_compiler", "multiplies_in_bf16", "prepare", "settled_precision", "unsafe_convolution"]
 
 _NAMES = ("auto", "fp32", "bf16")
 
@@ -43,18 +47,18 @@ def settled_precision(name: str, model: ScoreModel) -> str:
     some in outputs or gradients of x, all at a size of 1. "auto" is fp32 there, and "bf16" a ValueError.
     """
     if name not in _NAMES:
-        raise ValueError(f"training.precision is {name!r}; {nearest_name(name, _NAMES)}")
+        raise ValueError(f"precision is {name!r}; {nearest_name(name, _NAMES)}")
     device = model.device
     if name == "fp32" or (name == "auto" and (len(model.data_shape) == 1 or not multiplies_in_bf16(device))):
         return "fp32"
     if device.type not in ("cpu", "cuda"):
         return "bf16"
     if not multiplies_in_bf16(device):
-        raise ValueError(f"training.precision is 'bf16', but this {device.type} has no bf16 instructions; use 'fp32'")
+        raise ValueError(f"precision is 'bf16', but this {device.type} has no bf16 instructions; use 'fp32'")
     unsafe = unsafe_convolution(model) if device.type == "cpu" else ""
     if unsafe and name == "bf16":
         raise ValueError(
-            f"training.precision is 'bf16', but the network has a convolution from {unsafe}, whose weight gradients a "
+            f"precision is 'bf16', but the network has a convolution from {unsafe}, whose weight gradients a "
             "CPU gets wrong in bf16 (a size of 1 or 2); use 'fp32'"
         )
     return "fp32" if unsafe else "bf16"
@@ -85,7 +89,10 @@ def unsafe_convolution(model: ScoreModel) -> str:
     training = model.net.training
     x = torch.zeros(1, *model.data_shape, device=model.device)
     with torch.no_grad(), _Convolutions() as seen:
-        model.eval()(x, torch.tensor(model.sigma_range[1], device=model.device))
+        model.eval()
+        no_null = model.num_classes is not None and model.null_condition is None
+        score = model.conditioned(torch.tensor([0])) if no_null else model
+        score(x, torch.tensor(model.sigma_range[1], device=model.device))
     model.train(training)
     for kernel, before, after in seen.found:
         for k, n, m in zip(kernel, before, after, strict=True):
@@ -101,26 +108,37 @@ def check_compiler(device: torch.device) -> None:
     if os.name == "posix" and not any(shutil.which(n) for n in ((named,) if named else names)):
         kind = "C++" if device.type == "cpu" else "C"
         raise ValueError(
-            f"training.compile needs a {kind} compiler, and there is no {named or ' or '.join(names)}; install one, "
+            f"compile needs a {kind} compiler, and there is no {named or ' or '.join(names)}; install one, "
             "g++ for example, or leave it False"
         )
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The context in which a network runs forward."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+def prepare(
+    model: ScoreModel, precision: str = "auto", *, compile: bool = False, channels_last: str = "auto"
+) -> ScoreModel:
+    """The model itself, its network set to compute as chosen where the model now is.
 
+    precision: "fp32", "bf16" or "auto" (see ``settled_precision``). compile: by torch.compile, at the next call; on a
+    GPU a network whose weights need no gradients is replayed as a CUDA graph, too. channels_last: "yes", "no" or
+    "auto": on a GPU where the network is compiled, in fp32 on a CPU with AVX-512, else first. Measured on an H200 with
+    DDPM's CIFAR-10 network, batch 128, bf16, images/s: eager channels first 2,329, last 1,863 to 2,192 (group norm is
+    slow there), compiled channels last 3,761, first 2,443. Elsewhere on a CPU channels first was measured faster.
 
-def lay_out(model: ScoreModel, precision: str, channels_last: str) -> None:
-    """Put convolutions' weights channels first or last.
-
-    "auto": last on a GPU, and in fp32 on a CPU with AVX-512. Elsewhere on a CPU channels first was measured faster.
+    Raises ValueError for names that are not known, a precision that the device has not or computes wrong, and where
+    there is no compiler.
     """
     if channels_last not in ("auto", "yes", "no"):
-        raise ValueError(f"training.channels_last is {channels_last!r}; expected 'auto', 'yes' or 'no'")
-    cpu = model.device.type == "cpu"
-    faster = not cpu or (precision == "fp32" and torch.backends.cpu.get_cpu_capability() == "AVX512")
+        raise ValueError(f"channels_last is {channels_last!r}; expected 'auto', 'yes' or 'no'")
+    model.precision = settled_precision(precision, model)
+    faster = compile
+    if model.device.type == "cpu":
+        faster = model.precision == "fp32" and torch.backends.cpu.get_cpu_capability() == "AVX512"
     last = channels_last == "yes" or (channels_last == "auto" and faster)
     formats = {3: torch.channels_last, 4: torch.channels_last_3d}
     if last and len(model.data_shape) in formats:
         model.to(memory_format=formats[len(model.data_shape)])  # type: ignore[call-overload]
+    if compile:
+        check_compiler(model.device)
+        graphs = model.device.type == "cuda" and not any(p.requires_grad for p in model.parameters())
+        model.net.compile(mode="reduce-overhead" if graphs else None)
+    return model

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ml_collections import ConfigDict
@@ -17,7 +20,7 @@ from scorelab import ScoreModel, losses, processes, samplers, sigmas
 from scorelab.cli.main import main
 from scorelab.cli.sampling import load_run, sample_run
 from scorelab.parts import Kind, fits
-from scorelab.training import build, build_sampling, checkpoint, default_config, resolve, train
+from scorelab.training import Trainer, build, build_sampling, checkpoint, default_config, resolve, train
 from scorelab.training.config import PARTS, part, upgraded
 from scorelab.training.optim import OPTIMISERS, SCHEDULES
 from scorelab.training.sampling import check_sampling
@@ -281,38 +284,63 @@ def test_a_process_is_learned_saved_averaged_and_goes_on(own, tmp_path):
     assert sample_run(whole, n=2).x.isfinite().all()
 
 
-def test_a_network_of_ones_own_trains_is_killed_and_goes_on(own, tmp_path):
+def blocks() -> list[str]:
+    """The Python blocks of docs/extending.md."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+
+
+def test_the_documented_network_trains_is_killed_and_goes_on(tmp_path):
     """Through the command line, from a config file beside it: bit for bit the run that was not killed."""
-    (tmp_path / "config.py").write_text(
-        "from scorelab.training import default_config\n\n\n"
-        "def get_config():\n"
-        "    c = default_config()\n"
-        "    c.model.net.name = 'own_parts:Net'\n"
-        "    c.training.steps, c.training.batch_size, c.training.checkpoint_every = 60, 16, 5\n"
-        "    c.training.sample_every = c.training.validate_every = 0\n"
-        "    return c\n"
-    )
-    command = [sys.executable, "-m", "scorelab.cli", "train", "--config=config.py", "--config.model.net.width=20"]
+    net, config, _ = blocks()
+    assert len([line for line in net.splitlines() if line.strip()]) <= 15
+    (tmp_path / "own.py").write_text(net)
+    (tmp_path / "config.py").write_text(config)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    options = {"cwd": tmp_path, "env": environment}
+    base = [sys.executable, "-m", "scorelab.cli"]
+    train = [*base, "train", "--config=config.py", "--config.training.batch_size=32"]
+    train += ["--config.training.sample_every=0", "--config.training.precision=fp32"]
 
-    def run(workdir: str, *more: str) -> subprocess.CompletedProcess[str]:
-        whole = [*command, f"--workdir={workdir}", *more]
-        return subprocess.run(whole, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
-    assert run("whole").returncode == 0
-    with subprocess.Popen(
-        [*command, "--workdir=killed"], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
-    ) as child:
-        while checkpoint.last_step(tmp_path / "killed") < 10 and child.poll() is None:
+    assert run([*train, "--workdir=whole"]).returncode == 0
+    with subprocess.Popen([*train, "--workdir=killed"], stderr=subprocess.DEVNULL, **options) as child:
+        while checkpoint.last_step(tmp_path / "killed") < 40 and child.poll() is None:
             pass
         child.kill()
-    assert 10 <= checkpoint.last_step(tmp_path / "killed") < 60
-    done = run("killed")
+    assert 40 <= checkpoint.last_step(tmp_path / "killed") < 200
+    done = run([*train, "--workdir=killed"])
     assert done.returncode == 0, done.stderr
     for name in ("model.safetensors", "ema.safetensors"):
-        files = [tmp_path / w / "checkpoints" / "step_00000060" / name for w in ("whole", "killed")]
+        files = [tmp_path / w / "checkpoints" / "step_00000200" / name for w in ("whole", "killed")]
         assert files[0].read_bytes() == files[1].read_bytes()
+    for command in (["sample", "--workdir=killed", "--n=4"], ["report", "--workdir=killed"]):
+        done = run([*base, *command])
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_documented_sampler_and_objective_work(tmp_path, monkeypatch):
+    (tmp_path / "own_parts.py").write_text(blocks()[2])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("own_parts", None)
+    c = small(2, training__objective__name="own_parts:Robust", training__batch_size=16, sampling__grid__n=4)
+    c.sampling.sampler = ConfigDict({"name": "own_parts:Halved", "inner": {"name": "euler"}})
+    plain = small(2, training__batch_size=16)
+    a, b = Trainer(build(c), c), Trainer(build(plain), plain)
+    draw = a.batches.at(0)
+    torch.testing.assert_close(
+        a.experiment.objective.losses(a.model.eval(), *draw) ** 2, b.experiment.objective.losses(b.model.eval(), *draw)
+    )
+    levels, sampler = build_sampling(c, a.model)
+    # two half steps of Euler are Euler on a grid of twice the levels
+    x, score = torch.randn(3, 1, 8, 8) * levels[0].float(), a.model
+    finer = torch.stack([levels[:-1], 0.5 * (levels[:-1] + levels[1:])], 1).flatten()
+    # all steps but that to 0
+    twice = samplers.sample(score, x, [*finer[:-1].tolist(), 0.0], samplers.Euler())
+    torch.testing.assert_close(samplers.sample(score, x, levels, sampler), twice)
+    sys.modules.pop("own_parts", None)
 
 
 @pytest.mark.parametrize(
@@ -515,3 +543,45 @@ def test_optimisers_and_schedules_are_made_from_their_settings():
     made = part(config, "optim", parameters=[weight])
     assert made.defaults["betas"] == (0.5, 0.999)
     assert made.defaults["lr"] == 0.25
+
+
+def tiny_cifar(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    rng.integers(0, 256, (12, 3073), dtype=np.uint8).tofile(folder / "data_batch_1.bin")
+
+
+@pytest.mark.parametrize("name", ["edm", "score_sde"])
+def test_published_experiments_are_configs_and_train(name, tmp_path):
+    """As they are they are checked against the published constants; they train here with a small network."""
+    tiny_cifar(tmp_path)
+    config = runpy.run_path(str(ROOT / "configs" / "cifar10" / f"{name}.py"))["get_config"]()
+    config.data.path = str(tmp_path)
+    config = resolve(config)
+    sampler, grid = part(config, "sampling.sampler", process=processes.VE()), config.sampling.grid
+    if name == "edm":
+        assert (config.training.sigmas.mean, config.training.sigmas.std) == (-1.2, 1.2)
+        assert (grid.name, grid.n, grid.rho, config.process.sigma_min, config.process.sigma_max) == (
+            *("karras", 18, 7.0),
+            *(0.002, 80.0),
+        )
+        assert sampler == samplers.Heun()
+        # half of what was 500,000 images ago
+        assert config.optim.ema[0] ** (500_000 / config.training.batch_size) == pytest.approx(0.5)
+        assert config.training.steps * config.training.batch_size == 200_000_000
+    else:
+        assert sampler.predictor == samplers.ReverseDiffusion(processes.VE())
+        assert (sampler.corrector, sampler.corrector_first) == (samplers.LangevinCorrector(0.16), True)
+        assert (grid.name, grid.n, config.optim.ema, config.training.batch_size) == ("process", 1000, (0.999,), 128)
+    config.model.net.width, config.model.net.blocks, config.model.net.head = 8, 1, 8
+    config.training.steps, config.training.batch_size, config.training.precision = 2, 4, "fp32"
+    config.sampling.grid.n, config.sampling.samples, config.training.sample_every = 4, 2, 2
+    with pytest.warns(RuntimeWarning, match="leave noise") if name == "score_sde" else _nothing():
+        model = train(config, tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "samples" / "step_00000002.png").is_file()
+    if name == "edm":
+        # EDM's weight of the error of x0_hat is (sigma^2 + sd^2)/(sigma sd)^2, which is sigma^-2 times the eps-MSE's
+        parts = build(config)
+        sigma = torch.tensor([0.1, 1.0, 10.0])
+        expected = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+        torch.testing.assert_close(parts.objective.weight(sigma) / sigma**2, expected)
+        assert model.prediction.name == "edm(0.5)"

@@ -85,6 +85,7 @@ def default_config() -> ConfigDict:
                 "label": "",
                 # process | unit_variance | unit_data (over sigma_data); "": what the network wants
                 "input_scale": "",
+                "sigma_data": 0.0,  # the scale that edm and the like take for the data's; 0: its root mean square
                 "conditional": False,  # on the data's labels
             },
             "process": {"name": "ve"},
@@ -403,7 +404,11 @@ def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
     if isinstance(process, nn.Module):
         _remember(process, config.process, {})
     _warn_of_scale(reference, process)
-    sigma_data = sigma_data_of(reference) if sigma_data is None else sigma_data
+    if not m.sigma_data >= 0:
+        raise ValueError(
+            f"model.sigma_data is {m.sigma_data:g}; expected the data's scale, or 0 for its root mean square"
+        )
+    sigma_data = m.sigma_data or (sigma_data_of(reference) if sigma_data is None else sigma_data)
     net = _network(config, data)
     low, high = process.sigma_range
     known = {"process": process, "sigma_min": low, "sigma_max": high, "sigma_data": sigma_data, "knee": 2 * sigma_data}

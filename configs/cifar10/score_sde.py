@@ -1,0 +1,25 @@
+"""CIFAR-10 by score_sde's continuous VE settings, predictor-corrector sampling, but with DDPM's U-Net.
+
+The release has data in [0, 1], here it is in [-1, 1]: noise levels are twice the published. data.path is the folder of
+the binary version. Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv:2011.13456.
+"""
+
+from ml_collections import ConfigDict
+
+from scorelab.training import default_config
+
+
+def get_config() -> ConfigDict:
+    c = default_config()
+    c.data.source, c.data.flip = "cifar10", True
+    c.process.name, c.process.sigma_min, c.process.sigma_max = "ve", 2 * 0.01, 2 * 50.0
+    c.model.net.width, c.model.net.multipliers, c.model.net.blocks = 128, (1, 2, 2, 2), 4
+    c.model.net.attention, c.model.net.head, c.model.net.dropout = (1,), 256, 0.1
+    c.training.steps, c.training.batch_size = 1_300_001, 128
+    c.training.checkpoint_every, c.training.sample_every = 10_000, 50_000
+    c.optim.lr, c.optim.warmup, c.optim.clip, c.optim.ema = 2e-4, 5000, 1.0, (0.999,)
+    c.sampling.grid.name, c.sampling.grid.n = "process", 1000
+    c.sampling.sampler.name, c.sampling.sampler.corrector_first = "predictor_corrector", True
+    c.sampling.sampler.predictor = {"name": "reverse_diffusion"}
+    c.sampling.sampler.corrector = {"name": "langevin", "snr": 0.16}
+    return c

@@ -6,16 +6,17 @@ import importlib.util
 import json
 import multiprocessing
 import random
+import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from digits_quality import judge
+from digits_quality import classify, judge
 
-from scorelab.distributions import TARGETS
+from scorelab.distributions import TARGETS, Labelled
 from scorelab.evaluation import kl_to_model
-from scorelab.training import Trainer, build, sample_model, train
+from scorelab.training import Trainer, build, in_turn, sample_model, train
 from toy import langevin, samplers
 from toy.common import Gallery
 
@@ -53,6 +54,25 @@ def test_kl_table(gallery, name):
     )
     print(f"\n{name}: KL {kl.value:.4f} +- {kl.stderr:.4f} nats after {t.steps} steps, {t.seconds:.1f} s", flush=True)
     assert kl.value <= (0.05 if name == "checkerboard" else 0.01)
+
+
+def test_conditional_kl(gallery):
+    """KL(data || model) of each label and of none, after 30 s of training with a tenth of the labels left out."""
+    t = gallery.trained("labelled_ring")
+    assert isinstance(t.distribution, Labelled)
+    assert t.seconds < 60
+    of = {str(k): (part, t.model.conditioned(torch.tensor([k]))) for k, part in enumerate(t.distribution.parts)}
+    for label, (part, score) in {**of, "none": (t.distribution, t.model.conditioned(None))}.items():
+        kl = kl_to_model(
+            *(part, score, t.sigma_min, t.sigma_max),
+            count=10_000,
+            data_std=t.data_std,
+            rtol=1e-4,
+            atol=1e-4,
+            generator=torch.Generator().manual_seed(1),
+        )
+        print(f"\nlabel {label}: KL {kl.value:.4f} +- {kl.stderr:.4f} nats, {t.seconds:.1f} s", flush=True)
+        assert kl.value <= 0.02
 
 
 @pytest.mark.parametrize("learnt", [False, True])
@@ -93,6 +113,27 @@ def test_digits_read_as_digits(name):
     assert found["confidence"] >= 0.9
     assert found["least_share"] >= 0.03
     assert found["sample_percentile_1"] >= found["train_percentile_1"]
+
+
+def test_digits_have_the_class_that_was_asked_for():
+    """1,000 samples, each class in turn, told by a classifier trained apart."""
+    config = runpy.run_path(str(ROOT / "configs" / "digits" / "conditional.py"))["get_config"]()
+    trainer = Trainer(build(config), config)
+    for _ in range(config.training.steps):
+        trainer.advance(measure=False)
+    model = trainer.averaged()
+    asked = in_turn(model, 1000)
+    assert asked is not None
+    for scale, least in ((1.0, 0.95), (2.0, 0.98)):
+        config.sampling.guidance = scale
+        noise = torch.Generator().manual_seed(0)
+        x = sample_model(model, config, 1000, noise, condition=asked, progress=False)
+        found = torch.from_numpy(classify(x))
+        share = torch.bincount(found, minlength=10) / 1000
+        agreement = float((found == asked).double().mean())
+        print(f"\nscale {scale}: agreement {agreement}, shares {share.tolist()}", flush=True)
+        assert agreement >= least
+        assert float((share - 0.1).abs().max()) <= 0.03
 
 
 def _train_to_the_end(workdir: str) -> None:

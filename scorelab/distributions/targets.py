@@ -23,6 +23,7 @@ __all__ = ["LABELLED", "STD", "TARGETS", "target"]
 STD = {
     "two_modes": 1.0,  # modes at (5, 5) and (-5, -5)
     "ring": 0.08,  # 8 modes on the unit circle
+    "labelled_ring": 0.08,  # the same, of 4 labels
     "grid": 0.1,  # 25 modes at integer points
     "moons": 0.08,  # extent 3
     "swiss_roll": 0.05,  # extent 2
@@ -107,7 +108,7 @@ def target(name: str, *, dtype: torch.dtype = torch.float32) -> Distribution:
         # modes that lie opposite share a label
         pairs = _ring().to(dtype).reshape(2, 4, 2).unbind(1)
         inside = torch.tensor([0.7, 0.3], dtype=dtype)
-        parts = [GaussianMixture(pair, STD["ring"], inside) for pair in pairs]
+        parts = [GaussianMixture(pair, STD[name], inside) for pair in pairs]
         return Labelled(parts, torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=dtype))
     if name == "checkerboard":
         return Checkerboard(dtype=dtype)

@@ -21,7 +21,6 @@ arXiv:2303.09556; Song et al., Maximum Likelihood Training of Score-Based Diffus
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,7 +137,7 @@ class Denoising(Objective):
             level = broadcast(sigma, clean)
             x = clean + level * noise
             # the loss rebuilds x from both: x0 + sigma noise is unchanged
-            clean = posterior_mean(x, sigma, batch.reference.x0, _alike(batch, batch.reference))
+            clean = posterior_mean(x, sigma, batch.reference.x0, _others(batch, batch.reference))
             noise = (x - clean) / level
         return denoising_loss(conditioned(score, batch.condition), clean, sigma, noise, self.weight)
 
@@ -147,8 +146,8 @@ class Denoising(Objective):
         return self.weight(self.levels(u).to(widened(batch.x0))) * noise.flatten(1).square().mean(1)
 
 
-def _alike(batch: Batch, reference: Batch) -> Tensor | None:
-    """Which samples of the reference each of the batch averages over, (B, N); None for all."""
+def _others(batch: Batch, reference: Batch) -> Tensor | None:
+    """Which samples of the reference each of the batch does not average over, (B, N); None for none."""
     if batch.condition is None or reference.condition is None:
         return None
     if batch.condition.ndim != 1:
@@ -156,13 +155,13 @@ def _alike(batch: Batch, reference: Batch) -> Tensor | None:
             f"the stable target averages over samples of the same class, and conditions are "
             f"{tuple(batch.condition.shape)}; expected (B,) classes, or reference=0 (training.stable_target)"
         )
-    same = batch.condition.unsqueeze(1) == reference.condition
-    return same | ~same.any(1, keepdim=True)
+    others = batch.condition.unsqueeze(1) != reference.condition
+    return others.logical_and_(~others.all(1, keepdim=True))
 
 
-def posterior_mean(x: Tensor, sigma: Tensor, x0: Tensor, among: Tensor | None = None) -> Tensor:
-    """E[x0 | x] for x (B, *D) at sigma (B,) when x0 (N, *D) are all the data, equally likely; with ``among`` (B, N),
-    those that are marked for each x.
+def posterior_mean(x: Tensor, sigma: Tensor, x0: Tensor, others: Tensor | None = None) -> Tensor:
+    """E[x0 | x] for x (B, *D) at sigma (B,) when x0 (N, *D) are all the data, equally likely; with ``others`` (B, N),
+    without those that are marked for each x.
     """
     # around the data's mean: a matrix product loses the digits of an offset
     centre, precision = x0.flatten(1).mean(0), sigma.unsqueeze(1) ** -2
@@ -170,11 +169,9 @@ def posterior_mean(x: Tensor, sigma: Tensor, x0: Tensor, among: Tensor | None = 
     half = 0.5 * centres.square().sum(1, keepdim=True)
     # -||x - c||^2 / (2 sigma^2) without ||x||^2, which the softmax ignores: one product, and one array of its size
     logits = torch.cat([flat * precision, -precision], 1) @ torch.cat([centres, half], 1).T
-    if among is not None:
-        logits = logits.masked_fill_(~among, -math.inf)
+    if others is not None:
+        logits.masked_fill_(others, float("-inf"))
     # not below e^-40: denormal numbers would slow all that follows
     weight = logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-40.0).exp_()
-    if among is not None:
-        weight = weight.mul_(among)
     total, dims = weight @ torch.cat([centres, torch.ones_like(half)], 1), centres.shape[1]
     return (centre + total.narrow(1, 0, dims) / total.narrow(1, dims, 1)).reshape(x.shape)

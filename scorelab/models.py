@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scorelab.checks import broadcast, check_batch, check_sigmas, widened
+from scorelab.codecs import CODECS, Codec
 from scorelab.nn import NETWORKS
 from scorelab.parts import Kind
 from scorelab.predictions import EPS, PREDICTIONS, X0, Prediction, V, coefficients, edm
@@ -83,7 +84,7 @@ class ScoreModel(nn.Module):
     input_scale: "process" (alpha) or a callable of sigma. label: "time", "log_sigma", "index" (position among
     ``levels``, by default the process's steps) or a callable of sigma; multiplied by label_scale. index_order:
     "ascending" counts from the least noise (DDPM), "descending" from the most (NCSN). data_range: the values of the
-    data outside, None if unbounded.
+    data outside, None if unbounded. codec: by which samples are decoded (``decode``); x is codes then.
 
     A network that takes whole indices only says so by an attribute ``integer_labels = True``; it then gets int64, and
     a level that is none of the grid's to 1e-4 is a ValueError. One that takes conditions has ``num_classes`` or
@@ -107,6 +108,7 @@ class ScoreModel(nn.Module):
         label_scale: float = 1.0,
         index_order: str = "ascending",
         levels: Tensor | None = None,
+        codec: Codec | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(process, Process):
@@ -136,11 +138,23 @@ class ScoreModel(nn.Module):
         self.levels = None if grid is None else torch.tensor(grid, dtype=torch.float64)
         self._logs = None if self.levels is None else Table(self.levels.log())
         self.precision = "fp32"
+        self.codec = None if codec is None else codec.requires_grad_(False).eval()
 
     @property
     def sigma_range(self) -> tuple[float, float]:
         """The noise levels that the model knows."""
         return self.process.sigma_range
+
+    def train(self, mode: bool = True) -> ScoreModel:
+        """Training mode, but for the codec."""
+        super().train(mode)
+        if self.codec is not None:
+            self.codec.eval()
+        return self
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The data that codes (B, *data_shape) stand for: themselves, for a model without a codec."""
+        return z if self.codec is None else self.codec.decode(z)
 
     @property
     def device(self) -> torch.device:
@@ -274,7 +288,7 @@ class ScoreModel(nn.Module):
         """All settings but the weights, as JSON can hold them; ValueError for a callable or prediction of one's own."""
         return {
             "format": 1,
-            "net": _net_to_dict(unwrapped(self.net)),
+            "net": part_to_dict(unwrapped(self.net), NETWORKS),
             "process": process_to_dict(self.process),
             "prediction": _prediction_name(self.prediction),
             "data_shape": list(self.data_shape),
@@ -284,6 +298,7 @@ class ScoreModel(nn.Module):
             "label_scale": self.label_scale,
             "index_order": self.index_order,
             "levels": None if self.levels is None else self.levels.flip(0).tolist(),
+            "codec": None if self.codec is None else part_to_dict(self.codec, CODECS),
         }
 
     def weights(self) -> dict[str, Tensor]:
@@ -292,16 +307,22 @@ class ScoreModel(nn.Module):
         The network's are those inside what torch.compile or DataParallel wrap around it.
         """
         found: dict[str, Tensor] = dict(unwrapped(self.net).state_dict())
-        if isinstance(self.process, nn.Module):
-            found |= {_PROCESS + k: v for k, v in self.process.state_dict().items()}
+        for prefix, module in self._beside():
+            found |= {prefix + k: v for k, v in module.state_dict().items()}
         return found
+
+    def _beside(self) -> list[tuple[str, nn.Module]]:
+        """What has weights beside the network, and what stands before their names."""
+        parts = (("process:", self.process), ("codec:", self.codec))
+        return [(prefix, module) for prefix, module in parts if isinstance(module, nn.Module)]
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter by its names in ``weights``, one that is shared by all of its names."""
         yield from unwrapped(self.net).named_parameters(remove_duplicate=False)
-        if isinstance(self.process, nn.Module):
-            for name, parameter in self.process.named_parameters(remove_duplicate=False):
-                yield _PROCESS + name, parameter
+        for prefix, module in self._beside():
+            for name, parameter in module.named_parameters(remove_duplicate=False):
+                if parameter.requires_grad or prefix != "codec:":
+                    yield prefix + name, parameter
 
     def load_weights(self, state: dict[str, Tensor], where: str | Path = "these weights") -> None:
         """Take weights that are named as ``weights`` names them; ValueError, saying what differs, if they don't fit."""
@@ -313,11 +334,10 @@ class ScoreModel(nn.Module):
                 f"{where} does not fit this network: {len(missing)} keys missing {missing[:3]}, {len(extra)} not known "
                 f"{extra[:3]}, {len(differing)} of another shape {differing[:3]}"
             )
-        unwrapped(self.net).load_state_dict({k: v for k, v in state.items() if not k.startswith(_PROCESS)})
-        if isinstance(self.process, nn.Module):
-            self.process.load_state_dict(
-                {k.removeprefix(_PROCESS): v for k, v in state.items() if k.startswith(_PROCESS)}
-            )
+        for prefix, module in self._beside():
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        # a network's names have no colon
+        unwrapped(self.net).load_state_dict({k: v for k, v in state.items() if ":" not in k})
 
     def save(self, path: str | Path) -> None:
         """Write ``model.json`` and ``model.safetensors`` into the directory ``path``.
@@ -371,11 +391,11 @@ class ScoreModel(nn.Module):
         if net is None:
             if settings["net"] is None:
                 raise ValueError("this model has a network of the user's own; pass it: ScoreModel.load(path, net=...)")
-            arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["net"].items() if k != "name"}
             name = str(settings["net"]["name"])
             with torch.random.fork_rng(devices=[]):
                 # names were those of classes once
-                net = _made(_NETWORK, name if ":" in name else name.lower(), arguments)
+                made = part_from_dict({**settings["net"], "name": name if ":" in name else name.lower()}, _NETWORK)
+            net = made
         return cls(
             net,
             process_from_dict(settings["process"]),
@@ -387,12 +407,11 @@ class ScoreModel(nn.Module):
             label_scale=settings["label_scale"],
             index_order=settings["index_order"],
             levels=None if settings["levels"] is None else torch.tensor(settings["levels"], dtype=torch.float64),
+            codec=None if settings.get("codec") is None else part_from_dict(settings["codec"], _CODEC),
         )
 
 
 _SCORE = PREDICTIONS["score"]
-_PROCESS = "process:"
-"""Before the names of a learned process's weights; a network's have no colon."""
 
 
 class Conditioned:
@@ -462,7 +481,7 @@ def unwrapped(net: nn.Module) -> nn.Module:
             return net
 
 
-_NETWORK = Kind("network", NETWORKS, nn.Module)
+_NETWORK, _CODEC = Kind("network", NETWORKS, nn.Module), Kind("codec", CODECS, Codec)
 _PROCESSES = {made.__name__: made for made in (VE, VP, SubVP, Cosine, Flow, DiscreteVP)}
 _OWN_PROCESS = Kind("process", _PROCESSES, Process)
 
@@ -474,19 +493,20 @@ def _path_of(made: object) -> str | None:
     return f"{own.__module__}:{own.__qualname__}" if there and own.__module__ != "__main__" else None
 
 
-def _made(kind: Kind, name: str, arguments: dict[str, Any]) -> Any:
-    """A part, which remembers by what it was made."""
-    made = kind.maker(name, kind.name)(**arguments)
+def part_to_dict(made: nn.Module, table: Mapping[str, Any]) -> dict[str, Any] | None:
+    """By what a part is made again: its name and its ``config``, the arguments of its class; None if it has none."""
+    name = next((name for name, known in table.items() if known is type(made)), None) or _path_of(made)
+    settings = getattr(made, "config", {} if isinstance(made, Codec) else None)
+    return {"name": name, **settings} if name is not None and isinstance(settings, dict) else None
+
+
+def part_from_dict(settings: dict[str, Any], kind: Kind) -> Any:
+    """The part of ``part_to_dict``, which remembers by what it was made."""
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k != "name"}
+    made = kind.maker(str(settings["name"]), kind.name)(**arguments)
     if isinstance(made, nn.Module) and not hasattr(made, "config"):
         made.config = arguments  # type: ignore[assignment]
     return made
-
-
-def _net_to_dict(net: nn.Module) -> dict[str, Any] | None:
-    """By what a network is made again: its name and its ``config``, the arguments of its class; None if it has none."""
-    name = next((name for name, made in NETWORKS.items() if made is type(net)), None) or _path_of(net)
-    settings = getattr(net, "config", None)
-    return {"name": name, **settings} if name is not None and isinstance(settings, dict) else None
 
 
 def process_to_dict(process: Process) -> dict[str, Any]:
@@ -511,7 +531,7 @@ def process_from_dict(settings: dict[str, Any]) -> Process:
     name = str(settings["name"])
     if name not in _PROCESSES and ":" not in name:
         raise ValueError(f"unknown process {name!r}")
-    made: Process = _made(_OWN_PROCESS, name, {k: v for k, v in settings.items() if k != "name"})
+    made: Process = part_from_dict(settings, _OWN_PROCESS)
     return made
 
 

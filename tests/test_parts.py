@@ -19,11 +19,14 @@ from test_training import small
 from scorelab import ScoreModel, losses, processes, samplers, sigmas
 from scorelab.cli.main import main
 from scorelab.cli.sampling import load_run, sample_run
+from scorelab.codecs import Codec
+from scorelab.data import Coded, digits
 from scorelab.parts import Kind, fits
 from scorelab.training import Trainer, build, build_sampling, checkpoint, default_config, resolve, train
 from scorelab.training.config import PARTS, part, upgraded
 from scorelab.training.optim import OPTIMISERS, SCHEDULES
 from scorelab.training.sampling import check_sampling
+from scorelab.training.watch import Watch
 
 ROOT = Path(__file__).parent.parent
 
@@ -585,3 +588,108 @@ def test_published_experiments_are_configs_and_train(name, tmp_path):
         expected = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
         torch.testing.assert_close(parts.objective.weight(sigma) / sigma**2, expected)
         assert model.prediction.name == "edm(0.5)"
+
+
+EVALUATION = '''
+import torch
+from scorelab.training.evaluations import Evaluation, Found
+
+
+class Largest(Evaluation):
+    """The largest weight, and a picture; it fails at its second turn."""
+
+    key, what = "largest_weight", "largest weight"
+
+    def __init__(self, every: int = 2, scale: float = 1.0):
+        super().__init__(every)
+        self.scale = scale
+
+    def run(self, model, trainer):
+        if trainer.step == 4:
+            raise RuntimeError("no luck")
+        largest = max(float(p.detach().abs().max()) for p in model.parameters())
+        return Found({self.key: self.scale * largest}, torch.zeros(4, 1, 8, 8))
+'''
+
+
+def test_evaluations_of_ones_own_are_measured_and_never_end_a_run(tmp_path, monkeypatch):
+    (tmp_path / "own_parts.py").write_text(EVALUATION)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("own_parts", None)
+    c = small(7, training__batch_size=16, training__checkpoint_every=3)
+    c.evaluation.mine = {"name": "own_parts:Largest", "scale": 2.0}
+    with pytest.warns(RuntimeWarning, match="no largest weight at step 4: RuntimeError: no luck"):
+        train(c, tmp_path / "run", progress=False)
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = {row["step"]: row["largest_weight"] for row in found if "largest_weight" in row}
+    # at its period and at the end
+    assert list(measured) == [2, 6, 7]
+    model = ScoreModel.load(tmp_path / "run" / "checkpoints" / "step_00000006", weights="ema.safetensors")
+    assert measured[6] == pytest.approx(2 * max(float(p.detach().abs().max()) for p in model.net.parameters()))
+    assert (tmp_path / "run" / "samples" / "largest_weight_00000006.png").is_file()
+    c.evaluation.mine.sclae = 1.0
+    with pytest.raises(ValueError, match="config.evaluation.mine.sclae is no setting of .*; did you mean 'scale'"):
+        resolve(c)
+    c.evaluation = {"mine": {"name": "json:JSONDecoder"}}
+    with pytest.raises(ValueError, match="expected a subclass of scorelab.training.evaluations.Evaluation"):
+        Watch(Trainer(build(c), c), tmp_path / "other", False)
+    sys.modules.pop("own_parts", None)
+
+
+def test_a_codec_stands_between_the_data_and_the_model(tmp_path):
+    """Training sees codes; samples, their files, moments and the run that goes on are in the data's own numbers."""
+    rng = np.random.default_rng(0)
+    data = np.array([300.0, -20.0]) + np.array([5.0, 0.01]) * rng.normal(size=(500, 2))
+    np.save(tmp_path / "x.npy", data)
+    c = default_config()
+    c.data.source, c.data.path, c.model.net.name = "arrays", str(tmp_path / "x.npy"), "mlp"
+    c.model.codec.name, c.model.prediction = "standardise", "edm"
+    c.process.sigma_max, c.training.sigmas.name = 20.0, "log_uniform"
+    c.training.steps, c.training.batch_size, c.optim.lr, c.training.checkpoint_every = 300, 256, 1e-2, 150
+    c.training.sample_every, c.training.precision, c.sampling.samples = 150, "fp32", 400
+    parts = build(c)
+    codes = parts.data.batch(0, 0, 500).x0
+    torch.testing.assert_close(codes.mean(0), torch.zeros(2), rtol=0, atol=1e-2)
+    torch.testing.assert_close(codes.std(0), torch.ones(2), rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        parts.model.decode(codes).double().mean(0), torch.tensor(data.mean(0)), rtol=1e-5, atol=0
+    )
+    assert parts.sigma_data == pytest.approx(1, rel=1e-2)
+    run = tmp_path / "run"
+    train(c, run, progress=False)
+    drawn = sample_run(run, n=400).x
+    assert torch.equal(drawn, sample_run(run, n=400).x)
+    np.testing.assert_allclose(drawn.mean(0), data.mean(0), rtol=0, atol=1.0)
+    np.testing.assert_allclose(drawn.std(0), data.std(0), rtol=0.2)
+    row = next(r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "sample_mean" in r)
+    np.testing.assert_allclose(row["data_mean"], data.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.load(run / "samples" / "step_00000300.npz")["samples"].mean(0), data.mean(0), atol=1.0
+    )
+    model = ScoreModel.load(run / "checkpoints" / "step_00000300", weights="ema.safetensors")
+    torch.testing.assert_close(model.decode(codes), parts.model.decode(codes))
+    assert not any(p.requires_grad for p in model.codec.parameters())
+    c.training.steps = 301
+    train(c, run, progress=False)
+    assert checkpoint.last_step(run) == 301
+    assert main(["likelihood", f"--workdir={run}", "--n=4"]) == 0
+    assert main(["likelihood", f"--workdir={run}", "--n=4", "--levels=3"]) == 2
+    # a dimension without any deviation has no code
+    np.save(tmp_path / "x.npy", np.stack([data[:, 0], np.ones(500)], 1))
+    with pytest.raises(ValueError, match="channel 1 of the data is constant"):
+        build(c)
+
+
+def test_stochastic_codes_do_not_depend_on_the_number_of_processes():
+    class Noisy(Codec):
+        stochastic = True
+
+        def encode(self, x0, generator=None):
+            return x0 + torch.randn(x0.shape, generator=generator)
+
+    source = Coded(digits(), Noisy())
+    whole = source.batch(3, 5, 40)
+    assert torch.equal(whole.x0[10:25], source.batch(3, 5, 40, range(10, 25)).x0)
+    assert torch.equal(whole.condition[10:25], source.batch(3, 5, 40, range(10, 25)).condition)
+    assert not torch.equal(whole.x0, digits().batch(3, 5, 40).x0)
+    assert not torch.equal(whole.x0, source.batch(3, 6, 40).x0)

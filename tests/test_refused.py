@@ -26,7 +26,8 @@ from scorelab.precision import check_compiler
 from scorelab.predictions import edm
 from scorelab.processes import VE, DiscreteVP, linear_betas
 from scorelab.samplers import ProbabilityFlow
-from scorelab.training import NonFiniteError, Trainer, build, checkpoint, default_config, train, watch
+from scorelab.training import NonFiniteError, Trainer, build, checkpoint, default_config, train
+from scorelab.training.evaluations import FixedNoiseLoss, Samples
 from scorelab.writing import whole
 
 ROOT = Path(__file__).parent.parent
@@ -135,8 +136,8 @@ def test_an_evaluation_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
     def broken(*args, **options):
         raise KeyError("a fault of any kind")
 
-    monkeypatch.setattr(watch, "sample_model", broken)
-    monkeypatch.setattr(watch.Watch, "_fixed_noise_losses", broken)
+    monkeypatch.setattr(Samples, "run", broken)
+    monkeypatch.setattr(FixedNoiseLoss, "run", broken)
     with pytest.warns(RuntimeWarning) as caught:
         train(small(4, training__sample_every=2, training__validate_every=2), tmp_path, progress=False)
     said = sorted(str(w.message).partition(":")[0] for w in caught)

@@ -9,7 +9,7 @@ from shlex import quote
 import torch
 
 from scorelab.cli.sampling import condition_of, guide, load_run
-from scorelab.data import Values
+from scorelab.data import Coded, Values
 from scorelab.likelihood import bits_per_dim, log_likelihood
 from scorelab.noise import PerSampleNoise, randn
 from scorelab.samplers import calibrate
@@ -77,6 +77,10 @@ def likelihood_run(
     """
     config, model, found = load_run(workdir, step=step)
     source, held = load_data(config), config.data.validation
+    if model.codec is not None:
+        if levels:
+            raise ValueError(f"--levels={levels}, but this model's density is that of codes; expected no --levels")
+        source = Coded(source, model.codec)
     batch = (source.hold_out(held) if held else source.first(n)).part(slice(n)).mapped(lambda t: t.to(model.device))
     data, score = batch.x0, model.conditioned(batch.condition) if model.conditional else model
     spacing = _spacing(source.values, levels) if levels else 0.0
@@ -90,6 +94,7 @@ def likelihood_run(
         "of": "held-out data" if held else "training data",
     }
     numbers |= {"divergence": divergence, "sigma_min": low} | ({"given": "its class"} if model.conditional else {})
+    numbers |= {"in": "codes"} if model.codec is not None else {}
 
     def summary(value: Tensor) -> list[float | None]:
         return [float(value.mean()), float(value.std() / len(value) ** 0.5) if len(value) > 1 else None]

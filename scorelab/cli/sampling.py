@@ -199,7 +199,7 @@ def check_out(out: Path) -> None:
 def write_samples(run: RunSamples, out: Path) -> str:
     """Write ``.npz`` (numbers as the data has them), one PNG grid, or a directory of PNGs; says what was written."""
     check_out(out)
-    images = are_images(run.model.data_shape)
+    images = are_images(tuple(run.x.shape[1:]))
     out = out.with_suffix(".npz") if not images and out.suffix == ".png" else out
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
@@ -210,7 +210,7 @@ def write_samples(run: RunSamples, out: Path) -> str:
                 arrays["labels"] = run.labels.numpy()
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     elif not images:
-        raise ValueError(f"samples of shape {run.model.data_shape} are no images; write them to a .npz file")
+        raise ValueError(f"samples of shape {tuple(run.x.shape[1:])} are no images; write them to a .npz file")
     elif out.suffix == ".png":
         with whole(out) as aside:
             Image.fromarray(tiled(run.x, run.values, run.columns)).save(aside, "PNG")

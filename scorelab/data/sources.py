@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from scorelab.checks import check_batch, check_finite, check_range
+from scorelab.codecs import Codec
 from scorelab.data.values import Values, found
 from scorelab.distributions import Distribution, Labelled
 from scorelab.noise import counted, counter_generator, streams
 from scorelab.typing import Batch, Shape, Tensor
 
-__all__ = ["Arrays", "Drawn", "Images", "Source", "Stored", "digits"]
+__all__ = ["Arrays", "Coded", "Drawn", "Images", "Source", "Stored", "digits"]
 
 _MOST_CLASSES = 2**20
 
@@ -239,6 +240,37 @@ class Images(Stored):
         if self.dequantise:
             x.add_(counted("uniform", self.data_shape, rows, seed, step, 8)).sub_(0.5)
         return self.labelled(self.values.inside(x), index)
+
+
+class Coded(Source):
+    """The codes of another source's samples; ``values`` are those of what they decode to."""
+
+    def __init__(self, source: Source, codec: Codec) -> None:
+        self.source, self.codec = source, codec
+        self.values, self.classes = source.values, source.classes
+        self.data_shape = tuple(self.first(1).x0.shape[1:])
+
+    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Batch:
+        generator = counter_generator(seed, step, 12)
+        whole = self._coded(self.source.batch(seed, step, size, None if self.codec.stochastic else rows), generator)
+        return whole.part(slice(rows.start, rows.stop)) if self.codec.stochastic and rows is not None else whole
+
+    def reference(self) -> Tensor:
+        return self._coded(Batch(self.source.reference())).x0
+
+    def first(self, count: int) -> Batch:
+        return self._coded(self.source.first(count))
+
+    def hold_out(self, count: int) -> Batch:
+        return self._coded(self.source.hold_out(count))
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self.source.fingerprint()
+
+    def _coded(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
+        generator = counter_generator(0, 0, 13) if generator is None else generator
+        with torch.no_grad():
+            return batch._replace(x0=self.codec.encode(batch.x0, generator))
 
 
 class Drawn(Source):

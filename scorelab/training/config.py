@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 from torch import nn
 
 from scorelab.checks import nearest_name
-from scorelab.data import Files, Source, load
+from scorelab.codecs import CODECS, Codec
+from scorelab.data import Coded, Files, Source, load
 from scorelab.losses import OBJECTIVES, WEIGHTINGS, Objective
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
 from scorelab.nn import NETWORKS
@@ -36,6 +37,7 @@ __all__ = ["PARTS", "Experiment", "beside", "build", "default_config", "load_dat
 _INNER = Kind("sampler", SAMPLERS, Sampler)
 PARTS = {
     "model.net": Kind("network", NETWORKS, nn.Module, given=("data_shape", "num_classes", "null_class")),
+    "model.codec": Kind("codec", CODECS, Codec, given=("data_shape",)),
     "process": Kind("process", PROCESSES, Process),
     "optim": Kind("optimiser", OPTIMISERS, torch.optim.Optimizer),
     "optim.schedule": Kind("schedule", SCHEDULES),
@@ -51,6 +53,8 @@ PARTS = {
     ),
 }
 """Where a config chooses parts."""
+EVALUATION = Kind("evaluation", {})
+"""What a config may measure besides, by import path: the library's own have keys of their own."""
 
 
 def default_config() -> ConfigDict:
@@ -79,6 +83,7 @@ def default_config() -> ConfigDict:
             },
             "model": {
                 "net": {"name": "unet"},
+                "codec": {"name": "identity"},
                 "prediction": "eps",  # x0 | eps | score | v | flow | edm
                 # log_sigma | relative_log_sigma (log sigma/sigma_data) | time | index (of a sequence's or of DDPM's
                 # levels); "": what the network wants
@@ -127,10 +132,12 @@ def default_config() -> ConfigDict:
                 "samples": 64,
                 "batch_size": 256,
             },
+            # what is measured besides while training, by names of one's own: {"name": "package.module:Class", ...}
+            "evaluation": {},
         }
     )
     config.lock()
-    for path in PARTS:
+    for path in (*PARTS, "evaluation"):
         _at(config, path).unlock()
     return config
 
@@ -163,6 +170,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
                 if key not in others:
                     place[key] = value
         place.unlock()
+    for name, given in config.evaluation.items():
+        found.evaluation[name] = ConfigDict(EVALUATION.resolve(_plain(given), f"config.evaluation.{name}"))
     return found
 
 
@@ -238,7 +247,7 @@ def check_types(config: ConfigDict, default: ConfigDict | None = None, prefix: s
     None stands for "none" where that means something: in _OPTIONAL.
     """
     default = default_config() if default is None else default
-    unknown = [k for k in config if k not in default and prefix[:-1] not in PARTS]
+    unknown = [k for k in config if k not in default and prefix[:-1] not in (*PARTS, "evaluation")]
     if unknown:
         raise ValueError(f"unknown config key {prefix}{unknown[0]}; {nearest_name(unknown[0], list(default))}")
     for key, wanted in default.items():
@@ -400,6 +409,14 @@ def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
     _check_training(config)
     data = load_data(config)
     _check_used(config)
+    codec: Codec | None = part(config, "model.codec", data_shape=data.data_shape)
+    if type(codec) is Codec:
+        codec = None
+    else:
+        assert codec is not None
+        codec.fit(data.reference())
+        _remember(codec, config.model.codec, {"data_shape": data.data_shape})
+        data = Coded(data, codec)
     reference, process = data.reference(), part(config, "process")
     if isinstance(process, nn.Module):
         _remember(process, config.process, {})
@@ -435,10 +452,11 @@ def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
         process,
         prediction,
         data_shape=data.data_shape,
-        data_range=None if data.values is None else data.values.ends,
+        data_range=None if data.values is None or codec is not None else data.values.ends,
         input_scale=scales[_choice(config, "input_scale", net, _INPUT_SCALES)],
         label=LogSigma(sigma_data) if label == "relative_log_sigma" else label,
         levels=None if isinstance(process, DiscreteVP) else levels,
+        codec=codec,
     )
     weight = part(config, "training.weighting", sigmas=sigmas, **known)
     objective = part(config, "training.objective", sigmas=sigmas, weight=weight, **known)

@@ -84,7 +84,7 @@ class Trainer:
             spread(self.model.net, device, self.processes)
             if t.compile:
                 self.model.net.compile()
-        self.parameters = list(self.model.parameters())
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if (config.optim.clip or 0) < 0 or "lr" not in config.optim:
             raise ValueError(f"optim is {config.optim.to_dict()}; expected an optimiser with an lr, and clip >= 0")
         self.optimiser = part(config, "optim", parameters=self.parameters, params=self.parameters)

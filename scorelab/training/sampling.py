@@ -118,10 +118,11 @@ def sample_model(
     sampler: Path | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """n samples, for a condition (n, ...) or (1, ...) or none, with the experiment's own sampler and batch size, or
-    with a calibrated sampler's file."""
+    """n samples, decoded, for a condition (n, ...) or (1, ...) or none, with the experiment's own sampler and batch
+    size, or with a calibrated sampler's file.
+    """
     noise_levels, own = build_sampling(config, model)
-    return sample(
+    codes = sample(
         own_score(model, config, condition),
         (n, *model.data_shape),
         noise_levels if sampler is None else None,
@@ -131,3 +132,4 @@ def sample_model(
         batch_size=config.sampling.batch_size,
         sharded=isinstance(generator, PerSampleNoise),
     )
+    return model.decode(codes)

@@ -15,17 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
 from scorelab import parallel
-from scorelab.models import ScoreModel
-from scorelab.noise import PerSampleNoise, counted
 from scorelab.plotting.pictures import are_images, tiled
-from scorelab.training.batches import Draw
-from scorelab.training.engine import BINS, Metrics, Trainer
-from scorelab.training.sampling import in_turn, sample_model
+from scorelab.training.engine import Metrics, Trainer
+from scorelab.training.evaluations import Evaluation, Samples, evaluations
 from scorelab.typing import Tensor
 from scorelab.writing import whole
 
@@ -33,8 +29,6 @@ __all__ = ["TIMINGS", "Watch", "keep_until"]
 
 TIMINGS = ("seconds", "images_per_second", "data_share")
 """Keys of metrics.jsonl that differ from run to run."""
-_FIXED = 512
-"""Samples that the loss at fixed noise takes, at most."""
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
@@ -56,18 +50,6 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _moments(x: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of every channel of (N, C, *sizes)."""
-    count = x.numel() // x.shape[1]
-    total, squares = torch.zeros(2, x.shape[1], dtype=torch.float64)
-    for part in torch.split(x.cpu(), 256):
-        channels = part.double().transpose(0, 1).flatten(1)
-        total += channels.sum(1)
-        squares += channels.square().sum(1)
-    mean = total / count
-    return mean.tolist(), ((squares - count * mean**2) / max(1, count - 1)).clamp_min(0).sqrt().tolist()
-
-
 class Watch:
     """What is written and shown of a run, by the first process; all of them evaluate."""
 
@@ -80,18 +62,17 @@ class Watch:
         )
         self._events: Any = None
         self._told = not first
+        self.evaluations = evaluations(trainer.config)
         self._evaluated: set[tuple[int, str]] = set()
         if first:
             kept = keep_until(workdir / "metrics.jsonl", trainer.step)
-            self._evaluated = {(r["step"], k) for r in kept for k in ("validation_loss", "sample_mean") if k in r}
+            self._evaluated = {(r["step"], e.key) for r in kept for e in self.evaluations if e.key in r}
             if importlib.util.find_spec("tensorboard") is not None:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._events = SummaryWriter(str(workdir), purge_step=trainer.step + 1)
             self._metrics = (workdir / "metrics.jsonl").open("a")
         self._began, self._spent, self._steps = time.perf_counter(), 0.0, 0
-        data = trainer.experiment.data.reference()
-        self._data_mean, self._data_std = _moments(data[:10_000])
 
     def close(self) -> None:
         """Close the bar and the files."""
@@ -119,57 +100,26 @@ class Watch:
         self._spent, self._steps, self.trainer.batches.waited = 0.0, 0, 0.0
 
     def evaluate(self) -> None:
-        """Loss at fixed noise and samples, where they are due at this step and not there yet."""
-        t, step = self.trainer.config.training, self.trainer.step
-        wanted = [("validation_loss", t.validate_every), ("sample_mean", t.sample_every)]
-        due = [bool(n and step) and (step % n == 0 or step == t.steps) for _, n in wanted]
-        # the first process knows what was written before the run stopped
-        done = parallel.most(*(float((step, key) in self._evaluated) for key, _ in wanted))
-        validate, draw = (d and not already for d, already in zip(due, done, strict=True))
-        if not validate and not draw:
+        """What is due at this step and was not measured yet; what fails only warns, and is tried again at its turn."""
+        step, last = self.trainer.step, self.trainer.config.training.steps
+        due = [e for e in self.evaluations if e.due(step, last)]
+        if not due:
             return
-        model = self.trainer.evaluated()
-        for wanted_now, what, part in ((validate, "validation loss", self._validate), (draw, "samples", self._draw)):
-            if not wanted_now:
-                continue
+        # the first process knows what was written before the run stopped
+        done = parallel.most(*(float((step, e.key) in self._evaluated) for e in due))
+        pending = [e for e, already in zip(due, done, strict=True) if not already]
+        model = self.trainer.evaluated() if pending else None
+        for evaluation in pending:
+            assert model is not None
             try:
-                part(model, step)
+                found = evaluation.run(model, self.trainer)
+                self._write({"step": step, **found.numbers})
+                if found.samples is not None and self._first:
+                    self._show(found.samples, step, evaluation)
             except Exception as error:
-                # the run is worth more than its evaluations; the next one is tried again
+                # the run is worth more than its evaluations
                 why = " ".join(f"{type(error).__name__}: {error}".split())
-                warnings.warn(f"no {what} at step {step}: {why}", RuntimeWarning, stacklevel=2)
-
-    def _validate(self, model: ScoreModel, step: int) -> None:
-        bins = self._fixed_noise_losses(model)
-        self._write({"step": step, "validation_loss": float(np.mean(bins)), "validation_bins": bins})
-
-    def _draw(self, model: ScoreModel, step: int) -> None:
-        config = self.trainer.config
-        n = config.sampling.samples
-        x = sample_model(model, config, n, PerSampleNoise(0), condition=in_turn(model, n), progress=False)
-        mean, std = _moments(x)
-        own = {"data_mean": self._data_mean, "data_std": self._data_std}
-        self._write({"step": step, "sample_mean": mean, "sample_std": std, **own})
-        if self._first:
-            self._show(x, step)
-
-    def _fixed_noise_losses(self, model: torch.nn.Module) -> list[float]:
-        """The mean loss in each part of the noise levels: held-out samples if there are any, always the same noise."""
-        e, batches = self.trainer.experiment, self.trainer.batches
-        held = batches.known(e.data.batch(0, 0, _FIXED) if e.held_out is None else e.held_out.part(slice(_FIXED)))
-        # every part of the levels has as many samples
-        least = -(-max(BINS, self.trainer.processes) // BINS) * BINS
-        count = max(least, len(held.x0) // BINS * BINS)
-        index = torch.arange(count) % len(held.x0)
-        batch, u = held.mapped(lambda t: t[index]), (torch.arange(count) + 0.5) / count
-        noise = counted("normal", batches.noise_shape(batch), range(count), 0, 10).to(batch.x0)
-        draw, mine, found = Draw(batch, u, noise), parallel.shard(count), []
-        with torch.no_grad():
-            for first in range(mine.start, mine.stop, batches.size):
-                some = draw.part(slice(first, min(first + batches.size, mine.stop)))
-                found.append(e.objective.losses(model, *some.mapped(lambda t: t.to(batches.device))))
-        losses = parallel.gather(torch.cat(found), count)
-        return losses.double().cpu().reshape(BINS, -1).mean(1).tolist()
+                warnings.warn(f"no {evaluation.what} at step {step}: {why}", RuntimeWarning, stacklevel=2)
 
     def _write(self, row: dict[str, Any]) -> None:
         if not self._first:
@@ -187,15 +137,16 @@ class Watch:
             if isinstance(value, (int, float)) and key != "step":
                 self._events.add_scalar(key, value, row["step"])
 
-    def _show(self, x: Tensor, step: int) -> None:
+    def _show(self, x: Tensor, step: int, evaluation: Evaluation) -> None:
         folder = self.workdir / "samples"
         folder.mkdir(exist_ok=True)
+        name = f"step_{step:08d}" if isinstance(evaluation, Samples) else f"{evaluation.key}_{step:08d}"
         if not are_images(tuple(x.shape[1:])):
-            with whole(folder / f"step_{step:08d}.npz") as aside, aside.open("wb") as file:
+            with whole(folder / f"{name}.npz") as aside, aside.open("wb") as file:
                 np.savez_compressed(file, samples=x.cpu().numpy())
             return
         picture = tiled(x, self.trainer.experiment.data.values)
-        with whole(folder / f"step_{step:08d}.png") as aside:
+        with whole(folder / f"{name}.png") as aside:
             Image.fromarray(picture).save(aside, "PNG")
         if self._events is not None:
-            self._events.add_image("samples", picture, step, dataformats="HW" if picture.ndim == 2 else "HWC")
+            self._events.add_image(evaluation.what, picture, step, dataformats="HW" if picture.ndim == 2 else "HWC")

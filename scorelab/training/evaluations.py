@@ -1,0 +1,121 @@
+"""What is measured of the averaged weights while a run trains: each every so many steps, and at the end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+
+from scorelab import parallel
+from scorelab.models import ScoreModel
+from scorelab.noise import PerSampleNoise, counted
+from scorelab.parts import Kind
+from scorelab.training.batches import Draw
+from scorelab.training.config import EVALUATION
+from scorelab.training.engine import BINS, Trainer
+from scorelab.training.sampling import in_turn, sample_model
+from scorelab.typing import Tensor
+
+__all__ = ["Evaluation", "FixedNoiseLoss", "Found", "Samples", "evaluations"]
+
+_FIXED = 512
+"""Samples that the loss at fixed noise takes, at most."""
+
+
+class Found(NamedTuple):
+    """Numbers for metrics.jsonl, and samples (N, *D), decoded, that are written as a picture or an array."""
+
+    numbers: dict[str, Any]
+    samples: Tensor | None = None
+
+
+class Evaluation(ABC):
+    """Base of what is measured every ``every`` steps (0: never).
+
+    ``key``: a key of its numbers, by which a run that goes on knows what was measured; ``what``: its name in words.
+    """
+
+    key: str
+    what: str
+
+    def __init__(self, every: int = 1000) -> None:
+        if every < 0:
+            raise ValueError(f"every is {every}; expected a number of steps, 0 for never")
+        self.every = every
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether it is its turn at a step, of a run that ends at step ``last``."""
+        return bool(self.every and step) and (step % self.every == 0 or step == last)
+
+    @abstractmethod
+    def run(self, model: ScoreModel, trainer: Trainer) -> Found:
+        """Measure the averaged weights; all processes call it, and the first one's results are written."""
+
+
+class FixedNoiseLoss(Evaluation):
+    """The loss in each part of the noise levels: of held-out samples if there are any, always with the same noise."""
+
+    key, what = "validation_loss", "validation loss"
+
+    def run(self, model: ScoreModel, trainer: Trainer) -> Found:
+        e, batches = trainer.experiment, trainer.batches
+        held = batches.known(e.data.batch(0, 0, _FIXED) if e.held_out is None else e.held_out.part(slice(_FIXED)))
+        # every part of the levels has as many samples
+        least = -(-max(BINS, trainer.processes) // BINS) * BINS
+        count = max(least, len(held.x0) // BINS * BINS)
+        index = torch.arange(count) % len(held.x0)
+        batch, u = held.mapped(lambda t: t[index]), (torch.arange(count) + 0.5) / count
+        noise = counted("normal", batches.noise_shape(batch), range(count), 0, 10).to(batch.x0)
+        draw, mine, found = Draw(batch, u, noise), parallel.shard(count), []
+        with torch.no_grad():
+            for first in range(mine.start, mine.stop, batches.size):
+                some = draw.part(slice(first, min(first + batches.size, mine.stop)))
+                found.append(e.objective.losses(model, *some.mapped(lambda t: t.to(batches.device))))
+        losses = parallel.gather(torch.cat(found), count)
+        bins = losses.double().cpu().reshape(BINS, -1).mean(1).tolist()
+        return Found({self.key: float(np.mean(bins)), "validation_bins": bins})
+
+
+def moments(x: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of every channel of (N, C, *sizes)."""
+    count = x.numel() // x.shape[1]
+    total, squares = torch.zeros(2, x.shape[1], dtype=torch.float64)
+    for part in torch.split(x.cpu(), 256):
+        channels = part.double().transpose(0, 1).flatten(1)
+        total += channels.sum(1)
+        squares += channels.square().sum(1)
+    mean = total / count
+    return mean.tolist(), ((squares - count * mean**2) / max(1, count - 1)).clamp_min(0).sqrt().tolist()
+
+
+class Samples(Evaluation):
+    """Samples as ``scorelab sample`` draws them, and their mean and deviation in every channel beside the data's."""
+
+    key, what = "sample_mean", "samples"
+
+    def __init__(self, every: int = 1000) -> None:
+        super().__init__(every)
+        self._of_data: dict[str, list[float]] = {}
+
+    def run(self, model: ScoreModel, trainer: Trainer) -> Found:
+        if not self._of_data:
+            data = trainer.experiment.data.first(10_000).x0.to(model.device)
+            mean, std = moments(model.decode(data))
+            self._of_data = {"data_mean": mean, "data_std": std}
+        config, n = trainer.config, trainer.config.sampling.samples
+        x = sample_model(model, config, n, PerSampleNoise(0), condition=in_turn(model, n), progress=False)
+        mean, std = moments(x)
+        return Found({self.key: mean, "sample_std": std, **self._of_data}, x)
+
+
+def evaluations(config: ConfigDict) -> list[Evaluation]:
+    """Those of a resolved config: the loss at fixed noise, samples, and what ``config.evaluation`` names."""
+    t = config.training
+    found: list[Evaluation] = [FixedNoiseLoss(t.validate_every), Samples(t.sample_every)]
+    kind = Kind("evaluation", EVALUATION.table, Evaluation)
+    for name, settings in config.evaluation.items():
+        found.append(kind.make(settings.to_dict(), f"config.evaluation.{name}", {}))
+    return found

@@ -55,8 +55,11 @@ class _ClassifierFree(Combined):
 
 
 def _faster(x: Tensor) -> bool:
-    """Whether one evaluation of twice the batch takes less than two: on GPUs, and for little data."""
-    return x.device.type != "cpu" or x.numel() <= 2**14
+    """Whether one evaluation of twice the batch takes less than two: on GPUs, and on CPUs for little data.
+
+    With 2 CPU cores it took .55 to .93 of the time for up to 16,384 numbers, 1.02 to 1.35 for more, or for many points.
+    """
+    return x.device.type != "cpu" or (x.numel() <= 2**14 and len(x) <= 1024)
 
 
 def classifier_free(

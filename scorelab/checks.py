@@ -20,6 +20,7 @@ __all__ = [
     "check_output",
     "check_range",
     "check_sigmas",
+    "explained",
     "level",
     "level_of",
     "marked",
@@ -149,16 +150,23 @@ def check_sigmas(sigmas: Tensor | Iterable[float], at_least: int = 1) -> list[fl
 
 
 def call(fn: Callable[[Tensor, Tensor], Any], x: Tensor, sigma: Tensor) -> Any:
-    """fn(x, sigma), and what to add to a function that differentiates inside where gradients are off."""
+    """fn(x, sigma), with its errors explained."""
     try:
         return fn(x, sigma)
     except RuntimeError as error:
-        if torch.is_grad_enabled() or "require grad" not in str(error):
-            raise
-        raise ValueError(
-            "the score differentiates inside, but gradients are off here; expected 'with torch.enable_grad(): "
-            "x = x.detach().requires_grad_(True)' inside the function, around what it differentiates"
-        ) from error
+        if (said := explained(error)) is not None:
+            raise said from error
+        raise
+
+
+def explained(error: RuntimeError) -> ValueError | None:
+    """What to add to a score that differentiates inside where gradients are off; None for any other error."""
+    if torch.is_grad_enabled() or "require grad" not in str(error):
+        return None
+    return ValueError(
+        "the score differentiates inside, but gradients are off here; expected 'with torch.enable_grad(): "
+        "x = x.detach().requires_grad_(True)' inside the function, around what it differentiates"
+    )
 
 
 def check_output(output: object, x: Tensor, sigma: Tensor | float) -> Tensor:

@@ -9,12 +9,8 @@ so no difference of nearly equal numbers is divided by a small sigma^2.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
-import math
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +22,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scorelab.checks import broadcast, check_batch, check_sigmas, widened
 from scorelab.codecs import CODECS, Codec
+from scorelab.described import (
+    CODEC,
+    NETWORK,
+    Constant,
+    Function,
+    LogSigma,
+    UnitVariance,
+    function_from_json,
+    function_to_json,
+    part_from_dict,
+    part_to_dict,
+    prediction_from_json,
+    prediction_to_json,
+    process_from_dict,
+    process_to_dict,
+)
 from scorelab.nn import NETWORKS
-from scorelab.parts import Kind
-from scorelab.predictions import EPS, PREDICTIONS, X0, Prediction, V, coefficients, edm
-from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP
+from scorelab.predictions import EPS, PREDICTIONS, X0, Prediction, V, coefficients
+from scorelab.processes import DiscreteVP, Process
 from scorelab.tables import Table
 from scorelab.typing import ScoreFn, Shape, Tensor
 from scorelab.writing import whole
@@ -37,44 +48,8 @@ from scorelab.writing import whole
 __all__ = ["Conditioned", "Constant", "LogSigma", "ScoreModel", "UnitVariance", "process_from_dict", "process_to_dict"]
 
 
-@dataclass(frozen=True)
-class Constant:
-    """input_scale: the same number at every sigma."""
-
-    value: float
-
-    def __call__(self, sigma: Tensor) -> Tensor:
-        """``value``, in sigma's shape."""
-        return torch.full_like(sigma, self.value)
-
-
-@dataclass(frozen=True)
-class UnitVariance:
-    """input_scale: 1 / sqrt(sigma^2 + sigma_data^2), EDM's c_in."""
-
-    sigma_data: float
-
-    def __call__(self, sigma: Tensor) -> Tensor:
-        """The factor that gives the input unit variance."""
-        return torch.rsqrt(sigma**2 + self.sigma_data**2)
-
-
-@dataclass(frozen=True)
-class LogSigma:
-    """label: log(sigma / sigma_data)."""
-
-    sigma_data: float = 1.0
-
-    def __call__(self, sigma: Tensor) -> Tensor:
-        """The label, in sigma's shape."""
-        return (sigma / self.sigma_data).log()
-
-
-_CALLABLES = {c.__name__: c for c in (Constant, UnitVariance, LogSigma)}
 _LABELS = ("time", "log_sigma", "index")
 _ORDERS = ("ascending", "descending")
-
-Function = Callable[[Tensor], Tensor]
 
 
 class ScoreModel(nn.Module):
@@ -290,11 +265,11 @@ class ScoreModel(nn.Module):
             "format": 1,
             "net": part_to_dict(unwrapped(self.net), NETWORKS),
             "process": process_to_dict(self.process),
-            "prediction": _prediction_name(self.prediction),
+            "prediction": prediction_to_json(self.prediction),
             "data_shape": list(self.data_shape),
             "data_range": self.data_range,
-            "input_scale": _function_to_json(self.input_scale, "input_scale"),
-            "label": _function_to_json(self.label, "label"),
+            "input_scale": function_to_json(self.input_scale, "input_scale"),
+            "label": function_to_json(self.label, "label"),
             "label_scale": self.label_scale,
             "index_order": self.index_order,
             "levels": None if self.levels is None else self.levels.flip(0).tolist(),
@@ -394,20 +369,20 @@ class ScoreModel(nn.Module):
             name = str(settings["net"]["name"])
             with torch.random.fork_rng(devices=[]):
                 # names were those of classes once
-                made = part_from_dict({**settings["net"], "name": name if ":" in name else name.lower()}, _NETWORK)
+                made = part_from_dict({**settings["net"], "name": name if ":" in name else name.lower()}, NETWORK)
             net = made
         return cls(
             net,
             process_from_dict(settings["process"]),
-            _prediction_from_name(settings["prediction"]),
+            prediction_from_json(settings["prediction"]),
             data_shape=tuple(settings["data_shape"]),
             data_range=None if settings["data_range"] is None else tuple(settings["data_range"]),
-            input_scale=_function_from_json(settings["input_scale"]),
-            label=_function_from_json(settings["label"]),
+            input_scale=function_from_json(settings["input_scale"]),
+            label=function_from_json(settings["label"]),
             label_scale=settings["label_scale"],
             index_order=settings["index_order"],
             levels=None if settings["levels"] is None else torch.tensor(settings["levels"], dtype=torch.float64),
-            codec=None if settings.get("codec") is None else part_from_dict(settings["codec"], _CODEC),
+            codec=None if settings.get("codec") is None else part_from_dict(settings["codec"], CODEC),
         )
 
 
@@ -479,87 +454,3 @@ def unwrapped(net: nn.Module) -> nn.Module:
             net = inner
         else:
             return net
-
-
-_NETWORK, _CODEC = Kind("network", NETWORKS, nn.Module), Kind("codec", CODECS, Codec)
-_PROCESSES = {made.__name__: made for made in (VE, VP, SubVP, Cosine, Flow, DiscreteVP)}
-_OWN_PROCESS = Kind("process", _PROCESSES, Process)
-
-
-def _path_of(made: object) -> str | None:
-    """The import path of an object's class, None if it has none that another process would find."""
-    own = type(made)
-    there = getattr(sys.modules.get(own.__module__), own.__qualname__, None) is own
-    return f"{own.__module__}:{own.__qualname__}" if there and own.__module__ != "__main__" else None
-
-
-def part_to_dict(made: nn.Module, table: Mapping[str, Any]) -> dict[str, Any] | None:
-    """By what a part is made again: its name and its ``config``, the arguments of its class; None if it has none."""
-    name = next((name for name, known in table.items() if known is type(made)), None) or _path_of(made)
-    settings = getattr(made, "config", {} if isinstance(made, Codec) else None)
-    return {"name": name, **settings} if name is not None and isinstance(settings, dict) else None
-
-
-def part_from_dict(settings: dict[str, Any], kind: Kind) -> Any:
-    """The part of ``part_to_dict``, which remembers by what it was made."""
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k != "name"}
-    made = kind.maker(str(settings["name"]), kind.name)(**arguments)
-    if isinstance(made, nn.Module) and not hasattr(made, "config"):
-        made.config = arguments  # type: ignore[assignment]
-    return made
-
-
-def process_to_dict(process: Process) -> dict[str, Any]:
-    """A process as JSON can hold it: its name and arguments, of one's own those of its ``config``."""
-    name = type(process).__name__ if type(process) in _PROCESSES.values() else _path_of(process)
-    if isinstance(process, DiscreteVP):
-        settings: Any = {"betas": process.betas.tolist()}
-    else:
-        settings = (
-            dataclasses.asdict(process) if dataclasses.is_dataclass(process) else getattr(process, "config", None)
-        )
-    if name is None or not isinstance(settings, dict):
-        raise ValueError(
-            f"{type(process).__name__} is not one of scorelab's processes and can't be saved; expected a class that "
-            "can be imported, with its arguments in an attribute config"
-        )
-    return {"name": name, **settings}
-
-
-def process_from_dict(settings: dict[str, Any]) -> Process:
-    """The process of ``process_to_dict``."""
-    name = str(settings["name"])
-    if name not in _PROCESSES and ":" not in name:
-        raise ValueError(f"unknown process {name!r}")
-    made: Process = part_from_dict(settings, _OWN_PROCESS)
-    return made
-
-
-def _prediction_name(prediction: Prediction) -> str:
-    if prediction.name in PREDICTIONS or prediction.name.startswith("edm("):
-        return prediction.name
-    raise ValueError("a prediction of one's own cannot be saved; use one of scorelab.predictions")
-
-
-def _prediction_from_name(name: str) -> Prediction:
-    if name.startswith("edm("):
-        sigma_data = float(name[4:-1])
-        if math.isfinite(sigma_data):
-            return edm(sigma_data)
-    if name not in PREDICTIONS:
-        raise ValueError(f"unknown prediction {name!r}; known: {', '.join(PREDICTIONS)}, edm(sigma_data)")
-    return PREDICTIONS[name]
-
-
-def _function_to_json(value: str | Function, what: str) -> Any:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (Constant, UnitVariance, LogSigma)):
-        return {"name": type(value).__name__, **dataclasses.asdict(value)}
-    raise ValueError(f"{what} is a function of one's own and cannot be saved; use {', '.join(_CALLABLES)}")
-
-
-def _function_from_json(value: Any) -> str | Function:
-    if isinstance(value, str):
-        return value
-    return _CALLABLES[value["name"]](**{k: v for k, v in value.items() if k != "name"})

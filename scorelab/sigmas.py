@@ -254,7 +254,7 @@ class FromSigmas(SigmaDistribution):
     def __call__(self, u: Tensor) -> Tensor:
         n = len(self.sigmas)
         index = (u * n).long().clamp(0, n - 1)
-        return self._table.like(u)[index]
+        return self._table.like(u).take(index)
 
     def rate(self, sigma: Tensor) -> Tensor:
         raise ValueError("a fixed sequence has no density; for the likelihood weighting use LogUniform or FromProcess")

@@ -7,8 +7,21 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from scorelab import VE, VP, DiscreteVP, SubVP, clipped, from_denoiser, from_eps, from_time_score, sigmas
-from scorelab.losses import denoising_loss, implicit_loss, sliced_loss
+from scorelab import (
+    VE,
+    VP,
+    DiscreteVP,
+    SubVP,
+    broadcast,
+    classifier_free,
+    clipped,
+    combined,
+    from_denoiser,
+    from_eps,
+    from_time_score,
+    sigmas,
+)
+from scorelab.losses import Denoising, Implicit, Sliced, denoising_loss, implicit_loss, sliced_loss
 from scorelab.losses.denoising import posterior_mean
 from scorelab.models import Constant, LogSigma, ScoreModel
 from scorelab.nn import MLP, UNet
@@ -39,6 +52,7 @@ from scorelab.samplers import (
     UnderdampedLangevin,
     UniPC,
 )
+from scorelab.typing import Batch
 
 SAMPLERS = [
     Euler(),
@@ -69,11 +83,17 @@ SAMPLERS = [
 NETWORKS = {
     "mlp": (MLP((2,), width=8), (2,), {"input_scale": Constant(2.0), "label": LogSigma(0.5)}),
     "unet": (UNet((1, 5, 4), width=8, attention=(1,), head=8), (1, 5, 4), {"label": "index"}),
+    "classes": (UNet((1, 5, 4), width=8, num_classes=3, null_class=True), (1, 5, 4), {"label": "index"}),
+    "points of classes": (
+        MLP((2,), width=8, num_classes=3, null_class=True),
+        (2,),
+        {"input_scale": Constant(2.0), "label": LogSigma(0.5)},
+    ),
 }
 
 
 def linear(x, sigma):
-    return -x / (1 + sigma**2)
+    return -x / (1 + broadcast(sigma, x) ** 2)
 
 
 def run(sampler, score, x):
@@ -116,13 +136,31 @@ def test_networks_and_models(name):
         from_denoiser(linear),
         from_time_score(linear, VP()),
         clipped(linear, -1.0, 1.0),
+        combined(lambda x, sigma, a, b: a - b, linear, linear),
+        classifier_free(linear, lambda x, s: 2 * linear(x, s), 3.0),
+        classifier_free(linear, lambda x, s: 2 * linear(x, s), 3.0, interval=(0.1, 1.0)),
     ],
 )
 def test_adapters(score):
     with FakeTensorMode(allow_non_fake_inputs=True):
-        out = score(torch.randn(3, 2, device="cuda"), torch.full((), 0.5, device="cuda"))
-        assert out.device.type == "cuda"
-        assert out.dtype == torch.float32
+        x = torch.randn(3, 2, device="cuda")
+        for sigma in (torch.full((), 0.5, device="cuda"), torch.full((3,), 0.5, device="cuda")):
+            out = score(x, sigma)
+            assert out.device.type == "cuda"
+            assert out.dtype == torch.float32
+        assert run(Euler(), score, x).device.type == "cuda"
+
+
+@pytest.mark.parametrize("objective", [Denoising, Implicit, Sliced])
+def test_objectives_make_their_levels_on_the_device(objective):
+    made = objective(sigmas.FromSigmas([2.0, 1.0, 0.5]))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, u = torch.randn(3, 2, device="cuda"), torch.rand(3, device="cuda")
+        assert made.levels(u).device.type == "cuda"
+        if objective is Denoising:
+            labels = torch.zeros(3, dtype=torch.long, device="cuda")
+            batch = Batch(x, labels, Batch(x, labels))
+            assert made.losses(lambda x, s, c: linear(x, s), batch, u, x).device.type == "cuda"
 
 
 def test_losses_and_noise_distributions():

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from scorelab.checks import call, check_batch, check_finite, check_output, check_sigmas, level, marked
+from scorelab.checks import call, check_batch, check_finite, check_output, check_sigmas, explained, level, marked
 from scorelab.noise import Noise, PerSampleNoise
 from scorelab.predictions import denoise_from_score
 from scorelab.scores import can_split, check_known, combined, device_of, networks, restricted
@@ -170,11 +170,19 @@ class Counted:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The score, checked."""
-        return self._note(call(self.score, x, sigma), x, sigma)
+        try:
+            output = self.score(x, sigma)
+        except RuntimeError as error:
+            if (said := explained(error)) is not None:
+                raise said from error
+            raise
+        return self._note(output, x, sigma)
 
-    def _note(self, output: object, x: Tensor, sigma: Tensor) -> Tensor:
+    def _note(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         self.nfe += 1
-        found = check_output(output, x, sigma)
+        # what fits is seen here, at less cost
+        fits = type(output) is Tensor and output.shape == x.shape and output.dtype == x.dtype
+        found = output if fits else check_output(output, x, sigma)
         # at once, for the next call may overwrite it
         if self.denoised and self.x0_hat is None:
             self.x0_hat = denoise_from_score(found, x, sigma)

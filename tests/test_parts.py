@@ -302,22 +302,28 @@ def test_the_documented_network_trains_is_killed_and_goes_on(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     options = {"cwd": tmp_path, "env": environment}
     base = [sys.executable, "-m", "scorelab.cli"]
-    train = [*base, "train", "--config=config.py", "--config.training.batch_size=32"]
-    train += ["--config.training.sample_every=0", "--config.training.precision=fp32"]
+    train = [
+        *base,
+        "train",
+        "--config=config.py",
+        "--config.training.steps=80",
+        "--config.training.checkpoint_every=10",
+    ]
+    train += ["--config.training.sample_every=0", "--config.training.precision=fp32", "--config.training.batch_size=32"]
 
     def run(command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
     assert run([*train, "--workdir=whole"]).returncode == 0
     with subprocess.Popen([*train, "--workdir=killed"], stderr=subprocess.DEVNULL, **options) as child:
-        while checkpoint.last_step(tmp_path / "killed") < 40 and child.poll() is None:
+        while checkpoint.last_step(tmp_path / "killed") < 20 and child.poll() is None:
             pass
         child.kill()
-    assert 40 <= checkpoint.last_step(tmp_path / "killed") < 200
+    assert 20 <= checkpoint.last_step(tmp_path / "killed") < 80
     done = run([*train, "--workdir=killed"])
     assert done.returncode == 0, done.stderr
     for name in ("model.safetensors", "ema.safetensors"):
-        files = [tmp_path / w / "checkpoints" / "step_00000200" / name for w in ("whole", "killed")]
+        files = [tmp_path / w / "checkpoints" / "step_00000080" / name for w in ("whole", "killed")]
         assert files[0].read_bytes() == files[1].read_bytes()
     for command in (["sample", "--workdir=killed", "--n=4"], ["report", "--workdir=killed"]):
         done = run([*base, *command])

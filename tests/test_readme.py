@@ -35,7 +35,9 @@ def test_the_command_line_sample_runs(tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     # the same commands on a run of five steps
     code = code.replace(
-        "--workdir runs/digits\n", "--workdir runs/digits --config.training.steps=5 --config.model.net.width=8\n", 1
+        "--workdir runs/digits\n",
+        "--workdir runs/digits --config.training.steps=5 --config.model.net.width=8 --config.sampling.samples=20\n",
+        1,
     )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     run = subprocess.run(

@@ -357,7 +357,7 @@ def test_where_folders_cannot_be_opened_checkpoints_are_written(tmp_path, monkey
 def test_without_a_compiler_compiling_is_refused(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(ValueError, match=r"training.compile needs a C\+\+ compiler, and there is no c\+\+ or g\+\+"):
+    with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler, and there is no c\+\+ or g\+\+"):
         Trainer(build(small()), small(training__compile=True))
     monkeypatch.setenv("CXX", "nocompiler")
     with pytest.raises(ValueError, match="there is no nocompiler"):

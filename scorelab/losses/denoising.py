@@ -153,10 +153,11 @@ def _others(batch: Batch, reference: Batch) -> Tensor | None:
     if batch.condition.ndim != 1:
         raise ValueError(
             f"the stable target averages over samples of the same class, and conditions are "
-            f"{tuple(batch.condition.shape)}; expected (B,) classes, or reference=0 (training.stable_target)"
+            f"{tuple(batch.condition.shape)}; expected (B,) classes, or training.objective.reference=0"
         )
-    others = batch.condition.unsqueeze(1) != reference.condition
-    return others.logical_and_(~others.all(1, keepdim=True))
+    others = torch.ne(batch.condition.unsqueeze(1), reference.condition)
+    # one whose condition none of them has averages over all
+    return others & (others.sum(1, keepdim=True) < others.shape[1])
 
 
 def posterior_mean(x: Tensor, sigma: Tensor, x0: Tensor, others: Tensor | None = None) -> Tensor:

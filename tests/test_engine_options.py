@@ -16,8 +16,8 @@ from scorelab.models import ScoreModel, UnitVariance
 from scorelab.nn import UNet
 from scorelab.processes import VE
 from scorelab.training import Trainer, build, train
-from scorelab.training.config import part, resolve
 from scorelab.training.optim import SCHEDULES, learning_rate
+from scorelab.training.settings import part, resolve
 
 
 def trained(steps: int = 3, **changes) -> Trainer:

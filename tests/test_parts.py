@@ -23,9 +23,10 @@ from scorelab.codecs import Codec
 from scorelab.data import Coded, digits
 from scorelab.parts import Kind, fits
 from scorelab.training import Trainer, build, build_sampling, checkpoint, default_config, resolve, train
-from scorelab.training.config import PARTS, part, upgraded
 from scorelab.training.optim import OPTIMISERS, SCHEDULES
 from scorelab.training.sampling import check_sampling
+from scorelab.training.settings import PARTS, part
+from scorelab.training.upgrading import upgraded
 from scorelab.training.watch import Watch
 
 ROOT = Path(__file__).parent.parent

@@ -94,7 +94,7 @@ def test_settings_that_nobody_reads_are_refused(changes, message):
 
 def test_every_setting_is_read_by_something():
     """The table names settings and choices that there are, and the defaults pass."""
-    from scorelab.training.config import _USED
+    from scorelab.training.settings import _USED
 
     default = default_config()
     for name, (choice, _) in _USED.items():

@@ -190,7 +190,7 @@ def _with_parts(config: ConfigDict, arguments: list[str]) -> tuple[ConfigDict, l
     other arguments. A part that is named takes its own defaults, not those of the one before.
     """
     from scorelab.training import resolve
-    from scorelab.training.config import PARTS, beside, check_types
+    from scorelab.training.settings import PARTS, beside, check_types
 
     named, rest = {}, []
     for argument in arguments:

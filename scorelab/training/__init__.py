@@ -1,10 +1,11 @@
 """Training: configuration, engine, averages of weights, run directories and checkpoints."""
 
-from scorelab.training.config import Experiment, build, default_config, load_data, resolve
+from scorelab.training.config import Experiment, build, load_data
 from scorelab.training.ema import EMA, Snapshot, reconstruct
 from scorelab.training.engine import NonFiniteError, Trainer
 from scorelab.training.run import Interrupted, train
 from scorelab.training.sampling import build_sampling, in_turn, own_score, sample_model
+from scorelab.training.settings import default_config, resolve
 
 __all__ = [
     "EMA",

@@ -28,9 +28,10 @@ from scorelab.noise import counter_generator
 from scorelab.precision import prepare
 from scorelab.training import checkpoint
 from scorelab.training.batches import Batches, Draw
-from scorelab.training.config import Experiment, part, resolve
+from scorelab.training.config import Experiment
 from scorelab.training.ema import averages_of
 from scorelab.training.optim import learning_rate
+from scorelab.training.settings import part, resolve
 from scorelab.training.sharding import full, full_state, like, spread
 
 __all__ = ["BINS", "Metrics", "NonFiniteError", "Trainer"]

@@ -14,9 +14,9 @@ from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise, counted
 from scorelab.parts import Kind
 from scorelab.training.batches import Draw
-from scorelab.training.config import EVALUATION
 from scorelab.training.engine import BINS, Trainer
 from scorelab.training.sampling import in_turn, sample_model
+from scorelab.training.settings import EVALUATION
 from scorelab.typing import Tensor
 
 __all__ = ["Evaluation", "FixedNoiseLoss", "Found", "Samples", "evaluations"]

@@ -27,9 +27,11 @@ from scorelab.data import Values
 from scorelab.models import ScoreModel
 from scorelab.precision import settled_precision
 from scorelab.training import checkpoint
-from scorelab.training.config import PARTS, build, check_types, default_config, named_part, resolve, upgraded
+from scorelab.training.config import build
 from scorelab.training.engine import NonFiniteError, Trainer
 from scorelab.training.sampling import check_sampling
+from scorelab.training.settings import PARTS, check_types, default_config, named_part, resolve
+from scorelab.training.upgrading import upgraded
 from scorelab.training.watch import Watch, keep_until
 from scorelab.writing import whole
 

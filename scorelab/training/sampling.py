@@ -16,7 +16,7 @@ from scorelab.noise import PerSampleNoise
 from scorelab.processes import DiscreteVP
 from scorelab.samplers import Calibrated, Sampler, sample, trajectory
 from scorelab.scores import combined
-from scorelab.training.config import part, resolve
+from scorelab.training.settings import part, resolve
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["build_sampling", "check_sampling", "in_turn", "own_score", "sample_model"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class ScoreModel(nn.Module):
     ``levels``, by default the process's steps) or a callable of sigma; multiplied by label_scale. index_order:
     "ascending" counts from the least noise (DDPM), "descending" from the most (NCSN). data_range: the values of the
     data outside, None if unbounded. codec: by which samples are decoded (``decode``); x is codes then.
+    variance: the network returns twice the channels, F and where the log-variance of ancestral sampling lies between
+    its bounds, from -1 to 1 (Nichol and Dhariwal, 2021, arXiv:2102.09672); the model has ``score_and_variance``.
 
     A network that takes whole indices only says so by an attribute ``integer_labels = True``; it then gets int64, and
     a level that is none of the grid's to 1e-4 is a ValueError. One that takes conditions has ``num_classes`` or
@@ -84,6 +86,7 @@ class ScoreModel(nn.Module):
         index_order: str = "ascending",
         levels: Tensor | None = None,
         codec: Codec | None = None,
+        variance: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(process, Process):
@@ -112,7 +115,7 @@ class ScoreModel(nn.Module):
         grid = None if levels is None else [s for s in check_sigmas(levels) if s > 0][::-1]
         self.levels = None if grid is None else torch.tensor(grid, dtype=torch.float64)
         self._logs = None if self.levels is None else Table(self.levels.log())
-        self.precision = "fp32"
+        self.precision, self.variance = "fp32", variance
         self.codec = None if codec is None else codec.requires_grad_(False).eval()
 
     @property
@@ -139,6 +142,18 @@ class ScoreModel(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
         """The score (B, *data_shape); Raises ValueError for shapes that don't fit."""
         return self._predict(x, sigma, condition, _SCORE)
+
+    @property
+    def score_and_variance(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """(x, sigma, condition=None) -> the score and v (B, *data_shape), 0 to 1; of models with ``variance`` only."""
+        if not self.variance:
+            raise AttributeError("score_and_variance")
+        return self._score_and_variance
+
+    def _score_and_variance(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        level, output, beside = self._outputs(x, sigma, condition)
+        assert beside is not None
+        return self._converted(x, level, output, _SCORE), (0.5 * (beside + 1)).to(x.dtype)
 
     def denoise(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
         """x0_hat, an estimate of E[x0 | x]."""
@@ -181,6 +196,15 @@ class ScoreModel(nn.Module):
         return self
 
     def _predict(self, x: Tensor, sigma: Tensor, condition: Tensor | None, target: Prediction) -> Tensor:
+        level, output, _ = self._outputs(x, sigma, condition)
+        return self._converted(x, level, output, target)
+
+    def _converted(self, x: Tensor, level: Tensor, output: Tensor, target: Prediction) -> Tensor:
+        a, b = coefficients(level, self.prediction, target)
+        return (a * x + b * output.to(x.dtype)).to(x.dtype)
+
+    def _outputs(self, x: Tensor, sigma: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The noise level in x's dimensions, F, and what the network returns beside it."""
         check_batch(x, shape=self.data_shape)
         if condition is None and self.conditional:
             condition = self._null(len(x))
@@ -207,12 +231,16 @@ class ScoreModel(nn.Module):
                 f"x is {x.dtype}, the network's weights are {own}, and it fails on that ({error}); pass x.to({own}), "
                 f"or convert the model with .to({x.dtype})"
             ) from error
-        if output.shape != x.shape:
+        expected = (len(x), (1 + self.variance) * x.shape[1], *x.shape[2:])
+        if output.shape != expected:
             raise ValueError(
-                f"the network returned shape {tuple(output.shape)} for input {tuple(x.shape)}; expected the same shape"
+                f"the network returned shape {tuple(output.shape)} for input {tuple(x.shape)}; expected "
+                + ("the same shape" if not self.variance else f"{expected}: F and the variance")
             )
-        a, b = coefficients(level, self.prediction, target)
-        return (a * x + b * output.to(x.dtype)).to(x.dtype)
+        if not self.variance:
+            return level, output, None
+        output, beside = output.chunk(2, 1)
+        return level, output, beside
 
     def _null(self, count: int) -> Tensor:
         null = self.null_condition
@@ -274,6 +302,7 @@ class ScoreModel(nn.Module):
             "index_order": self.index_order,
             "levels": None if self.levels is None else self.levels.flip(0).tolist(),
             "codec": None if self.codec is None else part_to_dict(self.codec, CODECS),
+            "variance": self.variance,
         }
 
     def weights(self) -> dict[str, Tensor]:
@@ -383,6 +412,7 @@ class ScoreModel(nn.Module):
             index_order=settings["index_order"],
             levels=None if settings["levels"] is None else torch.tensor(settings["levels"], dtype=torch.float64),
             codec=None if settings.get("codec") is None else part_from_dict(settings["codec"], CODEC),
+            variance=settings.get("variance", False),
         )
 
 
@@ -421,6 +451,12 @@ class Conditioned:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         return self.model(x, sigma, self._expanded(len(x)))  # type: ignore[no-any-return]
+
+    @property
+    def score_and_variance(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(x, sigma) -> the score and v; of models with ``variance`` only."""
+        found = self.model.score_and_variance
+        return lambda x, sigma: found(x, sigma, self._expanded(len(x)))
 
     def together(self, other: object, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor] | None:
         """This score and another of the same model, in one evaluation of twice the batch; None for any other."""

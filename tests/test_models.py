@@ -7,13 +7,14 @@ import torch
 from problems import F64, PROCESSES, generator, mixture, randn
 from torch import nn
 
-from scorelab import VE, VP, DiscreteVP, ScoreModel, sample, sigmas
+from scorelab import VE, VP, DiscreteVP, ScoreModel, classifier_free, clipped, sample, sigmas
 from scorelab.models import Constant, LogSigma, UnitVariance
 from scorelab.nn import MLP, UNet
 from scorelab.nn.dropout import Dropout
 from scorelab.nn.unet import grown
 from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
 from scorelab.processes import linear_betas
+from scorelab.samplers import Ancestral, Context
 
 PREDICTIONS = {"x0": X0, "eps": EPS, "score": SCORE, "v": V, "flow": FLOW, "edm": edm(0.7)}
 
@@ -255,3 +256,67 @@ def test_dropout_by_random_bits(layout):
     assert torch.equal(x.grad, y.detach())
     assert torch.equal(layer.eval()(x), x)
     assert torch.equal(Dropout(1.0)(x), torch.zeros_like(x))
+
+
+class Doubled(nn.Module):
+    """F and the place of the log-variance, from -1 to 1, of two classes."""
+
+    num_classes, null_condition = 2, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 2)
+
+    def forward(self, x, label, condition):
+        shift = self.table(condition).reshape(len(x), 2, 1, 1)
+        return torch.cat([0.3 * x + shift, torch.tanh(x - shift)], 1)
+
+
+def test_a_learned_variance_has_a_place_and_passes_through_conditions_clipping_and_guidance():
+    """The same ancestral step as from the network's outputs written out, in one evaluation each."""
+    torch.manual_seed(0)
+    process, net, calls = VE(0.01, 50.0), Doubled().double(), []
+    options = {"data_shape": (2, 3, 3), "input_scale": Constant(0.5)}
+    model = ScoreModel(net, process, EPS, variance=True, **options).eval().requires_grad_(False)
+    x, y, sigma, low = torch.randn(4, 2, 3, 3, dtype=F64), torch.tensor([0, 1, 1, 0]), 2.0, 1.2
+    net.register_forward_hook(lambda *_: calls.append(1))
+
+    def written_out(scale: float) -> torch.Tensor:
+        """Mean and standard deviation of the step from sigma to low, v that of the conditional score."""
+        given, none = net(0.5 * x, None, y).chunk(2, 1), net(0.5 * x, None, torch.full((4,), 2)).chunk(2, 1)
+        eps = none[0] + scale * (given[0] - none[0])
+        x0_hat = (x - sigma * eps).clamp(-1, 1)
+        gap, v = sigma**2 - low**2, (given[1] + 1) / 2
+        posterior, forward = low**2 * gap / sigma**2, gap * (1 + low**2) / (1 + sigma**2)
+        std = torch.exp(0.5 * (v * math.log(forward) + (1 - v) * math.log(posterior)))
+        return x + gap * (x0_hat - x) / sigma**2 + std
+
+    for scale, evaluations in ((1.0, 1), (3.0, 2)):
+        expected = written_out(scale)
+        guided = classifier_free(model.conditioned(y), model.conditioned(None), scale)
+        calls.clear()
+        found, _ = Ancestral("learned").step(Context(clipped(guided, -1, 1), x, sigma, low, None, torch.ones_like))
+        torch.testing.assert_close(found, expected)
+        assert len(calls) == evaluations
+    index = torch.tensor([2, 0])
+    part = model.conditioned(y).rows(index)
+    torch.testing.assert_close(
+        part.score_and_variance(x[index], torch.tensor(sigma, dtype=F64))[1],
+        model.conditioned(y).score_and_variance(x, torch.tensor(sigma, dtype=F64))[1][index],
+    )
+    plain = ScoreModel(net, process, EPS, **options)
+    assert not hasattr(plain, "score_and_variance")
+    assert not hasattr(plain.conditioned(y), "score_and_variance")
+    with pytest.raises(ValueError, match=r"returned shape \(4, 4, 3, 3\) for input \(4, 2, 3, 3\); expected the same"):
+        plain.conditioned(y)(x, torch.tensor(sigma, dtype=F64))
+    with pytest.raises(TypeError, match="learned variance needs a score with score_and_variance"):
+        Ancestral("learned").step(Context(plain.conditioned(y), x, sigma, low, None, torch.ones_like))
+
+
+def test_a_model_with_a_variance_is_saved_and_found_again(tmp_path):
+    model = ScoreModel(Doubled(), VE(), EPS, variance=True, data_shape=(2, 3, 3))
+    model.save(tmp_path)
+    again = ScoreModel.load(tmp_path, net=Doubled())
+    x, y, sigma = torch.randn(2, 2, 3, 3), torch.tensor([1, 0]), torch.tensor(1.0)
+    for a, b in zip(*(m.conditioned(y).score_and_variance(x, sigma) for m in (model, again)), strict=True):
+        assert torch.equal(a, b)

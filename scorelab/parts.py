@@ -168,7 +168,8 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def _is_plain(hint: Any) -> bool:
     options = _options(hint)
     if len(options) > 1:
-        return all(map(_is_plain, options))
+        # float | Tensor, as of torch's optimisers, can be set to a float
+        return any(_is_plain(option) for option in options if option is not type(None))
     if typing.get_origin(hint) is tuple:
         return all(a is ... or _is_plain(a) for a in typing.get_args(hint))
     return hint in (bool, int, float, str, type(None))
@@ -199,7 +200,8 @@ def fits(value: Any, hint: Any) -> bool:
 def in_words(hint: Any) -> str:
     """A plain type for a message."""
     words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a text", type(None): "None"}
-    return " or ".join(words.get(option, "a tuple such as (1, 2)") for option in _options(hint))
+    plain = [option for option in _options(hint) if _is_plain(option)]
+    return " or ".join(words.get(option, "a tuple such as (1, 2)") for option in plain)
 
 
 def walk(parts: Mapping[str, Kind]) -> Iterator[tuple[str, Kind]]:

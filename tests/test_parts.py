@@ -326,8 +326,9 @@ def test_the_documented_network_trains_is_killed_and_goes_on(tmp_path):
     for name in ("model.safetensors", "ema.safetensors"):
         files = [tmp_path / w / "checkpoints" / "step_00000080" / name for w in ("whole", "killed")]
         assert files[0].read_bytes() == files[1].read_bytes()
+    script = str(Path(sys.executable).parent / "scorelab")
     for command in (["sample", "--workdir=killed", "--n=4"], ["report", "--workdir=killed"]):
-        done = run([*base, *command])
+        done = run([script, *command])
         assert done.returncode == 0, done.stderr
 
 
@@ -379,6 +380,30 @@ def test_parts_that_are_none_are_refused(own, changes, said):
     changes = {"model__net__name": "unet", **changes}
     with pytest.raises(ValueError, match=said):
         resolve(small(**changes))
+
+
+def test_optimisers_of_torch_are_named_by_their_import_path():
+    c = small(1, training__batch_size=8, optim__name="torch.optim:RMSprop", optim__lr=0.5, optim__alpha=0.9)
+    made = Trainer(build(c), c).optimiser
+    assert type(made) is torch.optim.RMSprop
+    assert (made.defaults["lr"], made.defaults["alpha"]) == (0.5, 0.9)
+    with pytest.raises(ValueError, match="config.optim.lr is 'high'; expected a finite number$"):
+        resolve(small(optim__name="torch.optim:SGD", optim__lr="high"))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("c.model.net = 'mlp'", "line 4: TypeError: .*; a part is chosen by its name, as in c.model.net.name"),
+        ("c.model.width = 32", "line 4: .*width.*; a part has that key: c.model.net.width"),
+        ("c.training.stable = 3", "line 4: .*stable"),
+    ],
+)
+def test_config_files_of_before_are_told_where_a_setting_is_now(line, said, tmp_path, capsys):
+    text = "from scorelab.training import default_config\ndef get_config():\n    c = default_config()\n"
+    (tmp_path / "c.py").write_text(f"{text}    {line}\n    return c\n")
+    assert main(["train", f"--config={tmp_path / 'c.py'}", "--dry_run"]) == 2
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_what_a_part_needs_and_a_config_cannot_give_is_named():

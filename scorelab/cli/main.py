@@ -55,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments or arguments[0] == "help" or not {"-h", "--help"}.isdisjoint(arguments):
         print(_USAGE)
         return 0 if arguments else 2
+    # parts of one's own are found from where the command is given, as python -m finds them
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
     try:
         if arguments[0] not in commands:
             raise ValueError(f"unknown command {arguments[0]!r}; {nearest_name(arguments[0], commands)}")
@@ -131,7 +135,7 @@ def _config_file(arguments: list[str]) -> tuple[ConfigDict, list[str]]:
         )
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
         where = f"{path}, line {line}" if line else path
-        raise ValueError(f"--config: {where}: {type(error).__name__}: {said}") from error
+        raise ValueError(f"--config: {where}: {type(error).__name__}: {said}{_advice(str(said))}") from error
     if not isinstance(config, ConfigDict):
         got = "has no get_config() or it returns None" if config is None else f"gives {type(config).__name__}"
         raise ValueError(
@@ -139,6 +143,17 @@ def _config_file(arguments: list[str]) -> tuple[ConfigDict, list[str]]:
             "scorelab.training.default_config() with the experiment's own values"
         )
     return config, rest
+
+
+def _advice(said: str) -> str:
+    """What to do about a setting that stands with a part now."""
+    from scorelab.training.settings import PARTS
+
+    if "cannot be casted to type" in said and "ConfigDict" in said:
+        return "; a part is chosen by its name, as in c.model.net.name = 'unet'"
+    key = said.partition('Key "')[2].partition('"')[0]
+    owners = [path for path, kind in PARTS.items() if any(key in kind.settings(made) for made in kind.table.values())]
+    return f"; a part has that key: {', '.join(f'c.{path}.{key}' for path in owners)}" if key and owners else ""
 
 
 def _train(arguments: list[str]) -> None:

@@ -308,7 +308,7 @@ def test_the_documented_network_trains_is_killed_and_goes_on(tmp_path):
         *base,
         "train",
         "--config=config.py",
-        "--config.training.steps=80",
+        "--config.training.steps=200",
         "--config.training.checkpoint_every=10",
     ]
     train += ["--config.training.sample_every=0", "--config.training.precision=fp32", "--config.training.batch_size=32"]

@@ -128,12 +128,14 @@ def process_from_dict(settings: dict[str, Any]) -> Process:
 
 
 def prediction_to_json(prediction: Prediction) -> str:
+    """The name of a prediction; ValueError for one of one's own."""
     if prediction.name in PREDICTIONS or prediction.name.startswith("edm("):
         return prediction.name
     raise ValueError("a prediction of one's own cannot be saved; use one of scorelab.predictions")
 
 
 def prediction_from_json(name: str) -> Prediction:
+    """The prediction of a name; ValueError for one that is not known."""
     if name.startswith("edm("):
         sigma_data = float(name[4:-1])
         if math.isfinite(sigma_data):
@@ -144,6 +146,7 @@ def prediction_from_json(name: str) -> Prediction:
 
 
 def function_to_json(value: str | Function, what: str) -> Any:
+    """An input scale or label, itself if it is a name; ValueError naming ``what`` it is for one of one's own."""
     if isinstance(value, str):
         return value
     if isinstance(value, (Constant, UnitVariance, LogSigma)):
@@ -152,6 +155,7 @@ def function_to_json(value: str | Function, what: str) -> Any:
 
 
 def function_from_json(value: Any) -> str | Function:
+    """The input scale or label of ``function_to_json``."""
     if isinstance(value, str):
         return value
     return _CALLABLES[value["name"]](**{k: v for k, v in value.items() if k != "name"})

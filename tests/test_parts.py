@@ -198,6 +198,11 @@ def test_every_grid_is_reached_from_a_config(name):
 @pytest.mark.parametrize("name", sigmas.LEVELS)
 def test_every_distribution_of_levels_trains(name, tmp_path):
     train(small(1, training__sigmas__name=name, training__batch_size=8), tmp_path, progress=False)
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    # in the parts of equal probability, from the least noise on but for a sequence, which descends
+    seen = [s for s in row["sigma_bins"] if s is not None]
+    assert sorted(seen, reverse=name == "sequence") == seen
+    assert len(set(seen)) > 2
 
 
 @pytest.mark.parametrize("weighting", losses.WEIGHTINGS)

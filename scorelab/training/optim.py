@@ -14,44 +14,33 @@ Schedule = Callable[[int], float]
 """The factor of the learning rate at a step."""
 
 
-def _fused(
-    made: type[torch.optim.Adam],
-    parameters: Iterable[nn.Parameter],
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> torch.optim.Optimizer:
-    if min(lr, eps, weight_decay) < 0 or not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
-        raise ValueError(
-            f"optim.lr = {lr:g}, eps = {eps:g}, weight_decay = {weight_decay:g}, beta1 = {betas[0]:g}, "
-            f"beta2 = {betas[1]:g}; expected none below 0, and betas below 1"
-        )
-    return made(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+class Adam(torch.optim.Adam):
+    """Adam, fused; weight decay is a gradient. Raises ValueError for settings below 0 and betas from 1 on."""
+
+    decoupled = False
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float = 2e-4,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if min(lr, eps, weight_decay) < 0 or not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+            raise ValueError(
+                f"optim.lr = {lr:g}, eps = {eps:g}, weight_decay = {weight_decay:g}, beta1 = {beta1:g}, "
+                f"beta2 = {beta2:g}; expected none below 0, and betas below 1"
+            )
+        options = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(parameters, **options, fused=True, decoupled_weight_decay=self.decoupled)  # type: ignore[arg-type]
 
 
-def adam(
-    parameters: Iterable[nn.Parameter],
-    lr: float = 2e-4,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> torch.optim.Optimizer:
-    """Adam, fused; weight decay is a gradient."""
-    return _fused(torch.optim.Adam, parameters, lr, (beta1, beta2), eps, weight_decay)
+class AdamW(Adam):
+    """The same, but that weight decay is a shrinkage."""
 
-
-def adamw(
-    parameters: Iterable[nn.Parameter],
-    lr: float = 2e-4,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> torch.optim.Optimizer:
-    """AdamW, fused; weight decay is a shrinkage."""
-    return _fused(torch.optim.AdamW, parameters, lr, (beta1, beta2), eps, weight_decay)
+    decoupled = True
 
 
 def constant() -> Schedule:
@@ -73,7 +62,7 @@ def inverse_sqrt(decay_from: int = 10_000) -> Schedule:
     return lambda step: min(1.0, math.sqrt(decay_from / max(step, 1)))
 
 
-OPTIMISERS = {"adam": adam, "adamw": adamw}
+OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {"adam": Adam, "adamw": AdamW}
 """Optimisers by the names that configs have for them."""
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"constant": constant, "cosine": cosine, "inverse_sqrt": inverse_sqrt}
 """Schedules of the learning rate, likewise; one that takes ``steps`` gets training.steps."""

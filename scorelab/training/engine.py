@@ -260,7 +260,8 @@ class Trainer:
         if self._evaluated is None:
             t = self.config.training
             self._evaluated = prepare(self.averaged(), self.precision, compile=t.compile, channels_last=t.channels_last)
-        self._evaluated.load_weights(self.ema.weights(self.model))
+        else:
+            self._evaluated.load_weights(self.ema.weights(self.model))
         return self._evaluated
 
     def save(self, folder: Path) -> Path:

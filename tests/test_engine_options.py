@@ -15,7 +15,7 @@ from scorelab.cli.main import main
 from scorelab.models import ScoreModel, UnitVariance
 from scorelab.nn import UNet
 from scorelab.processes import VE
-from scorelab.training import Trainer, build, train
+from scorelab.training import Trainer, build, engine, train
 from scorelab.training.optim import SCHEDULES, learning_rate
 from scorelab.training.settings import part, resolve
 
@@ -277,10 +277,23 @@ def test_layouts_are_chosen_in_one_place(monkeypatch):
         assert made == expected
     made.clear()
     monkeypatch.setattr(ScoreModel, "device", torch.device("cuda"))
-    precision.prepare(image_model(), "fp32", compile=True, channels_last="no")
+    precision.prepare(image_model(), "fp32", compile=True, channels_last="no", graphs=False)
     assert made == ["compiled None"]
     with pytest.raises(ValueError, match="channels_last is 'maybe'"):
         precision.prepare(image_model(), "fp32", channels_last="maybe")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, True), ({"training__accumulate": 2}, False), ({"training__activation_checkpointing": True}, False)],
+)
+def test_gradients_summed_over_calls_are_not_replayed(monkeypatch, options, expected):
+    """A graph's memory is overwritten by its next call, and gradients lie in it."""
+    asked = []
+    monkeypatch.setattr(engine, "prepare", lambda model, *a, graphs, **k: asked.append(graphs) or model)
+    c = small(1, **options)
+    Trainer(build(c), c)
+    assert asked == [expected]
 
 
 def test_evaluations_take_one_copy_that_is_filled_again(bf16_anywhere):

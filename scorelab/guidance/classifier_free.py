@@ -57,7 +57,8 @@ class _ClassifierFree(Combined):
 def _faster(x: Tensor) -> bool:
     """Whether one evaluation of twice the batch takes less than two: on GPUs, and on CPUs for little data.
 
-    With 2 CPU cores it took .55 to .93 of the time for up to 16,384 numbers, 1.02 to 1.35 for more, or for many points.
+    With 2 CPU cores it took .55 to .93 of the time for up to 16,384 numbers, 1.02 to 1.35 for more, or for many points;
+    on an H100 .46 for up to 16 images of 32x32, .66 for 64, .93 for 256.
     """
     return x.device.type != "cpu" or (x.numel() <= 2**14 and len(x) <= 1024)
 

@@ -123,13 +123,13 @@ def prepare(
 ) -> ScoreModel:
     """The model itself, its network set to compute as chosen where the model now is.
 
-    precision: "fp32", "bf16" or "auto" (see ``settled_precision``). compile: by torch.compile, at the next call. graphs: on a
-    GPU a compiled network is replayed as CUDA graphs, too; not for gradients that are summed over several calls, whose
-    memory the next call overwrites. channels_last: "yes", "no" or "auto": on a GPU where the network is compiled, in
-    fp32 on a CPU with AVX-512, else first. Measured on an H200 with DDPM's CIFAR-10 network, batch 128, bf16, images/s:
-    eager channels first 2,329, last 1,863 to 2,192 (group norm is slow there), compiled channels last 3,761, first
-    2,443. On an H100 beside a slower CPU, whole training steps: eager 1,832, compiled 1,788, with graphs 2,308, and
-    3,635 with batches made ahead. Elsewhere on a CPU channels first was measured faster.
+    precision: "fp32", "bf16" or "auto" (see ``settled_precision``). compile: by torch.compile, at the next call.
+    graphs: on a GPU a compiled network is replayed as CUDA graphs, too; not for gradients that are summed over several
+    calls, whose memory the next call overwrites. channels_last: "yes", "no" or "auto": on a GPU where the network is
+    compiled, in fp32 on a CPU with AVX-512, else first. Measured on an H200 with DDPM's CIFAR-10 network, batch 128,
+    bf16, images/s: eager channels first 2,329, last 1,863 to 2,192 (group norm is slow there), compiled channels last
+    3,761, first 2,443. On an H100 beside a slower CPU, whole training steps: eager 1,832, compiled 1,788, with graphs
+    2,308, and 3,635 with batches made ahead. Elsewhere on a CPU channels first was measured faster.
 
     Raises ValueError for names that are not known, a precision that the device has not or computes wrong, and where
     there is no compiler.

@@ -5,6 +5,9 @@ Training and scores live in codes, z = encode(x0); whatever shows, writes or eva
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -22,6 +25,9 @@ class Codec(nn.Module):
 
     stochastic: bool = False
 
+    log_scale: float | None = 0.0
+    """log |det dx/dz|: what a log-density of codes exceeds that of the data by; None where it is not one number."""
+
     def fit(self, x0: Tensor) -> None:
         """Adapt to data (N, *D), once, before a model is made."""
 
@@ -35,7 +41,10 @@ class Codec(nn.Module):
 
 
 class Standardise(Codec):
-    """Codes of mean 0 and standard deviation 1 in every channel (or dimension): for numbers of any unit and offset."""
+    """Codes of mean 0 and standard deviation 1 in every channel (or dimension): for numbers of any unit and offset.
+
+    A channel that is constant is 0.
+    """
 
     mean: Tensor
     std: Tensor
@@ -47,15 +56,18 @@ class Standardise(Codec):
         self.register_buffer("std", torch.ones(shape))
         self.config = {"data_shape": tuple(data_shape)}
 
+    @property
+    def log_scale(self) -> float:  # type: ignore[override]
+        """The sum of the logarithms of all deviations."""
+        shape = self.config["data_shape"]
+        return float(self.std.double().log().sum()) * math.prod(shape[1:])
+
     def fit(self, x0: Tensor) -> None:
         channels = x0.double().transpose(0, 1).flatten(1)
-        std = channels.std(1)
-        if not bool((std > 0).all()):
-            raise ValueError(
-                f"channel {int((std == 0).nonzero()[0])} of the data is constant, so it has no standard deviation to "
-                "divide by; expected data that varies in all: leave that channel out"
-            )
-        self.mean.copy_(channels.mean(1).reshape(self.mean.shape))
+        mean, std = channels.mean(1), channels.std(1)
+        # of constant channels only rounding is left
+        std = torch.where(std > 1e-6 * mean.abs(), std, torch.ones_like(std))
+        self.mean.copy_(mean.reshape(self.mean.shape))
         self.std.copy_(std.reshape(self.std.shape))
 
     def encode(self, x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -65,5 +77,10 @@ class Standardise(Codec):
         return z * self.std.to(z) + self.mean.to(z)
 
 
-CODECS: dict[str, type[Codec]] = {"identity": Codec, "standardise": Standardise}
+def fitting(data_shape: Shape, scaled: bool) -> Codec:
+    """Nothing for data that is ``scaled`` already, as images are and exact targets; else ``Standardise``."""
+    return Codec() if scaled else Standardise(data_shape)
+
+
+CODECS: dict[str, Callable[..., Codec]] = {"auto": fitting, "identity": Codec, "standardise": Standardise}
 """Codecs by the names that configs have for them."""

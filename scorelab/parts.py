@@ -101,7 +101,7 @@ class Kind:
         known, parts, defaults = self.settings(maker), self.inner_parts(maker), defaults or {}
         for key in given:
             if key not in known and key not in parts and key != "name" and key not in beside:
-                owners = [name for name, other in self.table.items() if key in self.settings(other)]
+                owners = [n for n, other in self.table.items() if n != "auto" and key in self.settings(other)]
                 raise ValueError(
                     f"{where}.{key} is no setting of {where}.name={given['name']!r}"
                     + (f" (only of {', '.join(map(repr, owners))})" if owners else "")

@@ -17,7 +17,7 @@ import torch
 from scipy import optimize, special
 
 from scorelab.checks import check_batch, check_finite, check_sigmas
-from scorelab.processes import DiscreteVP, Process
+from scorelab.processes import VE, DiscreteVP, Process
 from scorelab.tables import Table
 from scorelab.typing import Tensor
 
@@ -265,6 +265,12 @@ def visited(process: Process) -> SigmaDistribution:
     return FromSigmas(process.step_sigmas.flip(0)) if isinstance(process, DiscreteVP) else FromProcess(process)
 
 
+def fitting(process: Process, sigma_data: float) -> SigmaDistribution:
+    """EDM's levels for a VE process, half a unit of log sigma below the data's scale (its -1.2 where that is 0.5), with
+    its deviation of 1.2; the levels that other processes visit."""
+    return LogNormal(math.log(sigma_data) - 0.5, 1.2) if isinstance(process, VE) else visited(process)
+
+
 def sequence(sigma_min: float, sigma_max: float, levels: int = 10) -> FromSigmas:
     """Each level of a geometric sequence equally often, as NCSN's."""
     return FromSigmas(geometric(levels, sigma_min=sigma_min, sigma_max=sigma_max))
@@ -279,6 +285,7 @@ GRIDS: dict[str, Callable[..., Tensor]] = {
 }
 """Noise levels of sampling by the names that configs have for them."""
 LEVELS: dict[str, Callable[..., SigmaDistribution]] = {
+    "auto": fitting,
     "process": visited,
     "log_uniform": LogUniform,
     "log_normal": LogNormal,

@@ -272,6 +272,7 @@ def test_other_objectives_are_denoising_but_for_a_constant(name):
 @pytest.mark.parametrize("name", ["implicit", "sliced"])
 def test_other_objectives_train_from_a_config(name, tmp_path, capsys):
     c = small(4, data__source="moons", model__net__name="mlp", training__objective__name=name, training__batch_size=64)
+    c.model.prediction = "eps"
     train(c, tmp_path, progress=False)
     found = rows(tmp_path)
     assert [row["step"] for row in found] == [1, 2, 3, 4]

@@ -12,6 +12,7 @@ from scorelab.distributions import Empirical
 from scorelab.divergence import rademacher
 from scorelab.losses import Denoising, denoising_loss, implicit_loss, sliced_loss, weighting
 from scorelab.losses.denoising import posterior_mean
+from scorelab.predictions import V
 
 STD, SIGMA, N = 1.5, 0.8, 40_000
 VAR = STD**2 + SIGMA**2
@@ -90,6 +91,7 @@ def test_weightings_by_their_definitions(sigma):
     on_x0 = {
         "sigma2": 1 / sigma**2,
         "snr": 1 / sigma**2,
+        "output": (1 + sigma**2) / sigma**2,  # of v, whose out is sigma/sqrt(1 + sigma^2)
         "x0": 1.0,
         "edm": (sigma**2 + sd**2) / (sigma * sd) ** 2,
         "min_snr": min(1 / sigma**2, 5.0),
@@ -100,7 +102,7 @@ def test_weightings_by_their_definitions(sigma):
         * (1 - 1e-5),
     }
     for name in losses.WEIGHTINGS:
-        w = weighting(name, sigma_data=sd, sigmas=sigmas.FromProcess(VP()))
+        w = weighting(name, sigma_data=sd, sigmas=sigmas.FromProcess(VP()), prediction=V)
         found = denoising_loss(score, x0, s, eps, w)
         torch.testing.assert_close(found, error * float(on_x0[name]), rtol=1e-9, atol=0)
 

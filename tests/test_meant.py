@@ -469,6 +469,7 @@ def test_floats_have_their_own_range_in_pictures_and_warnings(tmp_path):
     np.testing.assert_array_equal(picture[:8, :6], np.round(x[0, 0]))
     config = default_config()
     config.data.source, config.data.path = "arrays", str(tmp_path / "x.npy")
+    config.model.codec.name, config.process.sigma_max = "identity", 50.0
     with pytest.warns(RuntimeWarning, match=r"standard deviation of 7[0-9.]+, the largest noise level is 50"):
         build(config)
     config.process.sigma_max = 300.0

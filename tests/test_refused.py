@@ -54,7 +54,7 @@ TINY = (
             "model.input_scale",
         ),
         (
-            {"model__net__depth": 5},
+            {"model__net__name": "unet", "model__net__depth": 5},
             "model.net.depth is no setting of config.model.net.name='unet' .only of 'mlp'.; did",
         ),
         (

@@ -302,7 +302,7 @@ def test_what_was_being_written_is_never_taken_for_a_checkpoint(tmp_path):
 def test_another_experiments_directory_is_refused_and_left_alone(tmp_path):
     train(small(2), tmp_path, progress=False)
     before = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(ValueError, match=r"optim.lr: 0.0002 there, 0.1 now"):
+    with pytest.raises(ValueError, match=r"optim.lr: 0.001 there, 0.1 now"):
         train(small(2, optim__lr=0.1), tmp_path, progress=False)
     assert (tmp_path / "config.json").read_bytes() == before
     train(small(3), tmp_path, progress=False)  # going on for longer is no other experiment
@@ -363,7 +363,7 @@ def test_training_learns():
     c.data.source, c.model.net.name, c.model.prediction = "two_modes", "mlp", "edm"
     c.process.sigma_min, c.process.sigma_max = 0.1, 100.0
     c.training.sigmas.name, c.training.batch_size, c.training.steps = "log_uniform", 256, 200
-    c.optim.lr = 5e-3
+    c.optim.lr, c.training.weighting.name = 5e-3, "sigma2"
     trainer = Trainer(build(c), c)
     for _ in range(200):
         trainer.advance(measure=False)

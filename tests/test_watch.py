@@ -28,7 +28,9 @@ def rows(workdir, key):
 
 def test_losses_by_noise_level_beside_the_zero_predictor():
     """A fresh network says 0: its loss is the zero predictor's in every part of the levels, which ascend."""
-    c = small(model__net__dropout=0.0)
+    c = small(
+        model__net__dropout=0.0, model__prediction="eps", training__sigmas__name="process", process__sigma_min=0.01
+    )
     found = Trainer(build(c), c).advance()
     for loss, zero in zip(found.loss_bins, found.zero_bins, strict=True):
         assert loss == pytest.approx(zero, rel=1e-3)

@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     c = default_config()
     c.data.source, c.data.flip = "cifar10", True
     c.process.name, c.process.sigma_min, c.process.sigma_max = "ve", 2 * 0.01, 2 * 50.0
+    c.model.prediction, c.training.sigmas.name = "eps", "process"
     c.model.net.width, c.model.net.multipliers, c.model.net.blocks = 128, (1, 2, 2, 2), 4
     c.model.net.attention, c.model.net.head, c.model.net.dropout = (1,), 256, 0.1
     c.training.steps, c.training.batch_size = 1_300_001, 128

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     c.model.prediction, c.model.input_scale = "edm", "unit_variance"
     c.model.net.width, c.model.net.multipliers, c.model.net.blocks = 32, (1, 2), 1
     c.model.conditional, c.training.label_dropout = True, 0.1
-    c.training.sigmas.name = "log_uniform"
+    c.training.sigmas.name, c.training.weighting.name = "log_uniform", "sigma2"
     c.training.steps, c.training.batch_size = 4000, 64
     c.optim.lr, c.optim.schedule.name, c.optim.ema = 2e-3, "cosine", (0.995,)
     c.sampling.sampler.name, c.sampling.grid.name, c.sampling.grid.n = "heun", "karras", 18

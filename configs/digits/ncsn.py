@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     c.model.prediction, c.model.input_scale = "edm", "unit_variance"
     c.model.net.width, c.model.net.multipliers, c.model.net.blocks = 32, (1, 2), 1
     c.training.sigmas.name, c.training.sigmas.levels = "sequence", 20
+    c.training.weighting.name = "sigma2"
     c.training.steps, c.training.batch_size = 2500, 64
     c.optim.lr, c.optim.schedule.name, c.optim.ema = 2e-3, "cosine", (0.995,)
     c.sampling.sampler.name, c.sampling.grid.name, c.sampling.grid.n = "annealed_langevin", "geometric", 20

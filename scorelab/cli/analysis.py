@@ -76,14 +76,14 @@ def likelihood_run(
     ``levels``, for bits, is how many values a number of the data may take; another count than its own is a ValueError.
     """
     config, model, found = load_run(workdir, step=step)
-    source, held = load_data(config), config.data.validation
-    if model.codec is not None:
+    source, held, codec = load_data(config), config.data.validation, model.codec
+    spacing = _spacing(source.values, levels) if levels else 0.0
+    if codec is not None:
         if levels:
             raise ValueError(f"--levels={levels}, but this model's density is that of codes; expected no --levels")
-        source = Coded(source, model.codec)
+        source = Coded(source, codec)
     batch = (source.hold_out(held) if held else source.first(n)).part(slice(n)).mapped(lambda t: t.to(model.device))
     data, score = batch.x0, model.conditioned(batch.condition) if model.conditional else model
-    spacing = _spacing(source.values, levels) if levels else 0.0
     low, high = model.sigma_range
     generator = torch.Generator().manual_seed(seed)
     options = {"divergence": divergence, "probes": probes, "rtol": tolerance, "atol": tolerance}
@@ -94,7 +94,9 @@ def likelihood_run(
         "of": "held-out data" if held else "training data",
     }
     numbers |= {"divergence": divergence, "sigma_min": low} | ({"given": "its class"} if model.conditional else {})
-    numbers |= {"in": "codes"} if model.codec is not None else {}
+    # of a codec that only scales, the density of the data itself
+    scale = 0.0 if codec is None else codec.log_scale
+    numbers |= {"in": "codes"} if scale is None else {}
 
     def summary(value: Tensor) -> list[float | None]:
         return [float(value.mean()), float(value.std() / len(value) ** 0.5) if len(value) > 1 else None]
@@ -114,5 +116,8 @@ def likelihood_run(
     else:
         x = data + low * randn(tuple(data.shape), data, generator)
         result = log_likelihood(score, x, low, high, data_std=data_std, generator=generator, **options)  # type: ignore[arg-type]
-        numbers |= {"log_prob_nats": summary(result.log_prob), "statement": "data noised by sigma_min; mean, error"}
+        statement = (
+            "data noised by sigma_min; mean, error" if codec is None else "codes noised by sigma_min; mean, error"
+        )
+        numbers |= {"log_prob_nats": summary(result.log_prob - (scale or 0.0)), "statement": statement}
     return json.dumps(numbers, indent=1)

@@ -1,14 +1,16 @@
-"""What ``--dry_run`` prints: the resolved experiment, its parameters, and the memory a training step takes."""
+"""What ``--dry_run`` prints: the resolved experiment, what was chosen from the data, and what training it costs."""
 
 from __future__ import annotations
 
 import copy
+import time
 
 import torch
 from ml_collections import ConfigDict
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
+from scorelab import parallel
 from scorelab.precision import check_compiler
 from scorelab.training import Trainer, build
 from scorelab.training.sampling import check_sampling
@@ -38,11 +40,22 @@ def activation_bytes(net: torch.nn.Module, data_shape: tuple[int, ...], batch_si
     return sum(size for key, size in kept.items() if key not in own)
 
 
+def in_words(seconds: float) -> str:
+    """About how long that is."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
 def dry_run(config: ConfigDict) -> str:
     """The report as text."""
     config = copy.deepcopy(config)
     experiment = build(config)
-    model = experiment.model
+    model = experiment.model.to(parallel.join())
     if config.training.sample_every:
         check_sampling(config, model)
     # all that training would refuse
@@ -50,23 +63,23 @@ def dry_run(config: ConfigDict) -> str:
         check_compiler(model.device)
     config.training.compile = config.training.fsdp = False
     config.data.workers = 0
-    Trainer(experiment, config).rehearse()
+    trainer = Trainer(experiment, config)
+    trainer.rehearse()
     count = sum(p.numel() for p in model.parameters())
     t = config.training
     activations = activation_bytes(model.net, model.data_shape, t.batch_size // t.accumulate)
     # weights, gradients, two Adam moments and the averages of the weights, float32
     fixed = (4 + len(config.optim.ema) + len(config.optim.ema_power)) * 4 * count
-    low, high = model.sigma_range
-    values, scaled = experiment.data.values, "" if model.data_range is None else ", scaled to [-1, 1]"
-    span = "any" if values is None else f"{values.least:g} to {values.most:g}{scaled}"
+    trainer.advance()
+    began = time.perf_counter()
+    trainer.advance()
+    seconds = time.perf_counter() - began
     return "\n".join(
         [
             str(config).rstrip(),
             "---",
-            f"data: {config.data.source}, shape {model.data_shape}, values {span}",
-            f"model: {type(model.net).__name__}, {count:,} parameters, prediction {model.prediction.name}",
-            f"noise levels: sigma from {low:.4g} to {high:.4g} ({type(model.process).__name__})",
-            f"training: {t.steps:,} steps of {t.batch_size}, {t.steps * t.batch_size:,} samples",
+            experiment.summary(config),
             f"memory: weights and optimiser {fixed / 2**20:.1f} MiB, activations about {activations / 2**20:.1f} MiB",
+            f"time: {seconds:.3g} s a step on this machine's {model.device.type}, {in_words(seconds * t.steps)} in all",
         ]
     )

@@ -8,6 +8,7 @@ averaged (not summed) over dimensions, without a factor 1/2. A weight of 1 is th
 Tweedie sigma score + eps = (x0_hat - x0)/sigma, so a weight w on the error of x0_hat is w sigma^2 here:
 
     sigma2, snr   1                          (SNR ||x0_hat - x0||^2 is the eps-MSE)
+    output        sigma^2/out^2              (the squared error of what the network predicts, F; 1 for the score)
     x0            sigma^2
     edm           (sigma^2 + sd^2)/sd^2
     min_snr       min(1, gamma sigma^2)      (min(SNR, gamma) on x0)
@@ -30,6 +31,7 @@ import torch
 
 from scorelab.checks import broadcast, check_batch, nearest_name, widened
 from scorelab.losses.base import Objective, conditioned
+from scorelab.predictions import EPS, SCORE, Prediction
 from scorelab.sigmas import SigmaDistribution
 from scorelab.typing import Batch, ScoreFn, Tensor
 
@@ -59,6 +61,11 @@ def _eps() -> Weighting:
     return torch.ones_like
 
 
+def _output(prediction: Prediction) -> Weighting:
+    # the score's own error would weigh the smallest levels alone
+    return torch.ones_like if prediction == SCORE else lambda s: (s / prediction.out(s)).square()
+
+
 def _x0() -> Weighting:
     return torch.square
 
@@ -74,6 +81,7 @@ def _min_snr(gamma: float = 5.0) -> Weighting:
 WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
     "sigma2": _eps,
     "snr": _eps,
+    "output": _output,
     "x0": _x0,
     "edm": _edm,
     "min_snr": _min_snr,
@@ -83,9 +91,15 @@ WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
 
 
 def weighting(
-    name: str, *, sigma_data: float = 0.5, gamma: float = 5.0, sigmas: SigmaDistribution | None = None
+    name: str,
+    *,
+    sigma_data: float = 0.5,
+    gamma: float = 5.0,
+    sigmas: SigmaDistribution | None = None,
+    prediction: Prediction = EPS,
 ) -> Weighting:
-    """A weight of the eps-MSE by name; sigma_data is for "edm", gamma for "min_snr", sigmas for "likelihood".
+    """A weight of the eps-MSE by name; sigma_data is for "edm", gamma for "min_snr", sigmas for "likelihood",
+    prediction for "output".
 
     RuntimeWarning where "likelihood" leaves a tenth or less of the samples in effect, (mean w)^2 / mean w^2: it undoes
     the sampling of sigma, so distributions that seldom visit small levels give those weights of thousands.
@@ -96,6 +110,7 @@ def weighting(
         "edm": {"sigma_data": sigma_data},
         "min_snr": {"gamma": gamma},
         "likelihood": {"sigmas": sigmas},
+        "output": {"prediction": prediction},
     }
     return WEIGHTINGS[name](**options.get(name, {}))
 

@@ -1,11 +1,53 @@
 """Networks: a residual MLP for points and DDPM's U-Net for signals, images and volumes."""
 
+from collections.abc import Callable
+
 from torch import nn
 
 from scorelab.nn.mlp import MLP
 from scorelab.nn.unet import UNet
 
-__all__ = ["MLP", "NETWORKS", "UNet"]
+__all__ = ["MLP", "NETWORKS", "UNet", "fitting"]
 
-NETWORKS: dict[str, type[nn.Module]] = {"mlp": MLP, "unet": UNet}
+
+def fitting(
+    data_shape: tuple[int, ...],
+    *,
+    width: int | None = None,
+    depth: int | None = None,
+    multipliers: tuple[int, ...] | None = None,
+    blocks: int | None = None,
+    attention: tuple[int, ...] | None = None,
+    head: int | None = None,
+    dropout: float | None = None,
+    embedding: str | None = None,
+    num_classes: int | None = None,
+    null_class: bool = False,
+) -> nn.Module:
+    """The network for data of a shape: an MLP for vectors (D,), else a U-Net that goes down to a size of 8 or less.
+
+    What is left open is their own default, for images a width of 32 and one block a resolution. Raises ValueError for a
+    setting that this network lacks, naming it.
+    """
+    given: dict[str, object] = {"width": width, "depth": depth, "multipliers": multipliers, "blocks": blocks}
+    given |= {"attention": attention} | {"head": head, "dropout": dropout, "embedding": embedding}
+    made, names = (MLP, ("width", "depth")) if len(data_shape) == 1 else (UNet, tuple(k for k in given if k != "depth"))
+    known = {k: v for k, v in given.items() if v is not None}
+    for key in known:
+        # what training adds for labels that are indices
+        if key not in names and known[key] != "positional":
+            raise ValueError(
+                f"model.net.{key} is {known[key]!r}, but data of shape {tuple(data_shape)} gets "
+                f"model.net.name={made.__name__.lower()!r}, which has only {', '.join(names)}: leave it out"
+            )
+    if made is UNet:
+        levels = 1
+        while max(data_shape[1:]) > 8 * 2 ** (levels - 1):
+            levels += 1
+        known = {"width": 32, "multipliers": (1, *(2,) * max(1, levels - 1)), "blocks": 1, **known}
+    settings = {k: v for k, v in known.items() if k in names}
+    return made(tuple(data_shape), num_classes=num_classes, null_class=null_class, **settings)  # type: ignore[arg-type]
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"auto": fitting, "mlp": MLP, "unet": UNet}
 """Networks by the names that configs and saved models have for them."""

@@ -8,8 +8,14 @@ from scorelab.processes.discrete import DiscreteVP, cosine_betas, ddpm, ddpm_cos
 
 __all__ = ["PROCESSES", "VE", "VP", "Cosine", "DiscreteVP", "Flow", "Process", "SubVP", "cosine_betas", "linear_betas"]
 
+
+def ve(sigma_min: float, sigma_max: float) -> VE:
+    """Variance exploding between these levels; where a config leaves them open they follow from its data."""
+    return VE(sigma_min, sigma_max)
+
+
 PROCESSES: dict[str, Callable[..., Process]] = {
-    "ve": VE,
+    "ve": ve,
     "vp": VP,
     "subvp": SubVP,
     "cosine": Cosine,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from ml_collections import ConfigDict
@@ -17,17 +18,29 @@ from scorelab.codecs import Codec
 from scorelab.data import Coded, Files, Source, load
 from scorelab.losses import Objective
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
+from scorelab.precision import settled_precision
 from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
 from scorelab.processes import DiscreteVP, Process
 from scorelab.sigmas import FromSigmas
 from scorelab.training.settings import check_types, check_used, part, plain, resolve
 from scorelab.typing import Batch, Tensor
 
-__all__ = ["Experiment", "build", "choose", "load_data", "sigma_data_of"]
+__all__ = ["Experiment", "Scales", "build", "choose", "load_data", "scales_of", "sigma_data_of"]
 
 _PREDICTIONS = {"x0": X0, "eps": EPS, "score": SCORE, "v": V, "flow": FLOW}
 _LABELS = ("log_sigma", "relative_log_sigma", "time", "index")
 _INPUT_SCALES = ("process", "unit_variance", "unit_data")
+
+
+class Scales(NamedTuple):
+    """What is chosen from the data where a config leaves it open: its scale, and the ends of the noise levels."""
+
+    sigma_data: float
+    sigma_min: float
+    sigma_max: float
+
+
+_UNIT = Scales(1.0, 0.004, 20.0)
 
 
 @dataclass
@@ -39,8 +52,42 @@ class Experiment:
     objective: Objective
     held_out: Batch | None = None
     """Samples that training does not see, ``data.validation`` of them."""
-    sigma_data: float = 1.0
-    """Root mean square of the data, which the model was made for."""
+    scales: Scales = _UNIT
+    """What the model was made for."""
+
+    @property
+    def sigma_data(self) -> float:
+        """The data's scale, which preconditioning uses."""
+        return self.scales.sigma_data
+
+    def summary(self, config: ConfigDict) -> str:
+        """What is trained, on what, and what was chosen from the data where the config leaves it open, in lines."""
+        data, model, t, scales = self.data, self.model, config.training, self.scales
+        (low, high), values = model.sigma_range, data.values
+        stored = data.source if isinstance(data, Coded) else data
+        count = f"{len(stored)} samples" if isinstance(stored, Sized) else "fresh samples at every step"
+        classes = f", {len(data.classes)} classes" if data.classes else ""
+        span = "" if values is None else f", values from {values.least:g} to {values.most:g}"
+        if model.codec is not None:
+            span += f", as codes by {type(model.codec).__name__}"
+        elif model.data_range is not None:
+            span += ", scaled to [-1, 1]"
+        chosen = [k for k in ("sigma_min", "sigma_max") if config.process.get(k, 0) is None]
+        why = {
+            "sigma_min": "sigma_min, a 250th of that, can't be seen",
+            "sigma_max": "sigma_max is the largest distance of samples, or 20 times that",
+        }
+        parameters = sum(p.numel() for p in model.parameters())
+        return "\n".join(
+            [
+                f"data: {config.data.source}, {count} of shape {data.data_shape}{classes}{span}",
+                f"noise: {type(model.process).__name__}, sigma from {low:.4g} to {high:.4g} beside a root mean "
+                f"square of {scales.sigma_data:.4g}" + "".join(f"; {why[k]}" for k in chosen),
+                f"model: {type(model.net).__name__}, {parameters:,} parameters, prediction {model.prediction.name}, "
+                f"in {settled_precision(t.precision, model)}",
+                f"training: {t.steps:,} steps of {t.batch_size}, {t.steps * t.batch_size:,} samples",
+            ]
+        )
 
 
 def choose(value: str, names: tuple[str, ...], key: str) -> str:
@@ -54,6 +101,24 @@ def sigma_data_of(x0: Tensor) -> float:
     """Root mean square of the data about 0: the scale that preconditioning uses."""
     parts = torch.split(x0, 256)
     return math.sqrt(math.fsum(float(part.double().square().sum()) for part in parts) / x0.numel())
+
+
+def scales_of(x0: Tensor) -> Scales:
+    """Of data (N, *D): its root mean square, a 250th of that, and the largest distance or 20 times the first.
+
+    Karras et al., 2022, arXiv:2206.00364, have sigma_data/250 and 160 sigma_data; the largest distance is technique 1
+    of Song and Ermon, 2020, arXiv:2006.09011.
+
+    Raises ValueError where all of it is 0.
+    """
+    sigma_data, dims = sigma_data_of(x0), x0[0].numel()
+    if not sigma_data > 0:
+        raise ValueError("all the data is 0, so noise levels can't follow from it: check data.source and data.path")
+    count = min(len(x0), 1000, max(64, 2**24 // dims))
+    some = x0[torch.linspace(0, len(x0) - 1, count).long()].flatten(1)
+    # as exact as it needs to be, and a matrix product
+    farthest = max((float(torch.cdist(part, some).max()) for part in torch.split(some, 256)), default=0.0)
+    return Scales(sigma_data, sigma_data / 250, max(farthest, 20 * sigma_data))
 
 
 def load_data(config: ConfigDict) -> Source:
@@ -97,7 +162,7 @@ def _classes(config: ConfigDict, data: Source) -> dict[str, Any]:
     if not config.model.conditional:
         return {}
     if not data.classes:
-        labels = getattr(data, "labels", None)
+        labels = getattr(data.source if isinstance(data, Coded) else data, "labels", None)
         got = "none" if labels is None else f"labels from {int(labels.min())} to {int(labels.max())}"
         raise ValueError(
             f"model.conditional needs a class for every sample, and the data has {got}; expected whole numbers from 0"
@@ -105,9 +170,20 @@ def _classes(config: ConfigDict, data: Source) -> dict[str, Any]:
     return {"num_classes": len(data.classes), "null_class": config.training.label_dropout > 0}
 
 
-def _warn_of_scale(x0: Tensor, process: Process) -> None:
-    """RuntimeWarning if the largest noise does not cover the data: samples begin as noise alone."""
+def _warn_of_scale(x0: Tensor, model: ScoreModel, sigma_data: float) -> None:
+    """RuntimeWarning if the largest noise does not cover the data, for samples begin as noise alone, or if the network
+    sees inputs whose scale is that of the noise."""
+    process = model.process
     high, std = process.sigma_range[1], float(x0.std()) if x0.numel() < 2**27 else sigma_data_of(x0)
+    grows = model.input_scale == "process" and float(process.alpha(torch.tensor(process.t_max))) == 1
+    if grows and high > 20 * sigma_data:
+        warnings.warn(
+            f"the network's inputs grow with the noise, up to {high:.4g}, beside a scale of {sigma_data:.4g} of the "
+            "data, from which few networks learn; expected model.input_scale='unit_variance', best with "
+            "model.prediction='edm'",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     if std > high:
         warnings.warn(
             f"the data has a standard deviation of {std:.4g}, the largest noise level is {high:.4g}: samples would "
@@ -141,10 +217,11 @@ def _remember(made: Any, settings: ConfigDict, known: dict[str, Any]) -> None:
         made.config = {k: v for k, v in {**plain(settings), **known}.items() if k in takes}
 
 
-def _choice(config: ConfigDict, key: str, net: nn.Module, names: tuple[str, ...]) -> str:
-    """``config.model.label`` or ``input_scale``: as it says, or as the network wants it first."""
-    wanted: tuple[str, ...] = getattr(net, "wants", {}).get(key, names)
-    found = choose(config.model[key] or wanted[0], names, f"model.{key}")
+def _choice(config: ConfigDict, key: str, net: nn.Module, names: tuple[str, ...], otherwise: str) -> str:
+    """``config.model.label`` or ``input_scale``: as it says, as the network wants it first, or ``otherwise``."""
+    wanted: tuple[str, ...] = getattr(net, "wants", {}).get(key, ())
+    found = choose(config.model[key] or (*wanted, otherwise)[0], names, f"model.{key}")
+    wanted = wanted or names
     if found not in wanted:
         raise ValueError(
             f"model.{key} is {found!r}, which model.net.name={config.model.net.name!r} does not take (only "
@@ -153,10 +230,10 @@ def _choice(config: ConfigDict, key: str, net: nn.Module, names: tuple[str, ...]
     return found
 
 
-def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
+def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
     """All parts; weights are drawn from ``config.seed`` without touching global random state.
 
-    sigma_data: what a model was made for, where the data may have changed since; None: the data's root mean square.
+    scales: what a model was made for, where the data may have changed since; None: what follows from the data.
 
     Raises ValueError for a value that is not known or does not fit, naming the key.
     """
@@ -166,7 +243,8 @@ def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
     _check_training(config)
     data = load_data(config)
     check_used(config)
-    codec: Codec | None = part(config, "model.codec", data_shape=data.data_shape)
+    scaled = data.values is None or data.values.ends is not None
+    codec: Codec | None = part(config, "model.codec", data_shape=data.data_shape, scaled=scaled)
     if type(codec) is Codec:
         codec = None
     else:
@@ -174,20 +252,21 @@ def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
         codec.fit(data.reference())
         _remember(codec, config.model.codec, {"data_shape": data.data_shape})
         data = Coded(data, codec)
-    reference, process = data.reference(), part(config, "process")
-    if isinstance(process, nn.Module):
-        _remember(process, config.process, {})
-    _warn_of_scale(reference, process)
     if not m.sigma_data >= 0:
         raise ValueError(
             f"model.sigma_data is {m.sigma_data:g}; expected the data's scale, or 0 for its root mean square"
         )
-    sigma_data = m.sigma_data or (sigma_data_of(reference) if sigma_data is None else sigma_data)
+    reference = data.reference()
+    scales = scales_of(reference) if scales is None else scales
+    sigma_data = m.sigma_data or scales.sigma_data
+    process: Process = part(config, "process", sigma_min=scales.sigma_min, sigma_max=scales.sigma_max)
+    if isinstance(process, nn.Module):
+        _remember(process, config.process, {})
     net = _network(config, data)
     low, high = process.sigma_range
     known = {"process": process, "sigma_min": low, "sigma_max": high, "sigma_data": sigma_data, "knee": 2 * sigma_data}
     sigmas = part(config, "training.sigmas", **known)
-    label = _choice(config, "label", net, _LABELS)
+    label = _choice(config, "label", net, _LABELS, "log_sigma")
     levels = sigmas.sigmas if label == "index" and isinstance(sigmas, FromSigmas) else None
     if label == "index" and levels is None and not isinstance(process, DiscreteVP):
         raise ValueError(
@@ -199,23 +278,25 @@ def build(config: ConfigDict, *, sigma_data: float | None = None) -> Experiment:
         if m.prediction == "edm"
         else _PREDICTIONS[choose(m.prediction, (*_PREDICTIONS, "edm"), "model.prediction")]
     )
-    scales: dict[str, Any] = {
+    input_scales: dict[str, Any] = {
         "process": "process",
         "unit_variance": UnitVariance(sigma_data),
         "unit_data": Constant(1 / sigma_data),
     }
+    usual = "unit_variance" if m.prediction == "edm" else "process"
     model = ScoreModel(
         net,
         process,
         prediction,
         data_shape=data.data_shape,
         data_range=None if data.values is None or codec is not None else data.values.ends,
-        input_scale=scales[_choice(config, "input_scale", net, _INPUT_SCALES)],
+        input_scale=input_scales[_choice(config, "input_scale", net, _INPUT_SCALES, usual)],
         label=LogSigma(sigma_data) if label == "relative_log_sigma" else label,
         levels=None if isinstance(process, DiscreteVP) else levels,
         codec=codec,
     )
-    weight = part(config, "training.weighting", sigmas=sigmas, **known)
+    _warn_of_scale(reference, model, sigma_data)
+    weight = part(config, "training.weighting", sigmas=sigmas, prediction=prediction, **known)
     objective = part(config, "training.objective", sigmas=sigmas, weight=weight, **known)
     held_out = data.hold_out(config.data.validation) if config.data.validation else None
-    return Experiment(data, model, objective, held_out, sigma_data)
+    return Experiment(data, model, objective, held_out, scales._replace(sigma_data=sigma_data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -55,6 +56,10 @@ class Evaluation(ABC):
         """Measure the averaged weights; all processes call it, and the first one's results are written."""
 
 
+_SETTLED = 500
+"""Steps after which samples should have the data's mean and spread, about."""
+
+
 class FixedNoiseLoss(Evaluation):
     """The loss in each part of the noise levels: of held-out samples if there are any, always with the same noise."""
 
@@ -91,6 +96,20 @@ def moments(x: Tensor) -> tuple[list[float], list[float]]:
     return mean.tolist(), ((squares - count * mean**2) / max(1, count - 1)).clamp_min(0).sqrt().tolist()
 
 
+def far_off(found: list[float], wanted: list[float], std: list[float], count: int) -> list[int]:
+    """The channels whose mean, of ``count`` samples, is more than a quarter of the data's deviation away from its own,
+    beyond what chance explains."""
+    far = (0.25 + 4 / max(count, 1) ** 0.5) * np.array(std)
+    return np.flatnonzero(~(np.abs(np.array(found) - wanted) <= far)).tolist()
+
+
+def spread_off(found: list[float], wanted: list[float], count: int) -> list[int]:
+    """The channels whose deviation is more than half as large again as the data's, or less than two thirds of it."""
+    slack = 1 + 4 / max(2 * count, 1) ** 0.5
+    ratio = (np.array(found) + 1e-12) / (np.array(wanted) + 1e-12)
+    return np.flatnonzero(~((ratio <= 1.5 * slack) & (ratio >= 1 / (1.5 * slack)))).tolist()
+
+
 class Samples(Evaluation):
     """Samples as ``scorelab sample`` draws them, and their mean and deviation in every channel beside the data's."""
 
@@ -108,7 +127,29 @@ class Samples(Evaluation):
         config, n = trainer.config, trainer.config.sampling.samples
         x = sample_model(model, config, n, PerSampleNoise(0), condition=in_turn(model, n), progress=False)
         mean, std = moments(x)
+        # before, samples of most networks are far off
+        if trainer.rank == 0 and trainer.step >= _SETTLED:
+            self._warn(mean, std, n, trainer.step)
         return Found({self.key: mean, "sample_std": std, **self._of_data}, x)
+
+    def _warn(self, mean: list[float], std: list[float], count: int, step: int) -> None:
+        """RuntimeWarning of samples whose mean or spread is far from the data's."""
+        wanted_mean, wanted = self._of_data["data_mean"], self._of_data["data_std"]
+        off = spread_off(std, wanted, count)
+        far = far_off(mean, wanted_mean, wanted, count)
+        if not off and not far:
+            return
+        k = (off + far)[0]
+        others = f", and so have {len(set(off + far)) - 1} more channels" if len(set(off + far)) > 1 else ""
+        causes = "too few steps so far, optim.lr, sampling's noise levels, or a network whose inputs are not scaled"
+        if off and std[k] > wanted[k]:
+            causes += " (model.prediction='edm' with model.input_scale='unit_variance' is the safe choice)"
+        warnings.warn(
+            f"samples at step {step} have mean {mean[k]:.3g} and deviation {std[k]:.3g} in channel {k}, the data "
+            f"{wanted_mean[k]:.3g} and {wanted[k]:.3g}{others}: usual causes are {causes}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def evaluations(config: ConfigDict) -> list[Evaluation]:

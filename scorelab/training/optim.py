@@ -22,7 +22,7 @@ class Adam(torch.optim.Adam):
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        lr: float = 2e-4,
+        lr: float = 1e-3,
         beta1: float = 0.9,
         beta2: float = 0.999,
         eps: float = 1e-8,

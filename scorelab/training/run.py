@@ -27,7 +27,7 @@ from scorelab.data import Values
 from scorelab.models import ScoreModel
 from scorelab.precision import settled_precision
 from scorelab.training import checkpoint
-from scorelab.training.config import build
+from scorelab.training.config import Scales, build
 from scorelab.training.engine import NonFiniteError, Trainer
 from scorelab.training.sampling import check_sampling
 from scorelab.training.settings import PARTS, check_types, default_config, named_part, resolve
@@ -148,7 +148,7 @@ def _check_owner(workdir: Path, config: ConfigDict, accept_changes: bool) -> Non
 
 
 def recorded_data(workdir: Path) -> dict[str, Any]:
-    """What a run directory says of its data: its fingerprint, sigma_data, and what its numbers mean; empty if nothing.
+    """What a run directory says of its data: its fingerprint, its scales, and what its numbers mean; empty if nothing.
 
     ValueError if it is damaged.
     """
@@ -156,7 +156,9 @@ def recorded_data(workdir: Path) -> dict[str, Any]:
     found = _read(path) or {}
     try:
         if "sigma_data" in found:
-            found["sigma_data"] = float(found["sigma_data"])
+            # of a run from before they were chosen, the levels that were the defaults
+            known = {"sigma_min": 0.01, "sigma_max": 50.0, **found}
+            found["scales"] = Scales(*(float(known[k]) for k in Scales._fields))
         if (v := found.get("values")) is not None:
             ends = None if v["ends"] is None else (float(v["ends"][0]), float(v["ends"][1]))
             found["values"] = Values(float(v["least"]), float(v["most"]), float(v["step"]), ends)
@@ -181,7 +183,7 @@ def _about_data(trainer: Trainer, workdir: Path, accept_changes: bool) -> dict[s
             f"{workdir} was trained on other data ({'; '.join(changed)}): choose another --workdir, or go on with this "
             "data by --accept_changes, the network's scale (sigma_data) staying as it was"
         )
-    return {**now, "sigma_data": experiment.sigma_data, "values": None if values is None else asdict(values)}
+    return {**now, **experiment.scales._asdict(), "values": None if values is None else asdict(values)}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -282,7 +284,7 @@ def train(
         device = parallel.join()
         recorded = recorded_config(workdir)
         known = recorded_data(workdir)
-        experiment = build(config, sigma_data=known.get("sigma_data"))
+        experiment = build(config, scales=known.get("scales"))
         experiment.model.to(device)
         if config.training.precision == "auto":
             # a run keeps the precision that it was begun in
@@ -296,6 +298,8 @@ def train(
                 trainer.batches.data.batch(config.seed, 0, config.training.batch_size).x0, (-1.0, 1.0), "batch 0"
             )
         _resume(trainer, workdir, accept_changes, held, step)
+        if progress and trainer.rank == 0:
+            print(experiment.summary(config), file=sys.stderr, flush=True)
         watch = Watch(trainer, workdir, progress)
         try:
             _loop(trainer, watch, workdir / "checkpoints", signals)

@@ -40,7 +40,7 @@ __all__ = [
 _INNER = Kind("sampler", SAMPLERS, Sampler)
 PARTS = {
     "model.net": Kind("network", NETWORKS, nn.Module, given=("data_shape", "num_classes", "null_class")),
-    "model.codec": Kind("codec", CODECS, Codec, given=("data_shape",)),
+    "model.codec": Kind("codec", CODECS, Codec, given=("data_shape", "scaled")),
     "process": Kind("process", PROCESSES, Process),
     "optim": Kind("optimiser", OPTIMISERS, torch.optim.Optimizer),
     "optim.schedule": Kind("schedule", SCHEDULES),
@@ -85,13 +85,14 @@ def default_config() -> ConfigDict:
                 "validation": 0,  # samples kept out of training, for training.validate_every
             },
             "model": {
-                "net": {"name": "unet"},
-                "codec": {"name": "identity"},
-                "prediction": "eps",  # x0 | eps | score | v | flow | edm
+                "net": {"name": "auto"},
+                "codec": {"name": "auto"},
+                "prediction": "edm",  # x0 | eps | score | v | flow | edm
                 # log_sigma | relative_log_sigma (log sigma/sigma_data) | time | index (of a sequence's or of DDPM's
                 # levels); "": what the network wants
                 "label": "",
-                # process | unit_variance | unit_data (over sigma_data); "": what the network wants
+                # process | unit_variance | unit_data (over sigma_data); "": what the network wants, if it says so, else
+                # unit_variance for edm, process for all others
                 "input_scale": "",
                 "sigma_data": 0.0,  # the scale that edm and the like take for the data's; 0: its root mean square
                 "conditional": False,  # on the data's labels
@@ -107,9 +108,9 @@ def default_config() -> ConfigDict:
             },
             "training": {
                 "steps": 1000,
-                "batch_size": 128,
-                "sigmas": {"name": "process"},  # the noise levels that are visited
-                "weighting": {"name": "sigma2"},
+                "batch_size": 64,
+                "sigmas": {"name": "auto"},  # the noise levels that are visited
+                "weighting": {"name": "output"},
                 "objective": {"name": "denoising"},
                 "label_dropout": 0.0,  # the share of labels that are left out, which guidance needs: 0.1 for example
                 "precision": "auto",  # auto | fp32 | bf16

@@ -20,6 +20,7 @@ __all__ = [
     "check_output",
     "check_range",
     "check_sigmas",
+    "checked_device",
     "explained",
     "level",
     "level_of",
@@ -53,6 +54,21 @@ def broadcast(sigma: Tensor | float, x: Tensor) -> Tensor:
         )
     sigma = sigma.reshape(-1, *(1,) * (x.ndim - 1))
     return sigma if x.dtype not in _HALF else sigma.float()
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """A device that is there; ValueError for any other."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(found.type, True):
+        raise ValueError(
+            f"device is {str(device)!r}, but PyTorch {torch.__version__} finds none here; expected 'cpu', or a PyTorch "
+            "that is built for the GPU, and its driver"
+        )
+    return found
 
 
 def level(sigma: float, x: Tensor) -> Tensor:

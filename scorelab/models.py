@@ -139,6 +139,11 @@ class ScoreModel(nn.Module):
         """Where the weights are."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of what type the weights are, None without any."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+
     def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
         """The score (B, *data_shape); Raises ValueError for shapes that don't fit."""
         return self._predict(x, sigma, condition, _SCORE)
@@ -360,17 +365,24 @@ class ScoreModel(nn.Module):
             aside.write_text(settings + "\n")
 
     @classmethod
-    def load(cls, path: str | Path, net: nn.Module | None = None, *, weights: str = "model.safetensors") -> ScoreModel:
+    def load(cls, path: str | Path, net: nn.Module | None = None, *, weights: str = "") -> ScoreModel:
         """The model saved in ``path``, in evaluation mode; a network of one's own is passed as ``net``.
 
-        ``weights``: "ema.safetensors" takes the averaged weights of a training checkpoint. Raises ValueError for
-        missing files or for weights that do not fit, with the differences summarised.
+        Of the directory of a run it is that of the last checkpoint, with averaged weights. ``weights``: the name of a
+        file, by default "ema.safetensors" of a run and "model.safetensors" else. Raises ValueError for missing files or
+        for weights that do not fit, with the differences summarised.
         """
-        folder = Path(path)
+        folder = Path(path).expanduser()
+        if (folder / "checkpoints").is_dir() and not (folder / "model.json").is_file():
+            saved = sorted(place.parent for place in folder.glob("checkpoints/step_*/model.json"))
+            if not saved:
+                raise ValueError(f"{folder} is a run without a checkpoint; expected one that was trained")
+            folder, weights = saved[-1], weights or "ema.safetensors"
+        weights = weights or "model.safetensors"
         for name in ("model.json", weights):
             if not (folder / name).is_file():
                 raise ValueError(
-                    f"{folder} holds no {name}; expected a directory written by ScoreModel.save or training"
+                    f"{folder} holds no {name}; expected a directory written by ScoreModel.save, or of a run"
                 )
         try:
             settings = json.loads((folder / "model.json").read_text())
@@ -448,6 +460,11 @@ class Conditioned:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of what type the weights are."""
+        return self.model.dtype
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         return self.model(x, sigma, self._expanded(len(x)))  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 A bare callable is a score. It may also say, by attributes:
 
     sigma_range            (low, high), the noise levels it knows
-    device                 where its weights are
+    device, dtype          where its weights are, and of what type
     rows(index)            the score for some samples of the batch it is bound to; without it a batch is never split
     score_and_variance     (x, sigma) -> (score, v): a learned variance, from the same evaluation
 
@@ -22,7 +22,17 @@ from torch import nn
 from scorelab.checks import check_output, widened
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["Combined", "can_split", "check_known", "combined", "device_of", "networks", "restricted", "sigma_range"]
+__all__ = [
+    "Combined",
+    "can_split",
+    "check_known",
+    "combined",
+    "device_of",
+    "dtype_of",
+    "networks",
+    "restricted",
+    "sigma_range",
+]
 
 Formula = Callable[..., Tensor]
 Inputs = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -37,6 +47,11 @@ def sigma_range(score: ScoreFn) -> tuple[float, float]:
 def device_of(score: ScoreFn) -> torch.device | None:
     """Where a score's weights are, None if it does not say."""
     return getattr(score, "device", None)
+
+
+def dtype_of(score: ScoreFn) -> torch.dtype | None:
+    """The type of a score's weights, None if it does not say."""
+    return getattr(score, "dtype", None)
 
 
 def can_split(score: ScoreFn) -> bool:
@@ -103,6 +118,11 @@ class Combined:
     def device(self) -> torch.device | None:
         """Where the first part that says so has its weights."""
         return next((d for d in map(device_of, self.scores) if d is not None), None)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of the first part that says so."""
+        return next((d for d in map(dtype_of, self.scores) if d is not None), None)
 
     def __getattr__(self, name: str) -> Any:
         # there only if the parts have it

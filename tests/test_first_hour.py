@@ -8,10 +8,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from ml_collections import ConfigDict
+from PIL import Image
 
+from scorelab import PerSampleNoise, ScoreModel, sample, sigmas, trajectory
 from scorelab.cli.main import main
+from scorelab.cli.sampling import RunSamples, load_run, write_samples
+from scorelab.data import Values
 from scorelab.nn import MLP, UNet, fitting
-from scorelab.training import build, default_config, train
+from scorelab.plotting.pictures import scatter, tiled
+from scorelab.training import build, build_sampling, default_config, train, with_nfe
 from scorelab.training.config import scales_of
 from scorelab.training.evaluations import Samples
 
@@ -127,3 +133,91 @@ def test_a_dry_run_says_what_it_will_cost(tmp_path, capsys):
     said = capsys.readouterr().out
     for part in ("50 samples of shape (2,), 3 classes", "beside a root mean square of", "in fp32", "s a step on this"):
         assert part in said
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory):
+    """A run on 2-D points."""
+    folder = tmp_path_factory.mktemp("points")
+    c = defaults(folder, spiral(300), steps=20, sample_every=0, validate_every=0)
+    train(c, folder / "run", progress=False)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--sampler=dpm2m", "--nfe=9"], ""),
+        (["--sampler=ddim", "--config.sampling.sampler.eta=0.5", "--grid=log_linear", "--batch_size=2"], ""),
+        (["--sampler=annealed_langevin", "--config.sampling.sampler.steps=2", "--nfe=20"], ""),
+        (["--sampler=ode", "--nfe=9"], "chooses its steps itself; expected its tolerances"),
+        (["--sampler=nope"], "config.sampling.sampler.name is 'nope'; did you mean"),
+        (["--config.training.steps=9"], "can't be changed after training; expected --config.sampling.KEY"),
+        (["--config.sampling.sampler.etta=1"], "unknown config key 'sampling.sampler.etta'"),
+        (["--sampler=annealed_langevin", "--nfe=3"], "takes 101 for one noise level"),
+        (["--device=gpu"], "device is 'gpu'; expected 'cpu', 'cuda'"),
+    ],
+)
+def test_a_run_is_sampled_as_one_likes(points, tmp_path, capsys, options, said):
+    """And its own config stays as it was."""
+    before = (points / "config.json").read_bytes()
+    out = tmp_path / "x.npz"
+    assert main(["sample", f"--workdir={points}", "--n=5", f"--out={out}", *options]) == (2 if said else 0)
+    assert said in capsys.readouterr().err
+    assert out.is_file() != bool(said)
+    assert (points / "config.json").read_bytes() == before
+
+
+def test_so_many_levels_as_take_so_many_evaluations(points):
+    config, model, _ = load_run(points)
+    for name, nfe, levels in (("heun", 19, 10), ("heun", 18, 9), ("euler", 18, 18), ("dpm2m", 20, 20)):
+        config.sampling.sampler = ConfigDict({"name": name})
+        grid, sampler = build_sampling(with_nfe(config, model, nfe), model)
+        steps = list(trajectory(model, (1, 2), grid, sampler))
+        assert len(grid) == levels + 1
+        assert steps[-1].nfe <= nfe
+
+
+def test_vectors_become_a_scatter_plot_and_names_stay(points, tmp_path, capsys):
+    kept = tmp_path / "s.npz"
+    kept.write_bytes(b"mine")
+    assert main(["sample", f"--workdir={points}", "--n=5", f"--out={tmp_path / 's.png'}"]) == 0
+    assert kept.read_bytes() == b"mine"
+    with Image.open(tmp_path / "s.png") as picture:
+        assert min(picture.size) > 300
+    assert main(["sample", f"--workdir={points}", "--n=5", f"--out={tmp_path / 'folder'}"]) == 2
+    assert "are no images" in capsys.readouterr().err
+    for dims in (1, 3, 9):
+        assert len(scatter(torch.randn(20, dims)).axes) == {1: 1, 3: 3, 9: 6}[dims]
+
+
+def test_a_directory_of_a_run_is_a_model_and_says_how_it_is_sampled(points):
+    model = ScoreModel.load(points)
+    ema = ScoreModel.load(points / "checkpoints" / "step_00000020", weights="ema.safetensors")
+    x, sigma = torch.randn(3, 2), torch.tensor(1.0)
+    assert torch.equal(model(x, sigma), ema(x, sigma))
+    low, high = model.sigma_range
+    grid = sigmas.karras(18, sigma_min=low, sigma_max=high)
+    alone, told = (sample(model, (4, 2), levels, generator=PerSampleNoise(0)) for levels in (None, grid))
+    assert torch.equal(alone, told)
+    assert sample(model.double(), (4, 2)).dtype == torch.float64
+    with pytest.raises(ValueError, match="neither the sampler nor the score says"):
+        sample(lambda x, s: -x, (4, 2))
+    (points.parent / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is a run without a checkpoint"):
+        ScoreModel.load(points.parent / "empty")
+
+
+def test_bytes_are_written_as_tools_take_them_and_grids_have_gaps(tmp_path):
+    x = torch.rand(5, 3, 6, 4) * 2 - 1
+    for channels in (1, 3):
+        run = RunSamples(x[:, :channels], Values(0, 255, 1, (0, 255)), None, 1)  # type: ignore[arg-type]
+        write_samples(run, tmp_path / f"{channels}.npz")
+        found = np.load(tmp_path / f"{channels}.npz")["samples"]
+        assert (found.dtype, found.shape) == (np.uint8, (5, 6, 4, channels))
+        np.testing.assert_array_equal(found[2, 3, 1], ((x[2, :channels, 3, 1] + 1) * 127.5).round())
+    page = tiled(x, Values(0, 255, 1, (0, 255)), 3)
+    # 8 times as large, and a gap of 2 between
+    assert page.shape == (2 * 48 + 2, 3 * 32 + 4, 3)
+    assert (page[48:50] == 255).all()
+    assert (page[:48, :32] == page[:48, :32][::8, ::8].repeat(8, 0).repeat(8, 1)).all()

@@ -28,8 +28,9 @@ __all__ = ["main"]
 
 _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir runs/x [--config.optim.lr=1e-3] [--dry_run]
                        [--accept_changes] [--step STEP]
-       scorelab sample --workdir runs/x [--n 64] [--seed 0] [--out FILE.png|FILE.npz|DIRECTORY] [--sampler FILE.json]
-                       [--step STEP] [--weights ema|model|ema_0.9999|ema_power_0.1]
+       scorelab sample --workdir runs/x [--n 64] [--seed 0] [--out FILE.png|FILE.npz|DIRECTORY]
+                       [--sampler NAME|FILE.json] [--nfe 20] [--grid NAME] [--config.sampling.sampler.eta=0.5]
+                       [--step STEP] [--weights ema|model|ema_0.9999|ema_power_0.1] [--batch_size 256] [--device cuda]
                        [--condition each|none|CLASS] [--guidance 2] [--guidance_interval 0.2,5]
                        [--precision fp32|bf16|auto] [--compile]
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
@@ -267,7 +268,12 @@ def _values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def _sample(arguments: list[str]) -> None:
-    values = _run_flags({"n": None}, {"out": None, "sampler": None, "weights": "ema", "precision": "fp32", **_GUIDED})
+    given = [a for a in arguments if a.startswith("--config.")]
+    arguments = [a for a in arguments if not a.startswith("--config.")]
+    values = _run_flags(
+        {"n": None, "nfe": 0, "batch_size": 0},
+        {"out": None, "sampler": None, "grid": None, "weights": "ema", "precision": "fp32", "device": "", **_GUIDED},
+    )
     flags.DEFINE_float("guidance", None, "scale of classifier-free guidance", flag_values=values)
     flags.DEFINE_bool("compile", False, "compile the network: faster samples after a slow start", flag_values=values)
     # torchrun takes --n for one of its own options
@@ -280,19 +286,48 @@ def _sample(arguments: list[str]) -> None:
     n, seed, step = (int(values[name].value or 0) for name in ("n", "seed", "step"))
     if n < 0 or values["n"].value == 0:
         raise ValueError(f"--n is {n}; expected a positive number of samples, or none for the experiment's own")
-    sampler = Path(values["sampler"].value).expanduser() if values["sampler"].value else None
+    name, nfe, batch_size = values["sampler"].value or "", int(values["nfe"].value or 0), values["batch_size"].value
+    sampler = Path(name).expanduser() if name.endswith(".json") or Path(name).expanduser().is_file() else None
+    if nfe < 0 or (sampler is not None and (nfe or given or values["grid"].value)):
+        raise ValueError(f"--nfe is {nfe}, --sampler {name!r}; expected nfe > 0, and no other settings beside a file's")
+    if name and sampler is None:
+        given.append(f"--config.sampling.sampler.name={name}")
+    if values["grid"].value:
+        given.append(f"--config.sampling.grid.name={values['grid'].value}")
+    if batch_size:
+        given.append(f"--config.sampling.batch_size={batch_size}")
     out = Path(values["out"].value).expanduser() if values["out"].value else None
     if out is not None and os.environ.get("RANK", "0") == "0":
         check_out(out)
     weights = str(values["weights"].value)
     guided = _guided(values)
     numbers: dict[str, Any] = {"precision": str(values["precision"].value), "compile": bool(values["compile"].value)}
+    numbers |= {"device": str(values["device"].value), "nfe": nfe, "changes": lambda c: _sampling(c, given)}
     run = sample_run(workdir, n=n, seed=seed, step=step, weights=weights, sampler=sampler, **numbers, **guided)
-    parts = [f"drawn_{run.step:08d}", weights if weights != "ema" else "", sampler.stem if sampler else ""]
+    parts = [f"drawn_{run.step:08d}", weights if weights != "ema" else "", sampler.stem if sampler else name]
+    parts += [f"nfe_{nfe}" if nfe else "", str(values["grid"].value or "")]
     parts += [guided["condition"], "" if guided["guidance"] is None else f"guided_{guided['guidance']:g}"]
-    out = out or workdir / "samples" / f"{'_'.join(filter(None, parts))}.png"
+    out = out or workdir / "samples" / f"{'_'.join(filter(None, parts))}{'.png' if run.shown else '.npz'}"
     if parallel.world()[0] == 0:
         print(write_samples(run, out))
+
+
+def _sampling(config: ConfigDict, arguments: list[str]) -> ConfigDict:
+    """The config of a run with other settings of sampling."""
+    from scorelab.training.settings import check_types, resolve
+
+    for argument in arguments:
+        if not argument.startswith("--config.sampling.") or "=" not in argument:
+            raise ValueError(
+                f"{argument!r} can't be changed after training; expected --config.sampling.KEY=VALUE, such as "
+                "--config.sampling.sampler.name=heun"
+            )
+    config, rest = _with_parts(config, arguments)
+    _check_keys(config, rest)
+    with config.ignore_type():
+        for key, _, text in (a.removeprefix("--config.").partition("=") for a in rest):
+            config.update_from_flattened_dict({key: _literal(text)})
+    return resolve(check_types(config))
 
 
 _GUIDED: dict[str, str | None] = {"condition": "", "guidance_interval": None}

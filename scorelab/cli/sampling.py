@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from scorelab import parallel
-from scorelab.checks import nearest_name
+from scorelab.checks import checked_device, nearest_name
 from scorelab.data import Values
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
-from scorelab.plotting.pictures import are_images, picture_bytes, tiled
+from scorelab.plotting.pictures import are_images, picture_bytes, scatter, tiled
 from scorelab.precision import prepare
-from scorelab.training import Snapshot, checkpoint, default_config, in_turn, reconstruct, sample_model
+from scorelab.training import Snapshot, checkpoint, default_config, in_turn, reconstruct, sample_model, with_nfe
 from scorelab.training.run import recorded_config, recorded_data, recorded_values
 from scorelab.typing import Tensor
 from scorelab.writing import check_writable, whole
@@ -37,6 +38,11 @@ class RunSamples:
     model: ScoreModel
     step: int
     labels: Tensor | None = None
+
+    @property
+    def shown(self) -> bool:
+        """Whether a sample can be shown as an image."""
+        return are_images(tuple(self.x.shape[1:]))
 
     @property
     def columns(self) -> int:
@@ -161,15 +167,23 @@ def sample_run(
     guidance_interval: str | None = None,
     precision: str = "fp32",
     compile: bool = False,
+    device: str = "",
+    nfe: int = 0,
+    changes: Callable[[ConfigDict], ConfigDict] = lambda config: config,
 ) -> RunSamples:
     """Samples of a run's checkpoint and ``weights`` (see ``load_run``); sample i depends on (seed, i) alone, and on its
     class (see ``condition_of``). n: 0 for the experiment's own number, or so many of each class. precision, compile:
-    how the network computes (see ``prepare``).
+    how the network computes (see ``prepare``). device: by default the GPU, if there is one. nfe: as many noise levels
+    as take this many evaluations at most. changes: what is changed of the experiment's settings.
 
     Under torchrun every process makes its share and returns all of them.
     """
     config, model, found = load_run(workdir, step=step, weights=weights)
-    prepare(model.to(parallel.join()), precision, compile=compile)
+    config = changes(config)
+    place = parallel.join()
+    prepare(model.to(checked_device(device) if device else place), precision, compile=compile)
+    if nfe:
+        config = with_nfe(config, model, nfe)
     guide(config, guidance, guidance_interval)
     count, classes = n or config.sampling.samples, model.num_classes
     if not n and classes and condition in ("", "each"):
@@ -197,18 +211,28 @@ def check_out(out: Path) -> None:
 
 
 def write_samples(run: RunSamples, out: Path) -> str:
-    """Write ``.npz`` (numbers as the data has them), one PNG grid, or a directory of PNGs; says what was written."""
+    """Write ``.npz`` (``samples`` as the data has them, images of bytes as uint8 (N, H, W, C)), one PNG (a grid, or a
+    scatter plot of vectors), or a directory of PNGs; says what was written. ValueError for what can't be shown so.
+    """
     check_out(out)
-    images = are_images(tuple(run.x.shape[1:]))
-    out = out.with_suffix(".npz") if not images and out.suffix == ".png" else out
+    images = run.shown
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
         x = run.x if run.values is None else run.values.outside(run.x)
+        # as the tools that judge images take them
+        pixels = (
+            images and run.values is not None and (run.values.least, run.values.most, run.values.step) == (0, 255, 1)
+        )
         with whole(out) as aside, aside.open("wb") as file:
-            arrays = {"samples": x.cpu().numpy()}
+            levels = picture_bytes(run.x, run.values) if pixels else x.cpu().numpy()
+            arrays = {"samples": levels[..., None] if pixels and levels.ndim == 3 else levels}
             if run.labels is not None:
                 arrays["labels"] = run.labels.numpy()
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    elif out.suffix == ".png" and run.x.ndim == 2:
+        with whole(out) as aside:
+            x = run.x if run.values is None else run.values.outside(run.x)
+            scatter(x).savefig(aside, format="png")
     elif not images:
         raise ValueError(f"samples of shape {tuple(run.x.shape[1:])} are no images; write them to a .npz file")
     elif out.suffix == ".png":

@@ -1,13 +1,20 @@
-"""Images as pixels, one by one or as one picture."""
+"""Samples as pictures: images as pixels, one by one or as one, points as scatter plots."""
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
+from matplotlib.figure import Figure
 
 from scorelab.data import Values
+from scorelab.plotting.figures import figure
 from scorelab.typing import Shape, Tensor
 
-__all__ = ["are_images", "picture_bytes", "tiled"]
+__all__ = ["are_images", "picture_bytes", "scatter", "tiled"]
+
+_GAP, _ENLARGED = 2, 48
+"""Pixels between pictures, and up to which size they are enlarged by a whole number."""
 
 
 def are_images(data_shape: Shape) -> bool:
@@ -22,10 +29,35 @@ def picture_bytes(x: Tensor, values: Values | None = None) -> np.ndarray:
 
 
 def tiled(x: Tensor, values: Values | None = None, columns: int = 0) -> np.ndarray:
-    """uint8 (H, W) or (H, W, 3): the same side by side, by default about as many lines as columns."""
+    """uint8 (H, W) or (H, W, 3): the same side by side, by default about as many lines as columns, small ones enlarged,
+    with gaps between them."""
     pictures = picture_bytes(x, values)
-    columns = columns or round(len(pictures) ** 0.5)
-    empty = np.zeros((-len(pictures) % columns, *pictures.shape[1:]), np.uint8)
-    tiles = np.concatenate([pictures, empty])
-    lines = [np.concatenate(list(tiles[i : i + columns]), 1) for i in range(0, len(tiles), columns)]
-    return np.concatenate(lines)
+    columns = columns or max(1, round(len(pictures) ** 0.5))
+    times = max(1, _ENLARGED // max(pictures.shape[1:3]))
+    pictures = pictures.repeat(times, 1).repeat(times, 2)
+    _, h, w, *channels = pictures.shape
+    lines = -(-len(pictures) // columns)
+    page = np.full((lines * (h + _GAP) - _GAP, columns * (w + _GAP) - _GAP, *channels), 255, np.uint8)
+    for k, picture in enumerate(pictures):
+        top, left = k // columns * (h + _GAP), k % columns * (w + _GAP)
+        page[top : top + h, left : left + w] = picture
+    return page
+
+
+def scatter(x: Tensor, most: int = 4) -> Figure:
+    """Points (N, D): a histogram of one dimension, a scatter plot of two, of more the pairs of the first ``most``."""
+    x, dims = x.detach().cpu(), x.shape[1]
+    pairs = list(combinations(range(min(dims, most)), 2)) if dims > 1 else [(0, 0)]
+    columns = min(3, len(pairs))
+    drawn, axes = figure(columns, -(-len(pairs) // columns), 5.0 if len(pairs) == 1 else 3.2)
+    for ax, (i, k) in zip(axes.flat, pairs, strict=False):
+        if dims == 1:
+            ax.hist(x[:, 0].numpy(), 60, color="#274c77")
+            ax.set(xlabel="dimension 0", ylabel=f"of {len(x):,} samples")
+        else:
+            ax.plot(x[:, i].numpy(), x[:, k].numpy(), ".", ms=2, color="#274c77", alpha=0.5, mew=0)
+            ax.set(xlabel=f"dimension {i}", ylabel=f"dimension {k}", aspect="equal" if dims == 2 else "auto")
+        ax.tick_params(labelsize=8)
+    for ax in axes.flat[len(pairs) :]:
+        ax.set_axis_off()
+    return drawn

@@ -71,6 +71,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "consistent_langevin": ConsistentLangevin,
     "ddim": DDIM,
     "dpm_solver_multistep": DPMSolverMultistep,
+    "dpm2m": DPMSolverMultistep,
     "dpm_solver_singlestep": DPMSolverSinglestep,
     "euler": Euler,
     "heun": Heun,

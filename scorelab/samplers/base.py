@@ -21,10 +21,21 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from scorelab.checks import call, check_batch, check_finite, check_output, check_sigmas, explained, level, marked
+from scorelab.checks import (
+    call,
+    check_batch,
+    check_finite,
+    check_output,
+    check_sigmas,
+    checked_device,
+    explained,
+    level,
+    marked,
+)
 from scorelab.noise import Noise, PerSampleNoise
 from scorelab.predictions import denoise_from_score
-from scorelab.scores import can_split, check_known, combined, device_of, networks, restricted
+from scorelab.scores import can_split, check_known, combined, device_of, dtype_of, networks, restricted, sigma_range
+from scorelab.sigmas import karras
 from scorelab.typing import ScoreFn, Shape, Tensor
 
 __all__ = [
@@ -248,20 +259,24 @@ def start(
     return noise(like) * math.hypot(sigma, data_std)
 
 
-def _grid(sigmas: Tensor | Iterable[float] | None, sampler: Sampler) -> list[float]:
-    """The levels that were given, or those that the sampler brings."""
-    own = getattr(sampler, "sigmas", None)
-    if sigmas is None:
-        if own is None:
+def grid_of(score: ScoreFn, sigmas: Tensor | Iterable[float] | None, sampler: Sampler) -> list[float]:
+    """The levels that were given, those that the sampler brings, or 18 over all that the score knows.
+
+    A sampler that runs at every level has a final 0 after them.
+    """
+    own: tuple[float, ...] | None = getattr(sampler, "sigmas", None)
+    if sigmas is None and own is None:
+        low, high = sigma_range(score)
+        if not 0 < low < high < math.inf:
             raise ValueError(
-                "sigmas is None, but this sampler brings no noise levels of its own; expected a sequence, "
-                "e.g. scorelab.sigmas.karras(18, sigma_min=0.002, sigma_max=80)"
+                "sigmas is None, and neither the sampler nor the score says which noise levels to take; expected a "
+                "sequence, e.g. scorelab.sigmas.karras(18, sigma_min=0.002, sigma_max=80)"
             )
-        return list(own)
-    grid = check_sigmas(sigmas, at_least=1 if sampler.every_level else 2)
+        sigmas = karras(18, sigma_min=low, sigma_max=high)
+    grid = list(own or ()) if sigmas is None else check_sigmas(sigmas, at_least=1 if sampler.every_level else 2)
     if own is not None and grid != list(own):
         raise ValueError(f"this sampler was fitted to its own {len(own)} noise levels; leave sigmas out, or pass those")
-    return grid
+    return [*grid, 0.0] if sampler.every_level and grid[-1] > 0 else grid
 
 
 def _stopped(stop: StoppedEarly, nfe: int, dtype: torch.dtype) -> Step:
@@ -295,15 +310,12 @@ def drive(
         raise TypeError(f"score is {type(score).__name__}; expected a callable score(x, sigma)")
     if not isinstance(sampler, Sampler):
         raise TypeError(f"sampler is {sampler!r}; expected a sampler object such as scorelab.samplers.Heun()")
-    grid = _grid(sigmas, sampler)
-    if sampler.every_level and grid[-1] > 0:
-        grid.append(0.0)
+    grid = grid_of(score, sigmas, sampler)
     check_known(score, min(s for s in grid if s > 0), grid[0])
     noise = Noise(generator, reuse=not differentiable)
-    if device is None and not isinstance(x, Tensor):
-        device = device_of(score)
+    device = checked_device(device) if device is not None else None if isinstance(x, Tensor) else device_of(score)
     if dtype is None:
-        dtype = x.dtype if isinstance(x, Tensor) else torch.get_default_dtype()
+        dtype = x.dtype if isinstance(x, Tensor) else dtype_of(score) or torch.get_default_dtype()
     x = start(x, grid[0], data_std, noise, torch.promote_types(dtype, torch.float32), device)
     if x.dtype != dtype:
         # it sees x in half precision; the sampler's own x, levels and coefficients are float32

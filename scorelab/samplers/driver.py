@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from scorelab import parallel
 from scorelab.checks import check_finite
 from scorelab.noise import PerSampleNoise, fresh_generator
-from scorelab.samplers.base import Sampler, Step, check_shape, drive
+from scorelab.samplers.base import Sampler, Step, check_shape, drive, grid_of
 from scorelab.samplers.ode import Heun
 from scorelab.scores import device_of, restricted
 from scorelab.typing import ScoreFn, Shape, Tensor
@@ -74,10 +74,11 @@ def sample(
     """Samples (B, *D) from a score function, unscaled, at the last noise level.
 
     score: any callable score(x, sigma) -> (B, *D); sigma arrives as a 0-dim tensor (per sample, (B,), from adaptive
-    solvers). x: a tensor (B, *D) at noise level sigmas[0], or a shape, then drawn from
-    N(0, (sigmas[0]^2 + data_std^2) I). sigmas: strictly descending levels; a final 0 ends on the denoised sample; None
-    only for a sampler that brings its own (Calibrated). generator: source of all randomness, freshly seeded if None; a
-    PerSampleNoise makes sample i depend on (seed, i) alone. callback: called with every Step. differentiable:
+    solvers). x: a tensor (B, *D) at noise level sigmas[0], or a shape, then drawn from N(0, (sigmas[0]^2 + data_std^2)
+    I). sigmas: strictly descending levels; a final 0 ends on the denoised sample; None for those of a sampler that
+    brings its own (Calibrated), else for EDM's 18 over all that the score knows, as models do. device, dtype: of a
+    shape's samples, by default those of the score's weights. generator: source of all randomness, freshly seeded if
+    None; a PerSampleNoise makes sample i depend on (seed, i) alone. callback: called with every Step. differentiable:
     keep the graph. debug: look for NaN at every step instead of once at the end. batch_size: run the request in parts
     of this many rows, so that memory stays bounded; memory: in parts that take about this many bytes, found by the
     tensors of the sampler's first step with 4 and with 8 rows. sharded: under torchrun, after ``parallel.join()``,
@@ -168,7 +169,8 @@ def _last(
     # a callback may differentiate; without one, once for all steps is cheaper than at each
     with nullcontext() if options["differentiable"] or callback is not None else torch.no_grad():
         last = next(steps)
-        for last in tqdm(steps, desc="sampling", unit="step") if progress else steps:
+        total = len(grid_of(score, sigmas, sampler)) - 1 if progress else 0
+        for last in tqdm(steps, desc="sampling", unit="step", total=total) if progress else steps:
             if callback is not None:
                 callback(last)
     return last.x

@@ -4,7 +4,7 @@ from scorelab.training.config import Experiment, build, load_data
 from scorelab.training.ema import EMA, Snapshot, reconstruct
 from scorelab.training.engine import NonFiniteError, Trainer
 from scorelab.training.run import Interrupted, train
-from scorelab.training.sampling import build_sampling, in_turn, own_score, sample_model
+from scorelab.training.sampling import build_sampling, in_turn, own_score, sample_model, with_nfe
 from scorelab.training.settings import default_config, resolve
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "resolve",
     "sample_model",
     "train",
+    "with_nfe",
 ]

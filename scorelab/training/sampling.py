@@ -10,6 +10,7 @@ import torch
 from ml_collections import ConfigDict
 
 from scorelab.adapters import clipped
+from scorelab.checks import broadcast
 from scorelab.guidance import classifier_free
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
@@ -19,7 +20,7 @@ from scorelab.scores import combined
 from scorelab.training.settings import part, resolve
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["build_sampling", "check_sampling", "in_turn", "own_score", "sample_model"]
+__all__ = ["build_sampling", "check_sampling", "in_turn", "own_score", "sample_model", "with_nfe"]
 
 
 def build_sampling(config: ConfigDict, model: ScoreModel) -> tuple[Tensor, Sampler]:
@@ -34,6 +35,41 @@ def build_sampling(config: ConfigDict, model: ScoreModel) -> tuple[Tensor, Sampl
     levels: Tensor = part(config, "sampling.grid", process=process, sigma_min=low, sigma_max=high, **betas)
     sampler: Sampler = part(config, "sampling.sampler", process=process, sigma_min=low, sigma_max=high)
     return levels, sampler
+
+
+def with_nfe(config: ConfigDict, model: ScoreModel, nfe: int) -> ConfigDict:
+    """The config with as many noise levels as take ``nfe`` evaluations at most.
+
+    Raises ValueError for samplers whose evaluations do not follow from the levels, and where one level takes more.
+    """
+    config = resolve(config)
+    grid = config.sampling.grid
+    key = "n" if "n" in grid else "steps" if "steps" in grid else ""
+    if not key:
+        raise ValueError(f"--nfe needs a grid with a number of levels, n; sampling.grid.name={grid.name!r} has none")
+
+    def takes(n: int) -> int:
+        grid[key] = n
+        levels, sampler = build_sampling(config, model)
+        return list(trajectory(_gaussian, (1, 2), levels, sampler, generator=PerSampleNoise(0)))[-1].nfe
+
+    if takes(2) == takes(6):
+        raise ValueError(
+            f"--nfe={nfe}, but sampling.sampler.name={config.sampling.sampler.name!r} chooses its steps itself; "
+            "expected its tolerances, --config.sampling.sampler.rtol=1e-2 for example"
+        )
+    low, high = 1, nfe
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if takes(middle) <= nfe else (low, middle - 1)
+    if takes(low) > nfe:
+        raise ValueError(f"--nfe={nfe}, but {config.sampling.sampler.name} takes {takes(low)} for one noise level")
+    return config
+
+
+def _gaussian(x: Tensor, sigma: Tensor) -> Tensor:
+    """The score of a unit normal distribution."""
+    return -x / (1 + broadcast(sigma, x) ** 2)
 
 
 class _EnoughError(Exception):

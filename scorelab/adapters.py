@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,17 +24,19 @@ def from_eps(
     """A score from a noise predictor: score = -eps / sigma.
 
     Without a process ``eps_fn(x, sigma)`` takes unscaled x. With one it is called as ``eps_fn(alpha x, label(sigma))``,
-    as networks trained on x_t expect; ``label`` is by default the process's time t. For a 1000-step DDPM network pass
-    ``DiscreteVP(betas)`` and ``label=lambda s: 1000 * process.time(s) - 1`` (index 0 is the least noise).
+    as networks trained on x_t expect, with a label for each sample, (B,), and knows the process's noise levels;
+    ``label`` is by default the process's time t. For a 1000-step DDPM network pass ``DiscreteVP(betas)`` and
+    ``label=lambda s: 1000 * process.time(s) - 1`` (index 0 is the least noise).
     """
 
     def inputs(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         if process is None:
             return x, sigma if label is None else label(sigma)
         t = process.time(sigma)
-        return (broadcast(process.alpha(t), x) * x).to(x.dtype), t if label is None else label(sigma)
+        return (broadcast(process.alpha(t), x) * x).to(x.dtype), (t if label is None else label(sigma)).expand(len(x))
 
-    return combined(lambda x, sigma, eps: -eps / broadcast(sigma, x), eps_fn, inputs=inputs)
+    known = (0.0, math.inf) if process is None else process.sigma_range
+    return combined(lambda x, sigma, eps: -eps / broadcast(sigma, x), eps_fn, inputs=inputs, known=known)
 
 
 def from_denoiser(fn: Callable[[Tensor, Tensor], Tensor]) -> ScoreFn:
@@ -43,16 +46,19 @@ def from_denoiser(fn: Callable[[Tensor, Tensor], Tensor]) -> ScoreFn:
 
 
 def from_time_score(score_t: Callable[[Tensor, Tensor], Tensor], process: Process) -> ScoreFn:
-    """A score from one in scaled coordinates and time, score_t(x_t, t): score(x, sigma) = alpha score_t(alpha x, t)."""
+    """A score from one in scaled coordinates and time: score(x, sigma) = alpha score_t(alpha x, t), t (B,).
+
+    It knows the process's noise levels.
+    """
 
     def inputs(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         t = process.time(sigma)
-        return (broadcast(process.alpha(t), x) * x).to(x.dtype), t
+        return (broadcast(process.alpha(t), x) * x).to(x.dtype), t.expand(len(x))
 
     def formula(x: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
         return broadcast(process.alpha(process.time(sigma)), x) * output
 
-    return combined(formula, score_t, inputs=inputs)
+    return combined(formula, score_t, inputs=inputs, known=process.sigma_range)
 
 
 def clipped(score: ScoreFn, low: float, high: float) -> ScoreFn:

@@ -147,6 +147,11 @@ def check_sigmas(sigmas: Tensor | Iterable[float], at_least: int = 1) -> list[fl
         if sigmas.ndim != 1:
             raise ValueError(f"sigmas has shape {tuple(sigmas.shape)}; expected one dimension: a sequence of levels")
         grid = [float(s) for s in sigmas.detach().tolist()]
+    elif isinstance(sigmas, (int, float)):
+        raise ValueError(
+            f"sigmas is {sigmas!r}, a number; expected a sequence of noise levels, such as "
+            f"scorelab.sigmas.karras({max(1, round(sigmas))}, sigma_min=0.002, sigma_max=80)"
+        )
     else:
         grid = [float(s) for s in sigmas]
     if len(grid) < at_least:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -68,6 +69,14 @@ class Prediction:
     def __repr__(self) -> str:
         return f"Prediction({self.name})"
 
+    def __reduce__(self) -> Any:
+        # by name: the functions are not pickled
+        if PREDICTIONS.get(self.name) == self:
+            return _named, (self.name,)
+        if self.name.startswith("edm("):
+            return edm, (float(self.name[4:-1]),)
+        return super().__reduce_ex__(2)
+
 
 X0 = Prediction(torch.zeros_like, torch.ones_like, "x0", torch.ones_like)
 EPS = Prediction(torch.ones_like, lambda s: -s, "eps", torch.zeros_like)
@@ -88,6 +97,10 @@ def edm(sigma_data: float = 0.5) -> Prediction:
         f"edm({sigma_data!r})",
         lambda s: s**2 / (s**2 + var),
     )
+
+
+def _named(name: str) -> Prediction:
+    return PREDICTIONS[name]
 
 
 PREDICTIONS = {p.name: p for p in (X0, EPS, SCORE, V, FLOW)}

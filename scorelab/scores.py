@@ -13,6 +13,7 @@ A bare callable is a score. It may also say, by attributes:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,11 +89,18 @@ def check_known(score: ScoreFn, least: float, most: float) -> None:
 class Combined:
     """What ``combined`` makes."""
 
-    def __init__(self, formula: Formula, scores: tuple[ScoreFn, ...], inputs: Inputs | None, variance: bool) -> None:
+    def __init__(
+        self,
+        formula: Formula,
+        scores: tuple[ScoreFn, ...],
+        inputs: Inputs | None,
+        variance: bool,
+        known: tuple[float, float] = (0.0, math.inf),
+    ) -> None:
         for score in scores:
             if not callable(score):
                 raise TypeError(f"got {type(score).__name__}; expected a callable f(x, sigma)")
-        self.formula, self.scores, self.inputs, self._passes = formula, scores, inputs, variance
+        self.formula, self.scores, self.inputs, self._passes, self._known = formula, scores, inputs, variance, known
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The formula's value, in x's dtype."""
@@ -111,7 +119,7 @@ class Combined:
     @property
     def sigma_range(self) -> tuple[float, float]:
         """The levels that all parts know."""
-        lows, highs = zip(*map(sigma_range, self.scores), strict=True)
+        lows, highs = zip(self._known, *map(sigma_range, self.scores), strict=True)
         return max(lows), min(highs)
 
     @property
@@ -150,13 +158,20 @@ class Combined:
         return made(x, sigma), seen[0]
 
 
-def combined(formula: Formula, *scores: ScoreFn, inputs: Inputs | None = None, variance: bool = False) -> Combined:
+def combined(
+    formula: Formula,
+    *scores: ScoreFn,
+    inputs: Inputs | None = None,
+    variance: bool = False,
+    known: tuple[float, float] = (0.0, math.inf),
+) -> Combined:
     """A score from others: ``formula(x, sigma, *outputs)``, x (B, *D), sigma () or (B,), outputs like x.
 
     It knows the levels that all of them know, is where they are, and is restricted to rows if each of them can be.
     inputs: what they are called with, (x, sigma) -> (x', sigma'), for functions of other coordinates or labels.
-    variance: the learned variance of the first is also that of the whole.
+    variance: the learned variance of the first is also that of the whole. known: the noise levels that the formula
+    knows, such as a process's.
 
     Raises TypeError for what is not callable, and as ``check_output`` for outputs that don't fit.
     """
-    return Combined(formula, scores, inputs, variance)
+    return Combined(formula, scores, inputs, variance, known)

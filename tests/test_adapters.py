@@ -37,7 +37,9 @@ def test_scaled_functions_of_time(name):
 
 def test_ddpm_networks_get_their_step_index():
     p, seen = DiscreteVP(linear_betas()), []
-    score = from_eps(lambda x, i: seen.append(float(i)) or torch.zeros_like(x), p, label=lambda s: 1000 * p.time(s) - 1)
+    score = from_eps(
+        lambda x, i: seen.append(float(i[0])) or torch.zeros_like(x), p, label=lambda s: 1000 * p.time(s) - 1
+    )
     score(X, p.step_sigmas[0])
     score(X, p.step_sigmas[999])
     assert seen == pytest.approx([0, 999], abs=1e-9)

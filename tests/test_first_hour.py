@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -11,12 +12,27 @@ import torch
 from ml_collections import ConfigDict
 from PIL import Image
 
-from scorelab import PerSampleNoise, ScoreModel, sample, sigmas, trajectory
+from scorelab import (
+    VP,
+    PerSampleNoise,
+    ScoreModel,
+    broadcast,
+    check_score,
+    from_eps,
+    from_time_score,
+    predictions,
+    sample,
+    sigmas,
+    trajectory,
+)
 from scorelab.cli.main import main
 from scorelab.cli.sampling import RunSamples, load_run, write_samples
 from scorelab.data import Values
+from scorelab.distributions import target
 from scorelab.nn import MLP, UNet, fitting
 from scorelab.plotting.pictures import scatter, tiled
+from scorelab.processes import Cosine
+from scorelab.samplers import Langevin, Sampler
 from scorelab.training import build, build_sampling, default_config, train, with_nfe
 from scorelab.training.config import scales_of
 from scorelab.training.evaluations import Samples
@@ -221,3 +237,99 @@ def test_bytes_are_written_as_tools_take_them_and_grids_have_gaps(tmp_path):
     assert page.shape == (2 * 48 + 2, 3 * 32 + 4, 3)
     assert (page[48:50] == 255).all()
     assert (page[:48, :32] == page[:48, :32][::8, ::8].repeat(8, 0).repeat(8, 1)).all()
+
+
+MOONS = target("moons")
+
+
+def eps(x, sigma):
+    return -broadcast(sigma, x) * MOONS.score(x, sigma)
+
+
+def timed(x, t, process, last=lambda t: t):
+    """The same of (alpha x, t)."""
+    sigma = process.sigma(last(t))
+    return eps(x / broadcast(process.alpha(last(t)), x), sigma)
+
+
+def v(x, sigma):
+    s, e = broadcast(sigma, x), eps(x, sigma)
+    return (e - s * (x - s * e)) / torch.sqrt(1 + s**2)
+
+
+@pytest.mark.parametrize(
+    ("fn", "best", "called"),
+    [
+        (v, "v", ""),
+        (lambda x, s: eps(x, s) - x + broadcast(s, x) * eps(x, s), "flow, eps - x0", ""),
+        (lambda x, t: timed(x, t, VP()), "eps", "alpha x, t of VP"),
+        (lambda x, t: timed(x, t, VP(), lambda t: t / 999), "eps", "alpha x, 999 t of VP"),
+        (lambda x, t: timed(x, t, Cosine(), lambda t: 1 - t), "eps", "alpha x, 1 - t of Cosine"),
+        (lambda x, s: eps(x * torch.sqrt(1 + s**2), s), "eps", "x / sqrt(1 + sigma^2), sigma"),
+        (lambda x, s: eps(x, (4 * s).exp()), "eps", "x, log(sigma)/4"),
+        (lambda x, s: torch.zeros_like(x), "", ""),
+        (lambda x, s: 3 * torch.ones_like(x), "", ""),
+    ],
+)
+def test_check_score_knows_the_usual_conventions(fn, best, called):
+    data = MOONS.sample(1000, torch.Generator().manual_seed(0))
+    found = check_score(fn, data, sigma_min=0.05, sigma_max=10.0)
+    assert (found.best, found.called, found.ok) == (best, called, False)
+    assert ("none of these" in str(found)) == (best == "")
+
+
+def test_a_ddpm_network_as_such_are_written(tmp_path):
+    """Its labels are (B,), and the levels that its process knows are kept."""
+
+    def net(x, label):
+        assert label.shape == (len(x),)
+        return x * label[:, None] * 0
+
+    score = from_eps(net, VP())
+    assert score.sigma_range == VP().sigma_range
+    assert sample(score, (3, 2)).shape == (3, 2)
+    with pytest.raises(ValueError, match="but this score knows"):
+        sample(score, (3, 2), [1000.0, 1.0, 0.0])
+    with pytest.raises(ValueError, match="but this score knows"):
+        sample(from_time_score(net, VP()), (3, 2), [1000.0, 1.0, 0.0])
+
+
+class Mine(Sampler):
+    """Euler's method with noise, as in the documentation."""
+
+    def step(self, at):
+        gap = at.sigma**2 - at.sigma_next**2
+        x = at.x + gap * at.score(at.x, at.sigma)
+        return (x + gap**0.5 * at.noise(x) if at.sigma_next else x), at.state
+
+
+class Only(Sampler):
+    def step(self, at):
+        return at.x
+
+
+def test_mistakes_with_samplers_are_one_line_each():
+    noise = torch.Generator().manual_seed(0)
+    x = sample(MOONS.score, (2000, 2), sigmas.karras(60, sigma_min=0.01, sigma_max=10), Mine(), generator=noise)
+    assert float(x.std()) == pytest.approx(float(MOONS.sample(2000, noise).std()), rel=0.05)
+    with pytest.raises(TypeError, match=r"Only.step returned Tensor; expected \(x, state\)"):
+        sample(MOONS.score, (2, 2), [1.0, 0.0], Only())
+    with pytest.raises(ValueError, match=r"sigmas is 20, a number; .* scorelab.sigmas.karras\(20"):
+        sample(MOONS.score, (2, 2), 20)
+    with pytest.raises(ValueError, match="lower the step_size of Langevin"):
+        sample(MOONS.score, (2, 2), [0.1], Langevin(steps=400, step_size=1e3))
+    labels = torch.arange(6)
+    with pytest.raises(ValueError, match=r"failed on 4 of 6 samples .* rows\(index\)"):
+        sample(lambda x, s: -x * labels[:, None], (6, 2), [1.0, 0.0], batch_size=4)
+
+
+def test_a_model_is_pickled(tmp_path, points):
+    model = ScoreModel.load(points)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    x, sigma = torch.randn(3, 2), torch.tensor(1.0)
+    assert torch.equal(model(x, sigma), again(x, sigma))
+    for prediction in predictions.PREDICTIONS.values():
+        assert pickle.loads(pickle.dumps(prediction)) is prediction
+    own = predictions.Prediction(torch.zeros_like, torch.ones_like)
+    assert pickle.loads(pickle.dumps(own)) == own

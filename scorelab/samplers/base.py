@@ -179,8 +179,10 @@ class Counted:
         self.nfe = 0
         self.x0_hat: Tensor | None = None
 
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The score, checked."""
+    def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """The score, checked; it sees a level given as a number as a 0-dim tensor."""
+        if not isinstance(sigma, Tensor):
+            sigma = level(sigma, x)
         try:
             output = self.score(x, sigma)
         except RuntimeError as error:
@@ -337,7 +339,11 @@ def drive(
             with nullcontext() if differentiable or not torch.is_grad_enabled() else torch.no_grad():
                 if count:
                     try:
-                        current, state = sampler.step(Context(counted, current, sigma, sigma_next, state, noise))
+                        made: Any = sampler.step(Context(counted, current, sigma, sigma_next, state, noise))
+                        if not isinstance(made, tuple) or len(made) != 2:
+                            got = type(made).__name__
+                            raise TypeError(f"{type(sampler).__name__}.step returned {got}; expected (x, state)")
+                        current, state = made
                     except StoppedEarly as early:
                         stop = early
             if stop is not None:

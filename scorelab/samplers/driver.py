@@ -15,7 +15,7 @@ from scorelab.checks import check_finite
 from scorelab.noise import PerSampleNoise, fresh_generator
 from scorelab.samplers.base import Sampler, Step, check_shape, drive, grid_of
 from scorelab.samplers.ode import Heun
-from scorelab.scores import device_of, restricted
+from scorelab.scores import can_split, device_of, restricted
 from scorelab.typing import ScoreFn, Shape, Tensor
 
 __all__ = ["sample", "trajectory"]
@@ -105,7 +105,10 @@ def sample(
                 "callback with batch_size, memory or sharded; expected none: it would see parts of a batch"
             )
         found = _in_parts(score, x, sigmas, sampler, generator, progress, options, batch_size, memory, sharded)
-    check_finite(found, "the sample", "check the score function there; debug=True names the first noise level")
+    remedy = "check the score function there; debug=True names the first noise level"
+    if hasattr(sampler, "step_size"):
+        remedy = f"lower the step_size of {type(sampler).__name__}, or {remedy}"
+    check_finite(found, "the sample", remedy)
     return found
 
 
@@ -150,7 +153,16 @@ def _in_parts(
     if size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     bar = tqdm(_parts(score, x, generator, mine, size), disable=not progress, desc="sampling", unit="part")
-    made = torch.cat([_last(s, part, sigmas, sampler, g, False, None, options) for s, part, g in bar])
+    try:
+        made = torch.cat([_last(s, part, sigmas, sampler, g, False, None, options) for s, part, g in bar])
+    except (RuntimeError, ValueError) as error:
+        if can_split(score) or size >= count:
+            raise
+        raise ValueError(
+            f"the score failed on {size} of {count} samples ({error}); it does not say how it is restricted to some "
+            "rows of a batch: expected one bound to no rows, one with rows(index), as model.conditioned(y) has, or no "
+            "batch_size"
+        ) from error
     return parallel.gather(made, count) if sharded else made
 
 

@@ -69,13 +69,13 @@ class Prediction:
     def __repr__(self) -> str:
         return f"Prediction({self.name})"
 
-    def __reduce__(self) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         # by name: the functions are not pickled
         if PREDICTIONS.get(self.name) == self:
             return _named, (self.name,)
         if self.name.startswith("edm("):
             return edm, (float(self.name[4:-1]),)
-        return super().__reduce_ex__(2)
+        return super().__reduce_ex__(protocol)
 
 
 X0 = Prediction(torch.zeros_like, torch.ones_like, "x0", torch.ones_like)

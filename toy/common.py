@@ -64,7 +64,7 @@ def config_for(name: str, steps: int) -> ConfigDict:
     c.process.sigma_max = round(20 * scale, 3)
     if name in LABELLED:
         c.model.conditional, c.training.label_dropout = True, 0.1
-    c.training.sigmas.name, c.training.steps = "tapered", steps
+    c.training.sigmas.name, c.training.weighting.name, c.training.steps = "tapered", "sigma2", steps
     c.training.batch_size, c.training.objective.reference = 512, 2048
     c.optim.lr, c.optim.beta2, c.optim.schedule.name = 1e-2, 0.99, "cosine"
     return c

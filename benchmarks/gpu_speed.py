@@ -67,7 +67,7 @@ def config_of(width: int, folder: str, batch: int) -> Any:
     c = default_config()
     np.save(f"{folder}/x.npy", np.random.default_rng(0).integers(0, 256, (2 * batch, 3, 32, 32), dtype=np.uint8))
     c.data.source, c.data.path, c.data.layout = "arrays", f"{folder}/x.npy", "channels_first"
-    c.process.name, c.model.label = "ddpm", "index"
+    c.process.name, c.model.prediction, c.model.label = "ddpm", "eps", "index"
     c.model.net.width, c.model.net.multipliers, c.model.net.blocks = width, (1, 2, 2, 2), 2
     c.model.net.attention, c.model.net.head, c.model.net.dropout = (1,), 2 * width, 0.1
     c.sampling.grid.name, c.sampling.sampler.name = "steps", "ancestral"

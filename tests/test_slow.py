@@ -5,11 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import multiprocessing
+import os
 import random
+import re
 import runpy
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from digits_quality import classify, judge
@@ -171,3 +177,26 @@ def test_a_run_that_is_killed_fifty_times_ends_as_if_it_had_not_been(tmp_path):
         a, b = (p / "checkpoints" / "step_00000300" / name for p in (killed, whole))
         assert a.read_bytes() == b.read_bytes()
     print(f"{kills} kills")
+
+
+def test_the_first_hour_runs_as_it_is_written(tmp_path):
+    """Every block of docs/first_hour.md, one after the other in an empty folder; samples have the data's spread."""
+    text = (ROOT / "docs" / "first_hour.md").read_text()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    began = time.perf_counter()
+    for language, code in re.findall(r"```(python|bash)\n(.*?)```", text, re.S):
+        if code.startswith("# own.py"):
+            (tmp_path / "own.py").write_text(code)
+            continue
+        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-ec", code]
+        run = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+        print(f"{time.perf_counter() - began:.0f} s\n{run.stdout[-1500:]}", flush=True)
+    data, x = np.load(tmp_path / "spiral.npy"), np.load(tmp_path / "runs" / "spiral.npz")["samples"]
+    np.testing.assert_allclose(x.std(0), data.std(0), rtol=0.1)
+    np.testing.assert_allclose(x.mean(0), data.mean(0), rtol=0, atol=0.1 * data.std())
+    assert np.load(tmp_path / "runs" / "discs.npz")["samples"].shape == (100, 20, 24, 3)
+    for name in ("shapes.png", "own.png", "points/density.png", "shapes/report.html"):
+        assert (tmp_path / "runs" / name).stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""``scorelab train``, ``sample``, ``calibrate``, ``likelihood`` and ``report``.
+"""``scorelab new``, ``train``, ``sample``, ``density``, ``calibrate``, ``likelihood`` and ``report``.
 
 Bad input ends with one line on standard error and exit code 2.
 """
@@ -36,6 +36,9 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
                        [--condition ...] [--guidance ...] [--guidance_interval ...]
        scorelab report --workdir runs/x
+       scorelab density --workdir runs/x [--n 200] [--out FILE.png]  (2-D data)
+       scorelab settings  (every setting of a config)
+       scorelab new images|points runs/my.py --path DATA [--size 32,32]
        scorelab likelihood --workdir runs/x [--n 64] [--levels 17] [--divergence hutchinson] [--probes 1]"""
 
 
@@ -52,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         "calibrate": _calibrate,
         "likelihood": _likelihood,
         "report": _report,
+        "density": _density,
+        "new": _new,
+        "settings": _settings,
     }
     if not arguments or arguments[0] == "help" or not {"-h", "--help"}.isdisjoint(arguments):
         print(_USAGE)
@@ -388,6 +394,45 @@ def _likelihood(arguments: list[str]) -> None:
     kind, tolerance = str(values["divergence"].value), float(values["tolerance"].value or 0)
     options = {"n": n, "probes": probes, "levels": levels, "seed": seed, "step": step}
     print(likelihood_run(workdir, divergence=kind, tolerance=tolerance, **options))
+
+
+def _settings(arguments: list[str]) -> None:
+    _parse(arguments, flags.FlagValues())  # type: ignore[no-untyped-call]
+    from scorelab.cli.reference import reference
+
+    print(reference(), end="")
+
+
+def _new(arguments: list[str]) -> None:
+    values = flags.FlagValues()  # type: ignore[no-untyped-call]
+    flags.DEFINE_string("path", None, "the data", flag_values=values)
+    flags.DEFINE_string("size", "", "height,width", flag_values=values)
+    named = [a for a in arguments[1:] if not a.startswith("-")][:2]
+    _parse([a for a in arguments if a not in named], values)
+    if len(named) < 2 or not values["path"].value:
+        raise ValueError(
+            "expected scorelab new images|points runs/my.py --path=DATA: a kind, a file to write, and data"
+        )
+    from scorelab.cli.new import new_config
+
+    try:
+        size = tuple(int(s) for s in str(values["size"].value or "").split(",") if s)
+    except ValueError as error:
+        raise ValueError(f"--size is {values['size'].value}; expected height,width, such as 32,32") from error
+    print(new_config(named[0], Path(named[1]).expanduser(), Path(str(values["path"].value)), size))
+
+
+def _density(arguments: list[str]) -> None:
+    values = _run_flags({"n": 200}, {"out": None})
+    _parse(arguments, values)
+    workdir = _workdir(values)
+    from scorelab.cli.density import density_run
+
+    n, seed, step = (int(values[name].value or 0) for name in ("n", "seed", "step"))
+    out = Path(values["out"].value or workdir / "density.png").expanduser()
+    if out.suffix != ".png":
+        raise ValueError(f"--out is {out}; expected a name that ends in .png")
+    print(density_run(workdir, out, n=n, step=step, seed=seed))
 
 
 def _report(arguments: list[str]) -> None:

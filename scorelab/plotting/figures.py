@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from scorelab.distributions import Distribution
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["DENSITY", "density", "extent_of", "field", "figure", "grid_points", "image_grid", "points"]
+__all__ = ["DENSITY", "around", "density", "extent_of", "field", "figure", "grid_points", "image_grid", "points"]
 
 DENSITY = "magma"
 """The colour map of densities."""
@@ -29,7 +29,12 @@ def figure(columns: int, lines: int = 1, size: float = 3.2) -> tuple[Figure, np.
 
 def extent_of(distribution: Distribution, margin: float = 0.25) -> Extent:
     """A square (left, right, bottom, top) that holds a 2-D distribution, ``margin`` of its size free around it."""
-    x = distribution.sample(20_000, torch.Generator(distribution.device).manual_seed(0)).cpu()
+    return around(distribution.sample(20_000, torch.Generator(distribution.device).manual_seed(0)), margin)
+
+
+def around(x: Tensor, margin: float = 0.25) -> Extent:
+    """A square that holds points (N, 2), likewise."""
+    x = x.detach().cpu()
     low, high = x.min(0).values, x.max(0).values
     centre, half = (low + high) / 2, float((high - low).max()) / 2 * (1 + margin)
     return (
@@ -55,11 +60,16 @@ def _square(axes: Axes, extent: Extent, title: str) -> None:
     axes.title.set_fontsize(9)
 
 
-def density(axes: Axes, log_prob: Tensor, extent: Extent, title: str, *, most: float | None = None) -> None:
+def density(
+    axes: Axes, log_prob: Tensor, extent: Extent, title: str, *, most: float | None = None, colorbar: bool = False
+) -> None:
     """A density from its logarithm at ``grid_points``; ``most`` fixes the top of the colour scale for comparisons."""
     n = round(len(log_prob) ** 0.5)
     values = log_prob.detach().double().exp().reshape(n, n).cpu().numpy()
-    axes.imshow(values, origin="lower", extent=extent, cmap=DENSITY, vmin=0, vmax=most, interpolation="nearest")
+    shown = axes.imshow(values, origin="lower", extent=extent, cmap=DENSITY, vmin=0, vmax=most, interpolation="nearest")
+    if colorbar:
+        bar = axes.figure.colorbar(shown, ax=axes, shrink=0.7)
+        bar.ax.tick_params(labelsize=7)
     _square(axes, extent, title)
 
 

@@ -72,9 +72,9 @@ def default_config() -> ConfigDict:
                 # digits | a 2-D target such as ring | mnist | fashion_mnist | idx | cifar10 | arrays | folder | zip |
                 # package.module:Name of a torch data set
                 "source": "digits",
-                "path": "",
+                "path": "",  # of the files, for the sources that read some
                 "size": (),  # (height, width): images are scaled to cover it and cropped at the centre
-                "grayscale": False,
+                "grayscale": False,  # of colour images
                 "flip": False,  # half of the images left to right
                 "dequantise": False,  # uniform noise within a grey level
                 "skip_bad": False,  # leave out files that can't be used
@@ -100,7 +100,7 @@ def default_config() -> ConfigDict:
             "process": {"name": "ve"},
             "optim": {
                 "name": "adam",
-                "warmup": 100,
+                "warmup": 100,  # steps over which the learning rate rises from 0
                 "schedule": {"name": "constant"},
                 "clip": 1.0,  # of the gradient's norm, 0 or None: none
                 "ema": (0.999,),  # decays of the averages of the weights; sampling takes the first
@@ -108,7 +108,7 @@ def default_config() -> ConfigDict:
             },
             "training": {
                 "steps": 1000,
-                "batch_size": 64,
+                "batch_size": 64,  # of all processes together
                 "sigmas": {"name": "auto"},  # the noise levels that are visited
                 "weighting": {"name": "output"},
                 "objective": {"name": "denoising"},
@@ -120,10 +120,10 @@ def default_config() -> ConfigDict:
                 "fsdp": False,  # under torchrun: weights and all that goes with them are spread over the processes
                 "accumulate": 1,  # parts a batch is worked through in, for memory
                 "skip_nonfinite": 0,  # how many steps with a loss or gradient that is not finite are left out
-                "checkpoint_every": 500,
+                "checkpoint_every": 500,  # steps
                 "keep_last": 3,  # checkpoints, 0: all
                 "keep_every": 0,  # and those of multiples of this step, 0: none besides
-                "log_every": 50,
+                "log_every": 50,  # steps between two rows of metrics.jsonl
                 "validate_every": 500,  # loss at fixed noise, 0: never
                 "sample_every": 1000,  # samples, as `scorelab sample` writes them, 0: never
             },
@@ -133,8 +133,8 @@ def default_config() -> ConfigDict:
                 "clip": False,  # clamp the denoised sample to the data range
                 "guidance": 1.0,  # scale of classifier-free guidance: 1 conditional, 0 unconditional, more extrapolates
                 "guidance_interval": (),  # (low, high): the noise levels at which it guides; (): all
-                "samples": 64,
-                "batch_size": 256,
+                "samples": 64,  # how many are drawn
+                "batch_size": 256,  # at once
             },
             # what is measured besides while training, by names of one's own: {"name": "package.module:Class", ...}
             "evaluation": {},

@@ -81,11 +81,12 @@ def test_likelihood_states_what_it_is(run, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["samples"] == 2
     assert "bins of width 0.125" in found["statement"]
-    mean, error = found["bits_per_dim"]
+    mean, error, unit = found["bits_per_dim"].values()
+    assert unit == "bits per dimension"
     assert error > 0
     assert 0 < mean < 20
     assert main(["likelihood", f"--workdir={run}", "--n=2", "--tolerance=1e-2"]) == 0
-    assert "log_prob_nats" in json.loads(capsys.readouterr().out)
+    assert json.loads(capsys.readouterr().out)["log_prob"]["unit"] == "nats"
     assert main(["likelihood", f"--workdir={run}", "--n=0"]) == 2
 
 

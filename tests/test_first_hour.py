@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,16 +27,21 @@ from scorelab import (
     trajectory,
 )
 from scorelab.cli.main import main
+from scorelab.cli.reference import reference
 from scorelab.cli.sampling import RunSamples, load_run, write_samples
 from scorelab.data import Values
 from scorelab.distributions import target
 from scorelab.nn import MLP, UNet, fitting
+from scorelab.plotting import density, figure
 from scorelab.plotting.pictures import scatter, tiled
 from scorelab.processes import Cosine
 from scorelab.samplers import Langevin, Sampler
 from scorelab.training import build, build_sampling, default_config, train, with_nfe
 from scorelab.training.config import scales_of
 from scorelab.training.evaluations import Samples
+from scorelab.training.settings import PARTS
+
+ROOT = Path(__file__).parent.parent
 
 
 def spiral(count: int = 2000) -> np.ndarray:
@@ -333,3 +339,90 @@ def test_a_model_is_pickled(tmp_path, points):
         assert pickle.loads(pickle.dumps(prediction)) is prediction
     own = predictions.Prediction(torch.zeros_like, torch.ones_like)
     assert pickle.loads(pickle.dumps(own)) == own
+
+
+def pictures(folder, count: int = 12):
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        place = folder / ("cat", "dog")[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (10, 8, 3), dtype=np.uint8)).save(place / f"{i}.png")
+
+
+def test_new_writes_a_config_that_trains(tmp_path, capsys):
+    pictures(tmp_path / "pets")
+    config = tmp_path / "runs" / "my.py"
+    asked = ["new", "images", str(config), f"--path={tmp_path / 'pets'}"]
+    assert main(asked) == 0
+    said = capsys.readouterr().out
+    assert "12 samples of shape (3, 10, 8), 2 classes (cat, dog)" in said
+    assert f"scorelab train --config {config} --workdir {config.with_suffix('')}" in said
+    run = tmp_path / "run"
+    small = ["--config.training.steps=2", "--config.model.net.width=8", "--config.training.batch_size=4"]
+    small += ["--config.sampling.samples=2"]
+    assert main(["train", f"--config={config}", f"--workdir={run}", *small]) == 0
+    assert main(["sample", f"--workdir={run}", "--condition=dog", "--n=2", f"--out={tmp_path / 'x.npz'}"]) == 0
+    assert np.load(tmp_path / "x.npz")["samples"].shape == (2, 10, 8, 3)
+    # nothing is overwritten, and what does not fit is said
+    before = config.read_bytes()
+    assert main(asked) == 2
+    assert config.read_bytes() == before
+    np.save(tmp_path / "x.npy", spiral(60))
+    for kind, path, why in (
+        ("points", tmp_path / "pets", "holds samples of shape 3x10x8; expected points, or scorelab new images"),
+        ("images", tmp_path / "x.npy", "expected images, or scorelab new points"),
+        ("songs", tmp_path / "x.npy", "expected images or points"),
+        ("points", tmp_path / "none.npy", "there is no"),
+    ):
+        capsys.readouterr()
+        assert main(["new", kind, str(tmp_path / "other.py"), f"--path={path}"]) == 2
+        assert why in capsys.readouterr().err
+    assert main(["new", "images"]) == 2
+    assert main(["new", "points", str(tmp_path / "points.py"), f"--path={tmp_path / 'x.npy'}"]) == 0
+    assert main(["train", f"--config={tmp_path / 'points.py'}", "--dry_run"]) == 0
+
+
+def test_a_density_is_drawn_in_the_units_of_the_data(points, tmp_path, capsys):
+    assert main(["density", f"--workdir={points}", "--n=24", f"--out={tmp_path / 'd.png'}"]) == 0
+    whole = float(capsys.readouterr().out.split("integrate to ")[1].split()[0])
+    # a density of points that are millimetres apart; after 20 steps some of it lies outside of the picture
+    assert 0.5 < whole < 1.1
+    with Image.open(tmp_path / "d.png") as picture:
+        assert picture.width > 2 * picture.height
+    assert main(["density", f"--workdir={points}", f"--out={tmp_path / 'd.pdf'}"]) == 2
+    assert main(["density", f"--workdir={tmp_path}"]) == 2
+
+
+def test_the_page_of_settings_is_that_of_the_code():
+    """scorelab settings > docs/settings.md brings it up to date."""
+    text = reference()
+    assert (ROOT / "docs" / "settings.md").read_text() == text
+    for path, kind in PARTS.items():
+        assert f"\n## {path}\n" in text
+        assert all(f"\n| `{name}` |" in text for name in kind.table)
+
+
+def test_reports_of_vectors_show_scatter_plots_and_what_losses_are(tmp_path):
+    c = defaults(tmp_path, spiral(200), steps=4, sample_every=2, validate_every=2, batch_size=16, log_every=1)
+    c.training.objective.reference = 32
+    c.sampling.samples = 20
+    train(c, tmp_path / "run", progress=False)
+    assert sorted(p.suffix for p in (tmp_path / "run" / "samples").iterdir()) == [".npz", ".npz", ".png", ".png"]
+    assert main(["report", f"--workdir={tmp_path / 'run'}"]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert 'alt=""' not in page
+    assert page.count("<img ") == 5
+
+
+def test_a_figure_keeps_its_titles_and_ticks_when_it_is_saved():
+    drawn, axes = figure(3)
+    for ax in axes.flat:
+        density(ax, torch.zeros(100), (-100.0, 100.0, -100.0, 100.0), "a title of some length, as densities have")
+    drawn.draw_without_rendering()
+    page = drawn.bbox
+    for ax in axes.flat:
+        for text in (ax.title, *ax.get_yticklabels()):
+            box = text.get_window_extent()
+            assert page.x0 - 1 <= box.x0
+            assert box.x1 <= page.x1 + 1
+            assert box.y1 <= page.y1 + 1

@@ -555,7 +555,7 @@ def test_the_likelihood_of_a_run_takes_held_out_data_as_training_saw_it(tmp_path
     assert not set(place) & set(trained.indices(0, 0, 6).tolist())
     assert main(["likelihood", f"--workdir={run}", "--n=1", *options]) == 0
     alone = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert alone["log_prob_nats"][1] is None
+    assert alone["log_prob"]["standard_error"] is None
     assert main(["likelihood", f"--workdir={run}", "--levels=255", *options]) == 2
     assert "from 0 to 255 by 1; expected --levels=256" in capsys.readouterr().err
 

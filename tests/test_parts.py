@@ -723,7 +723,7 @@ def test_a_codec_stands_between_the_data_and_the_model(tmp_path, capsys):
     capsys.readouterr()
     assert main(["likelihood", f"--workdir={run}", "--n=200", "--divergence=exact"]) == 0
     # of the data in its own units: that of a normal distribution with these deviations
-    found, _ = json.loads(capsys.readouterr().out)["log_prob_nats"]
+    found = json.loads(capsys.readouterr().out)["log_prob"]["mean"]
     assert found == pytest.approx(-math.log(2 * math.pi * math.e * 5.0 * 0.01), abs=0.5)
     assert main(["likelihood", f"--workdir={run}", "--n=4", "--levels=3"]) == 2
     # a dimension without any deviation is 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from shlex import quote
 
 import torch
+from tqdm.auto import tqdm
 
 from scorelab.cli.sampling import condition_of, guide, load_run
 from scorelab.data import Coded, Values
@@ -20,11 +21,11 @@ __all__ = ["calibrate_run", "likelihood_run"]
 
 
 def _spacing(values: Values | None, levels: int) -> float:
-    """The distance, in the model's units, of neighbouring values of data that takes ``levels`` of them."""
+    """The distance, in the model's units, of neighbouring values of data that takes ``levels`` of them, -1: its own."""
     if values is None or not values.step:
         raise ValueError(f"--levels={levels}, but the data is continuous; expected no --levels, for its log-density")
     count = round((values.most - values.least) / values.step) + 1
-    if levels != count:
+    if levels not in (count, -1):
         raise ValueError(
             f"--levels={levels}, but the data goes from {values.least:g} to {values.most:g} by {values.step:g}; "
             f"expected --levels={count}"
@@ -73,7 +74,8 @@ def likelihood_run(
     """Mean log-likelihood of ``n`` data of a run in nats, held-out ones if it has any, or bits per dimension; of a
     conditional model given their classes.
 
-    ``levels``, for bits, is how many values a number of the data may take; another count than its own is a ValueError.
+    ``levels``, for bits, is how many values a number of the data may take, -1 for as many as it does; another
+    count than its own is a ValueError.
     """
     config, model, found = load_run(workdir, step=step)
     source, held, codec = load_data(config), config.data.validation, model.codec
@@ -98,26 +100,29 @@ def likelihood_run(
     scale = 0.0 if codec is None else codec.log_scale
     numbers |= {"in": "codes"} if scale is None else {}
 
-    def summary(value: Tensor) -> list[float | None]:
-        return [float(value.mean()), float(value.std() / len(value) ** 0.5) if len(value) > 1 else None]
+    def summary(value: Tensor, unit: str) -> dict[str, float | str | None]:
+        error = float(value.std() / len(value) ** 0.5) if len(value) > 1 else None
+        return {"mean": float(value.mean()), "standard_error": error, "unit": unit}
 
+    def measured(rows: range) -> Tensor:
+        """Of some of the data: its bits per dimension, or its log-density."""
+        index = torch.arange(rows.start, rows.stop, device=data.device)
+        some, known = data[index], {"data_std": data_std, "generator": generator, **options}
+        if levels:
+            bits = bits_per_dim(score.rows(index), some, low, high, spacing=spacing, **known)  # type: ignore[arg-type]
+            numbers["statement"] = bits.statement
+            return bits.bits
+        x = some + low * randn(tuple(some.shape), some, generator)
+        return log_likelihood(score.rows(index), x, low, high, **known).log_prob  # type: ignore[arg-type]
+
+    size = max(4, -(-len(data) // 20))
+    parts = [range(k, min(k + size, len(data))) for k in range(0, len(data), size)]
+    measures = torch.cat([measured(rows) for rows in tqdm(parts, desc=f"likelihood of {len(data)}", unit="part")])
     if levels:
-        bits = bits_per_dim(
-            score,
-            data,
-            low,
-            high,
-            spacing=spacing,
-            data_std=data_std,
-            generator=generator,
-            **options,  # type: ignore[arg-type]
-        )
-        numbers |= {"bits_per_dim": summary(bits.bits), "statement": bits.statement}
+        numbers |= {"bits_per_dim": summary(measures, "bits per dimension"), "spacing": spacing}
     else:
-        x = data + low * randn(tuple(data.shape), data, generator)
-        result = log_likelihood(score, x, low, high, data_std=data_std, generator=generator, **options)  # type: ignore[arg-type]
         statement = (
             "data noised by sigma_min; mean, error" if codec is None else "codes noised by sigma_min; mean, error"
         )
-        numbers |= {"log_prob_nats": summary(result.log_prob - (scale or 0.0)), "statement": statement}
+        numbers |= {"log_prob": summary(measures - (scale or 0.0), "nats"), "statement": statement}
     return json.dumps(numbers, indent=1)

@@ -39,7 +39,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab density --workdir runs/x [--n 200] [--out FILE.png]  (2-D data)
        scorelab settings  (every setting of a config)
        scorelab new images|points runs/my.py --path DATA [--size 32,32]
-       scorelab likelihood --workdir runs/x [--n 64] [--levels 17] [--divergence hutchinson] [--probes 1]"""
+       scorelab likelihood --workdir runs/x [--n 64] [--bits] [--divergence hutchinson] [--probes 1]"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -384,6 +384,7 @@ def _calibrate(arguments: list[str]) -> None:
 def _likelihood(arguments: list[str]) -> None:
     values = _run_flags({"n": 64, "probes": 1, "levels": 0}, {"divergence": "hutchinson"})
     flags.DEFINE_float("tolerance", 1e-3, "of the adaptive solver", flag_values=values)
+    flags.DEFINE_bool("bits", False, "per dimension, of data that takes some values", flag_values=values)
     _parse(arguments, values)
     workdir = _workdir(values)
     from scorelab.cli.analysis import likelihood_run
@@ -391,6 +392,7 @@ def _likelihood(arguments: list[str]) -> None:
     n, probes, levels, seed, step = (int(values[k].value or 0) for k in ("n", "probes", "levels", "seed", "step"))
     if n < 1 or levels < 0:
         raise ValueError(f"--n is {n}, --levels is {levels}; expected n >= 1 and levels >= 0")
+    levels = -1 if values["bits"].value and not levels else levels
     kind, tolerance = str(values["divergence"].value), float(values["tolerance"].value or 0)
     options = {"n": n, "probes": probes, "levels": levels, "seed": seed, "step": step}
     print(likelihood_run(workdir, divergence=kind, tolerance=tolerance, **options))

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from scorelab.plotting import figure
 from scorelab.plotting.page import Section, write_page
@@ -41,22 +43,30 @@ def _png(drawn: Figure) -> bytes:
     return data.getvalue()
 
 
-def _losses(trained: list[Row], validated: list[Row]) -> bytes:
+def _legend(ax: Axes) -> None:
+    """Under the axes, off the curves; and few whole numbers of steps."""
+    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _losses(trained: list[Row], validated: list[Row], stable: bool) -> bytes:
     drawn, axes = figure(2, size=5)
     steps = [r["step"] for r in trained]
-    axes[0, 0].plot(steps, [r["loss"] for r in trained], lw=0.8, label="training")
+    # the plain target's loss has a part that no network can lower
+    kinds = (" (stable target)", " (plain target, whose least loss is higher)") if stable else ("", "")
+    axes[0, 0].plot(steps, [r["loss"] for r in trained], lw=0.8, label=f"training{kinds[0]}")
     if validated:
         axes[0, 0].plot(
             [r["step"] for r in validated],
             [r["validation_loss"] for r in validated],
             "o-",
             ms=3,
-            label="fixed noise, averaged weights",
+            label=f"fixed noise, averaged weights{kinds[1]}",
         )
     # losses that are known but for a constant may be negative
     scale = "log" if min(r["loss"] for r in trained) > 0 else "linear"
     axes[0, 0].set(xlabel="step", yscale=scale, title="loss")
-    axes[0, 0].legend(fontsize=8)
+    _legend(axes[0, 0])
     # a part of the noise levels without a sample is None, and NaN here
     loss, zero = (np.array([r[key] for r in trained], dtype=float) for key in ("loss_bins", "zero_bins"))
     beside = bool((zero != 0).all())
@@ -68,7 +78,7 @@ def _losses(trained: list[Row], validated: list[Row]) -> bytes:
         "loss / loss of the zero predictor, by noise level" if beside else "loss by noise level (0: the zero predictor)"
     )
     axes[0, 1].set(xlabel="step", yscale="log" if beside else "linear", title=title)
-    axes[0, 1].legend(fontsize=7)
+    _legend(axes[0, 1])
     return _png(drawn)
 
 
@@ -83,19 +93,23 @@ def _health(trained: list[Row]) -> bytes:
     axes[0, 2].set(xlabel="step", title="images a second", ylim=(0, None))
     for ax in axes.flat:
         ax.title.set_fontsize(9)
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     return _png(drawn)
 
 
-def _moments(drew: list[Row]) -> bytes:
+def _moments(drew: list[Row], count: int) -> bytes:
+    """Of at most 8 channels; bands are two standard errors of ``count`` independent samples of the data."""
     drawn, axes = figure(2, size=4)
     steps = [r["step"] for r in drew]
-    for ax, key, title in ((axes[0, 0], "mean", "mean"), (axes[0, 1], "std", "standard deviation")):
+    for ax, key, title, share in ((axes[0, 0], "mean", "mean", 1.0), (axes[0, 1], "std", "standard deviation", 0.5)):
         for i, wanted in enumerate(drew[-1][f"data_{key}"][:8]):
             (line,) = ax.plot(steps, [r[f"sample_{key}"][i] for r in drew], "o-", ms=3, label=f"channel {i}")
+            error = 2 * drew[-1]["data_std"][i] * (share / max(count, 1)) ** 0.5
+            ax.axhspan(wanted - error, wanted + error, color=line.get_color(), alpha=0.15, lw=0)
             ax.axhline(wanted, color=line.get_color(), ls=":", lw=0.8)
-        ax.set(xlabel="step", title=f"{title} of samples (the data's dotted)")
-        ax.title.set_fontsize(9)
-        ax.legend(fontsize=7)
+        ax.set(xlabel="step", title=f"{title} of samples; dotted the data's, and its error for {count}")
+        ax.title.set_fontsize(8)
+        _legend(ax)
     return _png(drawn)
 
 
@@ -114,7 +128,8 @@ def _write(workdir: Path, rows: list[Row]) -> Path:
     trained, validated, drew = ([r for r in rows if key in r] for key in ("loss", "validation_loss", "sample_mean"))
     if not trained:
         raise ValueError(f"{workdir} has no measured step yet; expected training.log_every steps at least")
-    last = trained[-1]
+    last, config = trained[-1], recorded_config(workdir) or {}
+    stable = bool(config.get("training", {}).get("objective", {}).get("reference", 0))
     summary: Row = {"step": last["step"], "loss": last["loss"], "images a second": last["images_per_second"]}
     summary |= {"share of the time waiting for data": last["data_share"]}
     summary |= {f"initial weights left in {k}": v for k, v in last["initial_share"].items()}
@@ -126,16 +141,22 @@ def _write(workdir: Path, rows: list[Row]) -> Path:
         if s is not None
     }
     sections: list[Section] = [
-        ("Loss", "Each noise level beside the predictor that always says 0.", [_losses(trained, validated)], levels),
+        (
+            "Loss",
+            "Each noise level beside the predictor that always says 0.",
+            [_losses(trained, validated, stable)],
+            levels,
+        ),
         ("Health", "", [_health(trained)], summary),
     ]
     if drew:
+        count = int(config.get("sampling", {}).get("samples", 64))
         text = "A channel whose mean or deviation stays away from the data's points at wrong scaling or clipping."
-        sections.append(("Samples beside the data", text, [_moments(drew)], None))
+        sections.append(("Samples beside the data", text, [_moments(drew, count)], None))
     pictures: list[Path | bytes] = list(sorted((workdir / "samples").glob("step_*.png"))[-24:])
     if pictures:
         sections.append(
             ("Samples over time", "The same noise at every step, from the averaged weights.", pictures, None)
         )
-    sections.append(("Settings", "", [], recorded_config(workdir)))
+    sections.append(("Settings", "", [], config))
     return write_page(workdir / "report.html", f"Run {workdir.name}, step {last['step']:,}", sections)

@@ -24,10 +24,10 @@ table{border-collapse:collapse;font-size:.85rem}td,th{padding:.2rem .7rem;text-a
 td:first-child,th:first-child{text-align:left}"""
 
 
-def _picture(source: Path | bytes, captioned: bool) -> str:
-    """A picture, with the name of its file under it if ``captioned``."""
+def _picture(source: Path | bytes, captioned: bool, what: str) -> str:
+    """A picture of ``what``, with the name of its file under it if ``captioned``."""
     if isinstance(source, bytes):
-        return f'<img alt="" src="data:image/png;base64,{base64.b64encode(source).decode()}">'
+        return f'<img alt="{html.escape(what)}" src="data:image/png;base64,{base64.b64encode(source).decode()}">'
     kind, name = "gif" if source.suffix == ".gif" else "png", html.escape(source.stem)
     data = base64.b64encode(source.read_bytes()).decode()
     shown = f'<img alt="{name}" src="data:image/{kind};base64,{data}">'
@@ -69,7 +69,7 @@ def write_page(path: Path, title: str, sections: list[Section]) -> Path:
     """Write sections to ``path``."""
     parts = []
     for heading, text, pictures, numbers in sections:
-        shown = "".join(_picture(p, len(pictures) > 1 and isinstance(p, Path)) for p in pictures)
+        shown = "".join(_picture(p, len(pictures) > 1 and isinstance(p, Path), heading) for p in pictures)
         table = f"<details><summary>numbers</summary>{_numbers(numbers)}</details>" if numbers is not None else ""
         parts.append(f"<h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>{shown}{table}")
     page = (

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from scorelab import parallel
-from scorelab.plotting.pictures import are_images, tiled
+from scorelab.plotting.pictures import are_images, scatter, tiled
 from scorelab.training.engine import Metrics, Trainer
 from scorelab.training.evaluations import Evaluation, Samples, evaluations
 from scorelab.typing import Tensor
@@ -144,6 +144,9 @@ class Watch:
         if not are_images(tuple(x.shape[1:])):
             with whole(folder / f"{name}.npz") as aside, aside.open("wb") as file:
                 np.savez_compressed(file, samples=x.cpu().numpy())
+            if x.ndim == 2:
+                with whole(folder / f"{name}.png") as aside:
+                    scatter(x).savefig(aside, format="png")
             return
         picture = tiled(x, self.trainer.experiment.data.values)
         with whole(folder / f"{name}.png") as aside:

@@ -10,6 +10,7 @@ import math
 import time
 
 import torch
+from matplotlib.axes import Axes
 from tqdm.auto import tqdm
 
 from scorelab import ScoreFn, sample, sigmas
@@ -63,6 +64,17 @@ def weight(x: torch.Tensor) -> tuple[float, float]:
     return share, math.sqrt(share * (1 - share) / len(x))
 
 
+def _weights(ax: Axes, rows: list[tuple[str, str, float, float, int, float, int]]) -> None:
+    """The weight of the mode with its standard error, for each way of sampling."""
+    for k, (setting, kind, share, error, *_) in enumerate(rows):
+        ax.errorbar(share, -k, xerr=2 * error, fmt="o", ms=4, color="#9c3848" if kind else "#274c77")
+        ax.text(0.5, -k + 0.18, f"{setting}, {kind}" if kind else setting, fontsize=6)
+    ax.axvline(0.8, color="k", ls=":", lw=0.8)
+    ax.set(yticks=[], xlim=(0.48, 0.85), ylim=(0.7 - len(rows), 0.7), title="weight of the mode; 0.8 is true")
+    ax.tick_params(labelsize=7)
+    ax.title.set_fontsize(9)
+
+
 def draw(gallery: Gallery) -> None:
     """langevin.png with the table of weights, which metrics.json repeats."""
     trained = gallery.trained("two_modes")
@@ -78,7 +90,7 @@ def draw(gallery: Gallery) -> None:
             x, nfe, seconds = chains(score, setting, count)
             rows.append((setting, kind, *weight(x), nfe, seconds, count))
             points(panel, x, EXTENT, f"{setting}\n{kind}, {rows[-1][2]:.3f} upper right", color="#9c3848")
-    axes[1, 0].axis("off")
+    _weights(axes[1, 0], rows)
     lines = [f"{s:<26}{k:<13}{w:.4f} ± {e:.4f} {n:>5}" for s, k, w, e, n, *_ in rows]
     text = "\n".join([f"{'mode (5,5) should weigh 0.8':<39}{'weight':<16} NFE", *lines])
     made.supxlabel(text, family="monospace", fontsize=8)

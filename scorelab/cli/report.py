@@ -107,8 +107,8 @@ def _moments(drew: list[Row], count: int) -> bytes:
             error = 2 * drew[-1]["data_std"][i] * (share / max(count, 1)) ** 0.5
             ax.axhspan(wanted - error, wanted + error, color=line.get_color(), alpha=0.15, lw=0)
             ax.axhline(wanted, color=line.get_color(), ls=":", lw=0.8)
-        ax.set(xlabel="step", title=f"{title} of samples; dotted the data's, and its error for {count}")
-        ax.title.set_fontsize(8)
+        ax.set(xlabel="step", title=f"{title} of samples")
+        ax.title.set_fontsize(9)
         _legend(ax)
     return _png(drawn)
 
@@ -151,7 +151,10 @@ def _write(workdir: Path, rows: list[Row]) -> Path:
     ]
     if drew:
         count = int(config.get("sampling", {}).get("samples", 64))
-        text = "A channel whose mean or deviation stays away from the data's points at wrong scaling or clipping."
+        text = (
+            f"Dotted are the data's, shaded two standard errors of {count} samples. A channel whose mean or deviation "
+            "stays away points at wrong scaling or clipping."
+        )
         sections.append(("Samples beside the data", text, [_moments(drew, count)], None))
     pictures: list[Path | bytes] = list(sorted((workdir / "samples").glob("step_*.png"))[-24:])
     if pictures:

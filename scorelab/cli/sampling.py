@@ -46,11 +46,11 @@ class RunSamples:
 
     @property
     def columns(self) -> int:
-        """One for each class, where they come in turn and are few; 0 where that is not so."""
+        """As many for each class, where they come in turn and are few; 0 where that is not so."""
         count = self.model.num_classes or 0
         turns = in_turn(self.model, len(self.x))
         few = self.labels is not None and turns is not None and torch.equal(self.labels, turns)
-        return count if few and 1 < count <= 32 else 0
+        return count * max(1, round(len(self.x) ** 0.5 / count)) if few and 1 < count <= 32 else 0
 
 
 def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[ConfigDict, ScoreModel, int]:

@@ -450,6 +450,8 @@ class Conditioned:
                     f"0 to {count - 1}, which the network knows, or None for no class"
                 )
         self.model, self.condition = model, condition.to(model.device)
+        if model.num_classes is not None:
+            self.condition = self.condition.long()
 
     @property
     def sigma_range(self) -> tuple[float, float]:

@@ -44,7 +44,8 @@ def test_sample_writes_a_grid_single_images_and_arrays_in_the_data_range(run, tm
     assert main(["sample", "--workdir", str(run), "--n=5"]) == 0
     assert "samples/drawn_00000003.png" in capsys.readouterr().out
     with Image.open(run / "samples" / "drawn_00000003.png") as grid:
-        assert grid.size == (16, 24)
+        # six times as large, with gaps of 2
+        assert grid.size == (2 * 50 - 2, 3 * 50 - 2)
     assert main(["sample", f"--workdir={run}", "--n=3", f"--out={tmp_path / 'x.npz'}"]) == 0
     values = np.load(tmp_path / "x.npz")["samples"]
     assert values.shape == (3, 1, 8, 8)

@@ -123,7 +123,7 @@ def test_the_command_line_refuses_unknown_classes(tmp_path, capsys):
         ("with", ["--guidance=2", "--guidance_interval=3,1"], "interval is (3.0, 1.0)"),
         ("with", ["--condition=none", "--guidance=2"], "--guidance needs a class to guide to"),
         ("all", ["--condition=none"], "none that stands for no class; expected a condition"),
-        ("all", ["--guidance=2"], "none that stands for no class; expected a condition"),
+        ("all", ["--guidance=2"], "trained with training.label_dropout=0"),
         ("without", ["--condition=1"], "--condition is '1', but this model has no classes"),
         ("without", ["--guidance=2"], "--guidance needs a class to guide to"),
     ]:
@@ -144,10 +144,10 @@ def test_samples_of_classes_are_drawn_each_in_turn_and_guided(tmp_path):
     run = sample_run(tmp_path)
     assert run.labels.tolist() == list(range(10)) * 2
     assert run.columns == 10
-    # every class in turn while training, too: 27 as they were asked for
-    assert size(tmp_path / "samples" / "step_00000002.png") == (5 * 8, 6 * 8)
+    # every class in turn while training, too: 27 as they were asked for, six times as large with gaps of 2
+    assert size(tmp_path / "samples" / "step_00000002.png") == (5 * 50 - 2, 6 * 50 - 2)
     assert main(["sample", f"--workdir={tmp_path}", "--condition=each", "--guidance=2"]) == 0
-    assert size(tmp_path / "samples" / "drawn_00000002_each_guided_2.png") == (10 * 8, 2 * 8)
+    assert size(tmp_path / "samples" / "drawn_00000002_each_guided_2.png") == (10 * 50 - 2, 2 * 50 - 2)
     # rows are rows: one class of the grid alone, and any part of it
     three = sample_run(tmp_path, n=20, condition="3", guidance=2.0).x
     each = sample_run(tmp_path, n=20, guidance=2.0).x

@@ -426,3 +426,34 @@ def test_a_figure_keeps_its_titles_and_ticks_when_it_is_saved():
             assert page.x0 - 1 <= box.x0
             assert box.x1 <= page.x1 + 1
             assert box.y1 <= page.y1 + 1
+
+
+class Narrow(Sampler):
+    def step(self, at):
+        return at.x[:, :1], at.state
+
+
+def test_what_would_be_silently_wrong_is_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"Narrow.step returned x of .*; expected the shape that it was given"):
+        sample(MOONS.score, (5, 2), [1.0, 0.0], Narrow())
+    # classes that are called by numbers are not counted, and guidance needs a model that has seen no class
+    for name in ("0", "2", "3"):
+        (tmp_path / "numbers" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("L", (8, 8), 20 * int(name) + i).save(tmp_path / "numbers" / name / f"{i}.png")
+    c = default_config()
+    c.data.source, c.data.path, c.model.conditional = "folder", str(tmp_path / "numbers"), True
+    c.model.net.width, c.training.steps, c.training.batch_size = 8, 1, 4
+    c.training.sample_every = c.training.validate_every = 0
+    run = tmp_path / "run"
+    train(c, run, progress=False)
+    for options, said in (
+        (["--condition=1"], "--condition is '1'"),
+        (["--condition=2", "--guidance=2"], "trained with training.label_dropout=0"),
+    ):
+        assert main(["sample", f"--workdir={run}", "--n=2", *options]) == 2
+        assert said in capsys.readouterr().err
+    model = ScoreModel.load(run)
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor(1.0)
+    few = model.conditioned(torch.tensor([1, 2], dtype=torch.uint8))
+    assert torch.equal(few(x, sigma), model.conditioned(torch.tensor([1, 2]))(x, sigma))

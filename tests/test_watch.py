@@ -60,7 +60,7 @@ def test_samples_and_losses_at_fixed_noise(tmp_path):
     train(small(4, sampling__grid__n=4, sampling__samples=9, **options), tmp_path, progress=False)
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_00000003.png", "step_00000004.png"]
     with Image.open(tmp_path / "samples" / "step_00000003.png") as picture:
-        assert picture.size == (24, 24)
+        assert picture.size == (3 * 50 - 2, 3 * 50 - 2)
     drew = rows(tmp_path, "sample_mean")
     assert [r["step"] for r in drew] == [3, 4]
     data = digits().reference().double()

@@ -1,7 +1,9 @@
 """CIFAR-10 by score_sde's continuous VE settings, predictor-corrector sampling, but with DDPM's U-Net.
 
-The release has data in [0, 1], here it is in [-1, 1]: noise levels are twice the published. data.path is the folder of
-the binary version. Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv:2011.13456.
+The release's loss is half a sum over dimensions, here it is their mean, so its clipping at 1 acts on gradients that are
+1,536 times as large: it clips nearly always, here only at first. The release has data in [0, 1], here it is in [-1, 1]:
+noise levels are twice the published. data.path is the folder of the binary version. Song et al., Score-Based Generative
+Modeling through SDEs, 2021, arXiv:2011.13456.
 """
 
 from ml_collections import ConfigDict

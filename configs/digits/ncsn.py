@@ -9,7 +9,7 @@ def get_config() -> ConfigDict:
     c = default_config()
     c.data.source = "digits"
     c.process.name = "ve"
-    # data in [-1, 1]^64: the largest pairwise distance is 12
+    # data in [-1, 1]^64: the largest distance of two digits is 9.6
     c.process.sigma_min, c.process.sigma_max = 0.05, 12.0
     c.model.prediction, c.model.input_scale = "edm", "unit_variance"
     c.model.net.width, c.model.net.multipliers, c.model.net.blocks = 32, (1, 2), 1

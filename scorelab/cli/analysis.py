@@ -52,7 +52,10 @@ def calibrate_run(
     """
     config, model, found = load_run(workdir, step=step)
     guide(config, guidance, guidance_interval)
-    score = own_score(model, config, condition_of(condition, model, workdir, starts))
+    labels = condition_of(condition, model, workdir, starts)
+    if labels is None and (guidance, guidance_interval) != (None, None):
+        raise ValueError("--guidance needs a class to guide to; expected a model with classes, and no --condition=none")
+    score = own_score(model, config, labels)
     low, high = model.sigma_range
     grid = resolve(config).sampling.grid
     low, high = grid.get("sigma_min") or low, grid.get("sigma_max") or high

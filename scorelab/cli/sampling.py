@@ -149,7 +149,8 @@ def condition_of(text: str, model: ScoreModel, workdir: Path, n: int) -> Tensor 
         # refused where the model knows no such condition
         model.conditioned(None)
         return None
-    if text.isdigit() and int(text) < model.num_classes:
+    # by its place only where no class is called by a number
+    if text.isascii() and text.isdigit() and int(text) < model.num_classes and not any(n.isdigit() for n in names):
         return torch.full((n,), int(text))
     raise ValueError(f"--condition is {text!r}; {nearest_name(text, [*names, 'each', 'none'])}")
 

@@ -52,7 +52,10 @@ class Objective(ABC):
         return max(batch_size, self.reference)
 
     def __call__(self, score: ScoreFn, x0: Tensor, generator: torch.Generator, batch_size: int | None = None) -> Losses:
-        """Losses (batch_size,) of a batch x0 (count(batch_size), *D); batch_size is by default all of it."""
+        """Losses (batch_size,) of a batch x0 (count(batch_size), *D); batch_size is by default all of it.
+
+        Its rows must be in random order, for noise levels ascend with them.
+        """
         count = len(x0) if batch_size is None else batch_size
         u = (torch.arange(count) + torch.rand(count, generator=generator, device=generator.device).cpu()) / count
         u = u.to(x0.device)

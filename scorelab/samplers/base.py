@@ -343,6 +343,10 @@ def drive(
                         if not isinstance(made, tuple) or len(made) != 2:
                             got = type(made).__name__
                             raise TypeError(f"{type(sampler).__name__}.step returned {got}; expected (x, state)")
+                        if not isinstance(made[0], Tensor) or made[0].shape != current.shape:
+                            shape = getattr(made[0], "shape", type(made[0]).__name__)
+                            said = f"{type(sampler).__name__}.step returned x of {shape}"
+                            raise ValueError(f"{said}; expected the shape that it was given, {tuple(current.shape)}")
                         current, state = made
                     except StoppedEarly as early:
                         stop = early

@@ -82,7 +82,9 @@ class Corrector:
 class LangevinCorrector(Corrector):
     """The published rule: the step size follows the norms of score and noise of each sample.
 
-    Its law is wider than the target by ((D + 2)/D)^2 in variance: for images, not for few dimensions.
+    Its law is wider than the target, at most by ((D + 2)/D)^2 in variance, where the target is as narrow as sigma: for
+    images, not for few dimensions. Where it is wide beside sigma the bound on the step, 8 (snr sigma)^2, is at work,
+    and the law is nearer (measured on a Gaussian of variance 10 sigma^2: 2.8 in one dimension, 1.03 in 10).
     """
 
     def size(self, score: Tensor, noise: Tensor, sigma: float) -> Tensor:

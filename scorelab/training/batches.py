@@ -41,7 +41,8 @@ class Draw(NamedTuple):
 def stratified(size: int, within: Tensor) -> Tensor:
     """One number in each of ``size`` equal parts of (0, 1), ascending, which leaves means unchanged and lowers their
     variance; ``within`` (size,), uniform, are the places in the parts."""
-    return (torch.arange(size) + within) / size
+    # not 1, to which the sum is rounded once in a while
+    return ((torch.arange(size) + within) / size).clamp_max(1 - 2**-24)
 
 
 class Batches:
@@ -68,6 +69,11 @@ class Batches:
     ) -> None:
         self.data, self.objective, self.seed, self.size, self.rows = data, objective, seed, size, rows
         self.conditional, self.null, self.dropout = conditional, null, dropout
+        if conditional and dropout and null is None:
+            raise ValueError(
+                f"training.label_dropout is {dropout:g}, but the network has no null_condition in place of labels; "
+                "expected one that has (see scorelab.nn.classes), or label_dropout=0"
+            )
         self.device, self.waited = device, 0.0
         self.workers = workers
         self._threads = ThreadPoolExecutor(workers, "scorelab-data") if workers else None
@@ -102,8 +108,8 @@ class Batches:
         else:
             batch = self.known(self.data.batch(self.seed, step, self.size, rows))
         if batch.condition is not None and self.dropout:
-            assert self.null is not None
             drop = counted("uniform", (), rows, self.seed, step, 11) < self.dropout
+            assert self.null is not None
             drop = drop.reshape(-1, *(1,) * (batch.condition.ndim - 1))
             batch = batch._replace(condition=torch.where(drop, self.null, batch.condition))
         noise = counted("normal", self.noise_shape(batch), rows, self.seed, step, 9).to(batch.x0)

@@ -134,6 +134,11 @@ def own_score(model: ScoreModel, config: ConfigDict, condition: Tensor | None = 
     c = config.sampling
     score: ScoreFn = model if condition is None else model.conditioned(condition)
     if condition is not None and c.guidance != 1:
+        if not config.training.label_dropout:
+            raise ValueError(
+                f"guidance is {c.guidance:g}, but this model was trained with training.label_dropout=0, so it never "
+                "learnt what to predict without a class: train with 0.1, for example"
+            )
         interval = tuple(c.guidance_interval) or None
         score = classifier_free(score, model.conditioned(None), c.guidance, interval=interval)
     return clipped(score, -1.0, 1.0) if c.clip and model.data_range is not None else score

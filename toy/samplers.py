@@ -40,6 +40,7 @@ from toy.common import Gallery, Trained, parse
 
 DEFAULT = ("ring",)
 COUNT, SEED, REPEATS = 2000, 0, 100
+TICKS = (5, 10, 20, 40, 80)
 
 
 def settings(trained: Trained, quick: bool) -> dict[str, tuple[torch.Tensor, Sampler]]:
@@ -150,6 +151,8 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
         for label, by_nfe in found.items():
             axes[0, 0].loglog(by_nfe.keys(), by_nfe.values(), "o-", ms=3, label=label)
         axes[0, 0].set(xlabel="evaluations of the score", ylabel="rms distance from the exact solution", title=name)
+        axes[0, 0].set_xticks(TICKS, [str(n) for n in TICKS])
+        axes[0, 0].set_xticks([], minor=True)
         axes[0, 0].legend(fontsize=8)
         gallery.save(made, f"solvers_{name}")
     gallery.record("samplers", {**gallery.numbers().get("samplers", {}), **tables})

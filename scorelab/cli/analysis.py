@@ -9,7 +9,7 @@ from shlex import quote
 import torch
 from tqdm.auto import tqdm
 
-from scorelab.cli.sampling import condition_of, guide, load_run
+from scorelab.cli.sampling import check_guided, condition_of, guide, load_run
 from scorelab.data import Coded, Values
 from scorelab.likelihood import bits_per_dim, log_likelihood
 from scorelab.noise import PerSampleNoise, randn
@@ -53,8 +53,7 @@ def calibrate_run(
     config, model, found = load_run(workdir, step=step)
     guide(config, guidance, guidance_interval)
     labels = condition_of(condition, model, workdir, starts)
-    if labels is None and (guidance, guidance_interval) != (None, None):
-        raise ValueError("--guidance needs a class to guide to; expected a model with classes, and no --condition=none")
+    check_guided(labels, guidance, guidance_interval)
     score = own_score(model, config, labels)
     low, high = model.sigma_range
     grid = resolve(config).sampling.grid

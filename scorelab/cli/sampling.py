@@ -25,7 +25,16 @@ from scorelab.training.run import recorded_config, recorded_data, recorded_value
 from scorelab.typing import Tensor
 from scorelab.writing import check_writable, whole
 
-__all__ = ["RunSamples", "check_out", "condition_of", "guide", "load_run", "sample_run", "write_samples"]
+__all__ = [
+    "RunSamples",
+    "check_guided",
+    "check_out",
+    "condition_of",
+    "guide",
+    "load_run",
+    "sample_run",
+    "write_samples",
+]
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,12 @@ def guide(config: ConfigDict, scale: float | None, interval: str | None) -> None
         config.sampling.guidance_interval = (low, high)
 
 
+def check_guided(labels: Tensor | None, scale: float | None, interval: str | None) -> None:
+    """Refuse (ValueError) guidance that was asked for without a class to guide to."""
+    if labels is None and (scale, interval) != (None, None):
+        raise ValueError("--guidance needs a class to guide to; expected a model with classes, and no --condition=none")
+
+
 def condition_of(text: str, model: ScoreModel, workdir: Path, n: int) -> Tensor | None:
     """The classes (n,) that ``--condition`` asks for: a class's name or number, "each" in turn, or "none".
 
@@ -190,8 +205,7 @@ def sample_run(
     if not n and classes and condition in ("", "each"):
         count = max(1, count // classes) * classes
     labels = condition_of(condition, model, workdir, count)
-    if labels is None and (guidance, guidance_interval) != (None, None):
-        raise ValueError("--guidance needs a class to guide to; expected a model with classes, and no --condition=none")
+    check_guided(labels, guidance, guidance_interval)
     x = sample_model(model, config, count, PerSampleNoise(seed), condition=labels, sampler=sampler)
     return RunSamples(x, _values(workdir, model), model, found, labels)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ __all__ = [
     "prediction_to_json",
     "process_from_dict",
     "process_to_dict",
+    "remember",
 ]
 
 Function = Callable[[Tensor], Tensor]
@@ -86,18 +88,33 @@ def _path_of(made: object) -> str | None:
 
 
 def part_to_dict(made: nn.Module, table: Mapping[str, Any]) -> dict[str, Any] | None:
-    """By what a part is made again: its name and its ``config``, the arguments of its class; None if it has none."""
+    """By what a part is made again: its name and the arguments of its class; None where they are not known."""
     name = next((name for name, known in table.items() if known is type(made)), None) or _path_of(made)
-    settings = getattr(made, "config", {} if isinstance(made, Codec) else None)
-    return {"name": name, **settings} if name is not None and isinstance(settings, dict) else None
+    settings = _arguments(made)
+    return {"name": name, **settings} if name is not None and settings is not None else None
+
+
+def remember(made: nn.Module, arguments: dict[str, Any]) -> None:
+    """Keep what a part of one's own was made with, beside whatever its ``config`` may be."""
+    made.made_with = arguments  # type: ignore[assignment]
+
+
+def _arguments(made: object) -> dict[str, Any] | None:
+    """What a part's class was called with: as ``remember`` says, else its ``config`` if its class takes that."""
+    found = getattr(made, "made_with", getattr(made, "config", {} if isinstance(made, Codec) else None))
+    try:
+        inspect.signature(type(made)).bind(**found)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    return dict(found)  # type: ignore[arg-type]
 
 
 def part_from_dict(settings: dict[str, Any], kind: Kind) -> Any:
     """The part of ``part_to_dict``, which remembers by what it was made."""
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k != "name"}
     made = kind.maker(str(settings["name"]), kind.name)(**arguments)
-    if isinstance(made, nn.Module) and not hasattr(made, "config"):
-        made.config = arguments  # type: ignore[assignment]
+    if ":" in str(settings["name"]) and isinstance(made, nn.Module):
+        remember(made, arguments)
     return made
 
 
@@ -107,9 +124,7 @@ def process_to_dict(process: Process) -> dict[str, Any]:
     if isinstance(process, DiscreteVP):
         settings: Any = {"betas": process.betas.tolist()}
     else:
-        settings = (
-            dataclasses.asdict(process) if dataclasses.is_dataclass(process) else getattr(process, "config", None)
-        )
+        settings = dataclasses.asdict(process) if dataclasses.is_dataclass(process) else _arguments(process)
     if name is None or not isinstance(settings, dict):
         raise ValueError(
             f"{type(process).__name__} is not one of scorelab's processes and can't be saved; expected a class that "

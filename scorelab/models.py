@@ -236,6 +236,11 @@ class ScoreModel(nn.Module):
                 f"x is {x.dtype}, the network's weights are {own}, and it fails on that ({error}); pass x.to({own}), "
                 f"or convert the model with .to({x.dtype})"
             ) from error
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"the network returned {type(output).__name__}; expected a tensor: wrap a network that gives more in "
+                "one that returns what it predicts"
+            )
         expected = (len(x), (1 + self.variance) * x.shape[1], *x.shape[2:])
         if output.shape != expected:
             raise ValueError(

@@ -86,12 +86,21 @@ class PerSampleNoise:
         if not isinstance(seed, int) or not isinstance(first, int) or min(seed, first) < 0:
             raise ValueError(f"seed = {seed!r}, first = {first!r}; expected whole numbers >= 0")
         self.seed, self.first = seed, first
+        self._branch = 0
         self._streams: list[torch.Generator] | None = None
         self._block, self._used = torch.empty(0), 0
 
     def rows(self, start: int) -> PerSampleNoise:
         """The noise of the samples from ``start`` on, from its beginning."""
-        return PerSampleNoise(self.seed, self.first + start)
+        made = PerSampleNoise(self.seed, self.first + start)
+        made._branch = self._branch
+        return made
+
+    def branch(self, k: int) -> PerSampleNoise:
+        """Other noise of the same samples, numbered k >= 1, from its beginning."""
+        made = self.fresh()
+        made._branch = k
+        return made
 
     def fresh(self) -> PerSampleNoise:
         """The same noise from its beginning."""
@@ -103,7 +112,8 @@ class PerSampleNoise:
         # half precision is drawn in single
         dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         if self._streams is None:
-            self._streams = streams(self.seed, self.first, len(x))
+            seed = (self.seed, self._branch) if self._branch else self.seed
+            self._streams = streams(seed, self.first, len(x))
             ahead = max(1, min(_CALLS, _AHEAD // max(1, math.prod(shape[1:]))))
             self._block, self._used = torch.empty((shape[0], ahead, *shape[1:]), dtype=dtype), ahead
         expected = (self._block.shape[0], *self._block.shape[2:])
@@ -150,7 +160,14 @@ class Noise:
         if isinstance(generator, PerSampleNoise):
             generator = generator.fresh()
         self.generator = fresh_generator() if generator is None else generator
-        self._reuse, self._memory = reuse, torch.empty(0)
+        self._reuse, self._memory, self._branches = reuse, torch.empty(0), 0
+
+    def branch(self) -> Noise:
+        """Noise that may be drawn as often as a batch needs: what PerSampleNoise gives afterwards stays the same."""
+        if not isinstance(self.generator, PerSampleNoise):
+            return self
+        self._branches += 1
+        return Noise(self.generator.branch(self._branches))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Noise of x's shape, dtype and device."""

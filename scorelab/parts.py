@@ -72,7 +72,7 @@ class Kind:
 
     def settings(self, maker: Callable[..., Any]) -> dict[str, Setting]:
         """The parameters of plain types."""
-        hints = typing.get_type_hints(maker.__init__ if isinstance(maker, type) else maker)  # type: ignore[misc]
+        hints = _hints(maker)
         return {
             name: Setting(None if p.default is p.empty else p.default, hints[name], p.default is p.empty)
             for name, p in inspect.signature(maker).parameters.items()
@@ -140,18 +140,33 @@ class Kind:
                 parameter.VAR_KEYWORD,
             ):
                 raise ValueError(
-                    f"{where}: {resolved['name']!r} needs {name}, which a config can't give; expected parameters of "
-                    f"plain types, and of {', '.join(sorted(context)) or 'nothing else'}"
+                    f"{where}: {resolved['name']!r} needs {name}, which a config can't give; expected parameters whose "
+                    f"types are written and plain, or of {', '.join(sorted(context)) or 'nothing else'}"
                     if name not in known
                     else f"{where}.{name} is not set; expected {in_words(known[name].hint)}"
                 )
         return maker(**arguments)
 
 
+def _hints(maker: Callable[..., Any]) -> dict[str, Any]:
+    """The types of parameters, of those that say none the defaults' if they are plain."""
+    try:
+        found = typing.get_type_hints(maker.__init__ if isinstance(maker, type) else maker)  # type: ignore[misc]
+    except NameError as error:
+        raise ValueError(
+            f"the types of {getattr(maker, '__qualname__', maker)}'s parameters can't be read ({error}); expected ones "
+            "that are imported when it runs, not under TYPE_CHECKING alone"
+        ) from error
+    for name, parameter in inspect.signature(maker).parameters.items():
+        kind = type(parameter.default)
+        if name not in found and parameter.default is not None and _is_plain(kind):
+            found[name] = kind
+    return found
+
+
 def _suits(value: Any, maker: Callable[..., Any], name: str) -> bool:
     """Whether a value is of the type that a parameter has."""
-    hint = typing.get_type_hints(maker.__init__ if isinstance(maker, type) else maker).get(name, object)  # type: ignore[misc]
-    for option in _options(hint):
+    for option in _options(_hints(maker).get(name, object)):
         if option is Any or fits(value, option):
             return True
         kind = typing.get_origin(option) or option

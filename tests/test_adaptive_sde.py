@@ -9,7 +9,7 @@ from scipy import stats
 
 from scorelab import PerSampleNoise, sample, trajectory
 from scorelab.distributions import GaussianMixture
-from scorelab.samplers import AdaptiveReverseSDE
+from scorelab.samplers import AdaptiveReverseSDE, LangevinCorrector, PredictorCorrector
 from scorelab.samplers.adaptive_sde import Path
 
 HALVES = GaussianMixture(torch.tensor([[-2.0], [1.0]], dtype=F64), 0.3, torch.tensor([0.3, 0.7], dtype=F64))
@@ -88,10 +88,13 @@ def test_a_tighter_tolerance_takes_more_evaluations_and_a_looser_one_still_ends(
     assert nfe[0] < nfe[1] < nfe[2]
 
 
-def test_the_noise_of_a_sample_does_not_depend_on_the_batch():
+@pytest.mark.parametrize("grid", [[10.0, 0.1, 0.0], [10.0, 3.0, 1.0, 0.1, 0.0]])
+@pytest.mark.parametrize("corrector", [None, LangevinCorrector(0.1)])
+def test_the_noise_of_a_sample_does_not_depend_on_the_batch(grid, corrector):
     d = mixture()
     x = 10 * randn(7, 2)
-    sampler, grid = AdaptiveReverseSDE(), [10.0, 0.1, 0.0]
+    sampler = AdaptiveReverseSDE()
+    sampler = sampler if corrector is None else PredictorCorrector(sampler, corrector)
     whole = sample(d.score, x, grid, sampler, generator=PerSampleNoise(5))
     parts = sample(d.score, x, grid, sampler, generator=PerSampleNoise(5), batch_size=3)
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-9)

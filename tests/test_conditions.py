@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,7 @@ def size(path: Path) -> tuple[int, int]:
         return picture.size
 
 
-def test_samples_of_classes_are_drawn_each_in_turn_and_guided(tmp_path):
+def test_samples_of_classes_are_drawn_each_in_turn_and_guided(tmp_path, capsys):
     c = conditional(
         2, sampling__samples=27, training__sample_every=2, sampling__grid__n=4, optim__warmup=0, optim__lr=0.1
     )
@@ -162,6 +163,10 @@ def test_samples_of_classes_are_drawn_each_in_turn_and_guided(tmp_path):
     _, model, _ = load_run(tmp_path)
     assert model.conditional
     assert main(["calibrate", f"--workdir={tmp_path}", "--nfe=3", "--starts=16", "--condition=3", "--guidance=2"]) == 0
+    # it is a file of its own, and its advice samples with it as it was fitted
+    said = capsys.readouterr().out.partition("use it with: scorelab ")[2]
+    assert "sampler_3_3_guided_2.json --condition=3 --guidance=2.0" in said
+    assert main([*shlex.split(said), "--n=2"]) == 0
     assert main(["likelihood", f"--workdir={tmp_path}", "--n=2"]) == 0
 
 
@@ -176,6 +181,12 @@ def test_conditional_settings_that_do_not_fit_are_refused(tmp_path):
         build(conditional(training__label_dropout=1.0))
     with pytest.raises(ValueError, match="training.label_dropout is 0.1, which model.conditional=False does not read"):
         build(small(training__label_dropout=0.1))
+    for name, labels in (("gap", np.arange(20) % 3 + 1), ("far", 1000 * (np.arange(20) % 2))):
+        np.savez(tmp_path / f"{name}.npz", x0=randn(20, 2).numpy(), labels=labels)
+    with pytest.warns(RuntimeWarning, match=r"of 4 classes 1 have no sample \(0\), .* expected labels 0, 1, ..."):
+        build(conditional(**mlp, data__path=str(tmp_path / "gap.npz")))
+    with pytest.raises(ValueError, match=r"of 1001 classes 999 have no sample \(1, 2, 3, ...\)"):
+        build(conditional(**mlp, data__path=str(tmp_path / "far.npz")))
     with pytest.raises(ValueError, match="labels go up to 3, for 2 names"):
         Images(torch.arange(4 * 4, dtype=torch.uint8).reshape(4, 1, 2, 2), torch.arange(4), classes=("a", "b"))
 

@@ -22,6 +22,7 @@ from scorelab import (
     samplers,
     sigmas,
 )
+from scorelab.checks import level
 from scorelab.distributions import GaussianMixture, Labelled, target
 from scorelab.evaluation import energy_distance
 from scorelab.models import Constant, LogSigma
@@ -135,6 +136,13 @@ def test_an_interval_saves_evaluations_and_is_exact():
             found = guided(x, at)
             assert asked.sizes == (sizes if inside else [6])
             torch.testing.assert_close(found, full if inside else conditional(x, at), rtol=1e-5, atol=1e-6)
+    # ends that single precision rounds: alike as floats and as tensors, on a CPU and elsewhere
+    ends = classifier_free(conditional, free, 2.5, interval=(0.3, 2.7))
+    for sigma, inside in ((0.3, False), (2.7, True)):
+        expected = classifier_free(conditional, free, 2.5)(x, torch.tensor(sigma)) if inside else None
+        for at in (level(sigma, x), torch.tensor(sigma), torch.full((6,), sigma), torch.tensor(sigma).double()):
+            wanted = conditional(x, torch.tensor(sigma)) if expected is None else expected
+            torch.testing.assert_close(ends(x, at).float(), wanted, rtol=1e-5, atol=1e-6)
     # a level for each sample: each has what it would have alone
     levels = torch.tensor([0.2, 0.5, 0.6, 3.9, 4.0, 9.0])
     alone = torch.cat([guided(x[i : i + 1], s.reshape(())) for i, s in enumerate(levels)])

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from test_training import small
 
 from scorelab import ScoreModel, losses, processes, samplers, sigmas
+from scorelab.cli.dry_run import activation_bytes
 from scorelab.cli.main import main
 from scorelab.cli.sampling import load_run, sample_run
 from scorelab.codecs import Codec
@@ -746,3 +747,136 @@ def test_stochastic_codes_do_not_depend_on_the_number_of_processes():
     assert torch.equal(whole.condition[10:25], source.batch(3, 5, 40, range(10, 25)).condition)
     assert not torch.equal(whole.x0, digits().batch(3, 5, 40).x0)
     assert not torch.equal(whole.x0, source.batch(3, 6, 40).x0)
+
+
+ODD = """
+from __future__ import annotations
+from typing import TYPE_CHECKING
+import torch
+from torch import nn
+from scorelab.training.evaluations import Evaluation, Found
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Base(nn.Module):
+    def __init__(self, data_shape: tuple[int, ...], width=16):
+        super().__init__()
+        self.config = {"hidden": width}  # its own business
+        self.layers = nn.Sequential(nn.Linear(64, width), nn.Linear(width, 64))
+
+    def forward(self, x, label):
+        return self.layers(x.flatten(1)).reshape(x.shape)
+
+
+class Conditional(Base):
+    num_classes, null_condition = 10, 9
+
+    def forward(self, x, label, condition):
+        return super().forward(x, label) + condition.reshape(-1, 1, 1, 1)
+
+
+class Several(Base):
+    def forward(self, x, label):
+        return super().forward(x, label), label
+
+
+class Wrong(Base):
+    def forward(self, x, label):
+        return self.layers(x)
+
+
+class Hidden(Base):
+    def __init__(self, data_shape, scale: Tensor | None = None):
+        super().__init__(data_shape)
+
+
+def column(power: float = 0.0):
+    return lambda s: s.unsqueeze(1) ** power
+
+
+class Silent(Evaluation):
+    what = "nothing"
+
+    def __init__(self):
+        pass
+
+    def run(self, model, trainer):
+        return Found({})
+"""
+
+
+@pytest.fixture
+def odd(tmp_path, monkeypatch):
+    """Parts that other people may have."""
+    (tmp_path / "odd_parts.py").write_text(ODD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "odd_parts"
+    sys.modules.pop("odd_parts", None)
+
+
+def test_a_config_of_a_network_of_ones_own_is_its_own(odd, tmp_path):
+    """It is made again by what it was made with; a parameter without a type is set by its default's."""
+    c = small(2, training__batch_size=8, model__net__name=f"{odd}:Base", model__net__width=12)
+    train(c, tmp_path / "run", progress=False)
+    model = ScoreModel.load(tmp_path / "run")
+    assert model.net.config == {"hidden": 12}
+    model.save(tmp_path / "saved")
+    again, x = ScoreModel.load(tmp_path / "saved"), torch.ones(2, 1, 8, 8)
+    assert torch.equal(again(x, torch.tensor(1.0)), model(x, torch.tensor(1.0)))
+    # one that was made by hand: its config is no arguments, so it is asked for
+    made = sys.modules[odd].Base((1, 8, 8))
+    ScoreModel(made, processes.VE(0.01, 10.0), data_shape=(1, 8, 8)).save(tmp_path / "by_hand")
+    with pytest.raises(ValueError, match="a network of the user's own; pass it"):
+        ScoreModel.load(tmp_path / "by_hand")
+    assert ScoreModel.load(tmp_path / "by_hand", net=made).net is made
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("c.model.net.name = 'odd_parts:Several'", "the network returned tuple; expected a tensor"),
+        ("c.model.net.name = 'odd_parts:Wrong'", "RuntimeError: mat1 and mat2 .* [(].*odd_parts.py, line 35[)]"),
+        ("c.model.net.name = 'odd_parts:Hidden'", "types of Hidden.__init__|types of Hidden's .* under TYPE_CHECKING"),
+        (
+            "c.training.weighting.name = 'odd_parts:column'",
+            r"training.objective gives \(2, 2\) for 2 samples; expected",
+        ),
+        ("c.evaluation.mine = 'odd_parts:Silent'", "config.evaluation.mine is 'odd_parts:Silent'; expected {'name'"),
+        ("c.evaluation.mine = {'name': 'odd_parts:Silent'}", "config.evaluation.mine: Silent has no key; expected"),
+    ],
+)
+def test_what_is_wrong_with_a_part_of_ones_own_is_said_in_a_line(odd, lines, said, tmp_path, capsys):
+    head = "from scorelab.training import default_config\nget_config = default_config\nc = default_config()\n"
+    (tmp_path / "c.py").write_text(head + lines + "\nget_config = lambda: c\n")
+    assert main(["train", f"--config={tmp_path / 'c.py'}", "--dry_run"]) == 2
+    captured = capsys.readouterr().err
+    assert captured.count("\n") == 1
+    assert re.search(said, captured), captured
+
+
+def test_a_dry_run_takes_a_network_that_needs_its_condition(odd, tmp_path, capsys):
+    head = "from scorelab.training import default_config\nc = default_config()\nc.model.conditional = True\n"
+    (tmp_path / "c.py").write_text(head + "c.model.net.name = 'odd_parts:Conditional'\nget_config = lambda: c\n")
+    assert main(["train", f"--config={tmp_path / 'c.py'}", "--dry_run"]) == 0
+    assert "activations about" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_activations_are_those_of_a_whole_batch(accumulate):
+    """What is said from two rows is what autograd keeps for all of them."""
+    c = small(1, training__batch_size=32)
+    trainer = Trainer(build(c), c)
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        losses = trainer.experiment.objective.losses(
+            trainer.model, *trainer.batches.at(0).part(slice(32 // accumulate))
+        )
+    assert losses.shape == (32 // accumulate,)
+    whole = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+    assert activation_bytes(trainer, 32 // accumulate) == pytest.approx(whole, rel=0.02)

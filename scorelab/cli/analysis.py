@@ -63,10 +63,12 @@ def calibrate_run(
     out.parent.mkdir(parents=True, exist_ok=True)
     sampler.save(out)
     r = sampler.report
+    asked = {"condition": condition or None, "guidance": guidance, "guidance_interval": guidance_interval}
+    same = "".join(f" --{key}={quote(str(value))}" for key, value in asked.items() if value is not None)
     return (
         f"{out}: {nfe} evaluations on step {found}, held-out error {r['held_out_error']:.3g} against "
         f"{r['uncalibrated_held_out_error']:.3g} of Adams-Bashforth, fitted in {r['seconds']:.0f} s; "
-        f"use it with: scorelab sample --workdir {quote(str(workdir))} --sampler {quote(str(out))}"
+        f"use it with: scorelab sample --workdir {quote(str(workdir))} --sampler {quote(str(out))}{same}"
     )
 
 

@@ -7,37 +7,35 @@ import time
 
 import torch
 from ml_collections import ConfigDict
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 
 from scorelab import parallel
 from scorelab.precision import check_compiler
-from scorelab.training import Trainer, build
+from scorelab.training import Trainer, build, resolve
+from scorelab.training.evaluations import evaluations
 from scorelab.training.sampling import check_sampling
 
 __all__ = ["activation_bytes", "dry_run"]
 
 
-def activation_bytes(net: torch.nn.Module, data_shape: tuple[int, ...], batch_size: int) -> int:
-    """Bytes that autograd keeps for one forward pass, counted on tensors without storage."""
-    kept: dict[int, int] = {}
+def activation_bytes(trainer: Trainer, rows: int) -> int:
+    """Bytes that autograd keeps for the losses of ``rows`` samples, from what it keeps for one and two."""
+    draw, kept = trainer.batches.at(trainer.step), dict[int, torch.Tensor]()
+    weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[id(tensor)] = tensor.numel() * tensor.element_size()
-        holders.append(tensor)
+        kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    holders: list[torch.Tensor] = []
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        state = {
-            k: mode.from_tensor(v.detach()).requires_grad_(v.requires_grad)
-            for k, v in net.state_dict(keep_vars=True).items()
-        }
-        own = {id(v) for v in state.values()}
-        x, label = torch.empty(batch_size, *data_shape), torch.empty(batch_size)
+    def counted(count: int) -> int:
+        kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            functional_call(net, state, (x, label))
-    return sum(size for key, size in kept.items() if key not in own)
+            losses = trainer.experiment.objective.losses(trainer.model, *draw.part(slice(count)))
+        del losses
+        return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+
+    # a part of it is the same for any number
+    one = counted(1)
+    return one + (rows - 1) * (counted(2) - one) if rows > 1 else one
 
 
 def in_words(seconds: float) -> str:
@@ -56,18 +54,19 @@ def dry_run(config: ConfigDict) -> str:
     config = copy.deepcopy(config)
     experiment = build(config)
     model = experiment.model.to(parallel.join())
-    if config.training.sample_every:
-        check_sampling(config, model)
     # all that training would refuse
+    evaluations(resolve(config))
     if config.training.compile:
         check_compiler(model.device)
     config.training.compile = config.training.fsdp = False
     config.data.workers = 0
     trainer = Trainer(experiment, config)
     trainer.rehearse()
+    if config.training.sample_every:
+        check_sampling(config, model)
     count = sum(p.numel() for p in model.parameters())
     t = config.training
-    activations = activation_bytes(model.net, model.data_shape, t.batch_size // t.accumulate)
+    activations = activation_bytes(trainer, t.batch_size // t.accumulate)
     # weights, gradients, two Adam moments and the averages of the weights, float32
     fixed = (4 + len(config.optim.ema) + len(config.optim.ema_power)) * 4 * count
     trainer.advance()

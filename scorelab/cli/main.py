@@ -13,6 +13,7 @@ import platform
 import runpy
 import signal
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -76,10 +77,13 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"scorelab: {said}", file=sys.stderr)
         return 128 + int(getattr(stop, "signal", signal.SIGINT))
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, flags.Error) as error:
-        if isinstance(error, (TypeError, KeyError, AttributeError)) and not _is_input_error(error):
+    except Exception as error:
+        place = _own_place(error)
+        refused = isinstance(error, (ValueError, OSError, flags.Error))
+        if not place and not refused and not _is_input_error(error):
             raise
-        print(f"scorelab: {_one_line(error)}", file=sys.stderr)
+        said = _one_line(error) if refused or not place else f"{type(error).__name__}: {_one_line(error)}"
+        print(f"scorelab: {said}{place}", file=sys.stderr)
         return 2
     return 0
 
@@ -89,8 +93,22 @@ def _one_line(error: BaseException) -> str:
     return " ".join(text.split())
 
 
+def _own_place(error: BaseException) -> str:
+    """Where in a user's own code an error arose, " (file, line)"; nothing for one that arose elsewhere."""
+    others = [str(Path(__file__).parents[1]), *sysconfig.get_paths().values()]
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            if Path(frame.filename).is_file() and not frame.filename.startswith(tuple(others)):
+                return f" ({frame.filename}, line {frame.lineno})"
+        cause = cause.__cause__
+    return ""
+
+
 def _is_input_error(error: BaseException) -> bool:
     """A wrong config key or value: raised by ml_collections or by the config file, not by scorelab."""
+    if not isinstance(error, (TypeError, KeyError, AttributeError)):
+        return False
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -312,7 +330,7 @@ def _sample(arguments: list[str]) -> None:
     run = sample_run(workdir, n=n, seed=seed, step=step, weights=weights, sampler=sampler, **numbers, **guided)
     parts = [f"drawn_{run.step:08d}", weights if weights != "ema" else "", sampler.stem if sampler else name]
     parts += [f"nfe_{nfe}" if nfe else "", str(values["grid"].value or "")]
-    parts += [guided["condition"], "" if guided["guidance"] is None else f"guided_{guided['guidance']:g}"]
+    parts += _guided_names(values)
     out = out or workdir / "samples" / f"{'_'.join(filter(None, parts))}{'.png' if run.shown else '.npz'}"
     if parallel.world()[0] == 0:
         print(write_samples(run, out))
@@ -344,6 +362,13 @@ def _guided(values: flags.FlagValues) -> dict[str, Any]:
     return {name: values[name].value for name in ("condition", "guidance", "guidance_interval")}
 
 
+def _guided_names(values: flags.FlagValues) -> list[str]:
+    """The same for the name of a file."""
+    scale, interval = values["guidance"].value, str(values["guidance_interval"].value or "")
+    guided = [str(values["condition"].value), "" if scale is None else f"guided_{scale:g}", interval.replace(",", "_")]
+    return [part.replace("/", "_") for part in guided]
+
+
 def _workdir(values: flags.FlagValues) -> Path:
     if not values["workdir"].value:
         raise ValueError("--workdir is missing; expected the directory of a run, e.g. --workdir runs/digits")
@@ -369,7 +394,8 @@ def _calibrate(arguments: list[str]) -> None:
     from scorelab.writing import check_writable
 
     nfe, starts, seed, step = (int(values[name].value or 0) for name in ("nfe", "starts", "seed", "step"))
-    out = Path(values["out"].value or workdir / f"sampler_{nfe}.json").expanduser()
+    parts = [f"sampler_{nfe}", *_guided_names(values)]
+    out = Path(values["out"].value or workdir / f"{'_'.join(filter(None, parts))}.json").expanduser()
     check_writable(out)
     options: dict[str, Any] = {
         "nfe": nfe,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from scorelab.checks import broadcast, check_output, level_of
@@ -35,7 +36,7 @@ class _ClassifierFree(Combined):
 
     def outputs(self, x: Tensor, sigma: Tensor) -> tuple[Any, ...]:
         known = level_of(sigma)
-        if known is not None and not self.low < known <= self.high:
+        if known is not None and not self.low < _single(known) <= self.high:
             return check_output(self.scores[0](x, sigma), x, sigma), None
         pair = getattr(self.scores[0], "together", None)
         if pair is not None and (_faster(x) if self.together is None else self.together):
@@ -50,7 +51,8 @@ class _ClassifierFree(Combined):
         guided = torch.lerp(unconditional, conditional, self.scale)
         if level_of(sigma) is not None or (self.low == 0 and self.high == math.inf):
             return guided
-        inside = (sigma > self.low) & (sigma <= self.high)
+        # in single precision, as a level that is one of the ends may come
+        inside = (sigma.float() > self.low) & (sigma.float() <= self.high)
         return torch.where(inside if sigma.ndim == 0 else broadcast(inside, x), guided, conditional)
 
 
@@ -89,4 +91,9 @@ def classifier_free(
             raise TypeError(f"got {type(score).__name__}; expected two scores, such as model.conditioned(None)")
     if scale == 1:
         return conditional
-    return _ClassifierFree((conditional, unconditional), float(scale), float(low), float(high), together)
+    return _ClassifierFree((conditional, unconditional), float(scale), _single(low), _single(high), together)
+
+
+def _single(value: float) -> float:
+    """The nearest number in single precision."""
+    return float(np.float32(value))

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from scorelab.checks import level
+from scorelab.noise import Noise
 from scorelab.predictions import denoise_from_score
 from scorelab.samplers.adaptive import Controller, check_broadcasting, refuse_broken, rms
 from scorelab.samplers.base import Context, Sampler, State
@@ -99,8 +100,7 @@ class AdaptiveReverseSDE(Sampler):
 
     rtol, atol: the difference of first and second order over a step, in root mean square, may be rtol |x| + atol; in
     units of x. The grid gives only the points that are reported. A step to 0 denoises. ``nfe`` follows the sample that
-    needs the most; memory, one x for every halving. Under PerSampleNoise give no inner levels: after one, a sample's
-    noise would depend on how many steps the others needed to get there.
+    needs the most; memory, one x for every halving.
 
     max_steps: a sample that needs more tries than these between two reported levels is a RuntimeError.
     """
@@ -117,6 +117,8 @@ class AdaptiveReverseSDE(Sampler):
 
     def step(self, at: Context) -> tuple[Tensor, State]:
         score, x, sigma, sigma_next, state, noise = at
+        # rounds are drawn as the slowest sample needs them, which must not change what is drawn after this step
+        noise = noise.branch() if isinstance(noise, Noise) else noise
         if sigma_next == 0:
             return denoise_from_score(score(x, level(sigma, x)), x, sigma), state
         if state is None:

@@ -16,6 +16,7 @@ from torch import nn
 from scorelab.checks import nearest_name
 from scorelab.codecs import Codec
 from scorelab.data import Coded, Files, Source, load
+from scorelab.described import remember
 from scorelab.losses import Objective
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
 from scorelab.precision import settled_precision
@@ -167,7 +168,24 @@ def _classes(config: ConfigDict, data: Source) -> dict[str, Any]:
         raise ValueError(
             f"model.conditional needs a class for every sample, and the data has {got}; expected whole numbers from 0"
         )
+    _check_seen(data)
     return {"num_classes": len(data.classes), "null_class": config.training.label_dropout > 0}
+
+
+def _check_seen(data: Source) -> None:
+    """RuntimeWarning of classes without a sample; ValueError where most are."""
+    labels, names = getattr(data.source if isinstance(data, Coded) else data, "labels", None), data.classes
+    seen = set(range(len(names))) if labels is None else set(labels.unique().tolist())
+    empty = [name for k, name in enumerate(names) if k not in seen]
+    if not empty:
+        return
+    said = (
+        f"of {len(names)} classes {len(empty)} have no sample ({', '.join(empty[:3])}{', ...' * (len(empty) > 3)}), so "
+        "nothing is learnt of them; expected labels 0, 1, ... without gaps: np.unique(labels, return_inverse=True)[1]"
+    )
+    if 2 * len(empty) > len(names):
+        raise ValueError(said)
+    warnings.warn(said, RuntimeWarning, stacklevel=3)
 
 
 def _warn_of_scale(x0: Tensor, model: ScoreModel, sigma_data: float) -> None:
@@ -210,11 +228,11 @@ def _network(config: ConfigDict, data: Source) -> nn.Module:
     return net
 
 
-def _remember(made: Any, settings: ConfigDict, known: dict[str, Any]) -> None:
-    """Give a part of one's own the arguments by which it is made again from a saved model, if it does not have them."""
-    if not hasattr(made, "config"):
+def _remember(made: nn.Module, settings: ConfigDict, known: dict[str, Any]) -> None:
+    """Let a part of one's own know by what it is made again from a saved model."""
+    if ":" in settings.name:
         takes = inspect.signature(type(made)).parameters
-        made.config = {k: v for k, v in {**plain(settings), **known}.items() if k in takes}
+        remember(made, {k: v for k, v in {**plain(settings), **known}.items() if k in takes and k != "name"})
 
 
 def _choice(config: ConfigDict, key: str, net: nn.Module, names: tuple[str, ...], otherwise: str) -> str:

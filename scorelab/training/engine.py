@@ -159,7 +159,7 @@ class Trainer:
             for k in range(t.accumulate):
                 some = draw.part(slice(rows * k // t.accumulate, rows * (k + 1) // t.accumulate))
                 with self._exchanging(k == t.accumulate - 1):
-                    loss = self.experiment.objective.losses(self._network, *some)
+                    loss = self._losses(self._network, some)
                     # processes' gradients are averaged
                     torch.autograd.backward(loss.sum() * (self.processes / t.batch_size))
                 found.append(loss.detach())
@@ -174,17 +174,26 @@ class Trainer:
         return nullcontext()
 
     def rehearse(self) -> None:
-        """One row of a batch through the objective, changing nothing; ValueError for settings that don't go together.
+        """Two rows of a batch through the objective, changing nothing; ValueError for settings that don't go together.
 
         All that is not known before a step is made: weights of the loss, what the network refuses.
         """
-        draw = self.batches.at(self.step)
+        draw = self.batches.at(self.step).part(slice(2))
         training = self.model.training
         try:
             with torch.no_grad():
-                self.experiment.objective.losses(self.model.eval(), *draw.part(slice(1)))
+                self._losses(self.model.eval(), draw)
         finally:
             self.model.train(training)
+
+    def _losses(self, network: Callable[..., Tensor], draw: Draw) -> Tensor:
+        losses = self.experiment.objective.losses(network, *draw)
+        if losses.shape != draw.u.shape:
+            raise ValueError(
+                f"training.objective gives {tuple(losses.shape)} for {len(draw.u)} samples; expected one loss each: "
+                "a weighting gives (B,) for sigma (B,)"
+            )
+        return losses
 
     def advance(self, measure: bool = True) -> Metrics | None:
         """One step; None where nothing was measured, or the step skipped.

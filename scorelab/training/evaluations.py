@@ -41,6 +41,7 @@ class Evaluation(ABC):
 
     key: str
     what: str
+    every: int = 1000
 
     def __init__(self, every: int = 1000) -> None:
         if every < 0:
@@ -158,5 +159,12 @@ def evaluations(config: ConfigDict) -> list[Evaluation]:
     found: list[Evaluation] = [FixedNoiseLoss(t.validate_every), Samples(t.sample_every)]
     kind = Kind("evaluation", EVALUATION.table, Evaluation)
     for name, settings in config.evaluation.items():
-        found.append(kind.make(settings.to_dict(), f"config.evaluation.{name}", {}))
+        made: Evaluation = kind.make(settings.to_dict(), f"config.evaluation.{name}", {})
+        lacking = [key for key in ("key", "what") if not isinstance(getattr(made, key, None), str)]
+        if lacking:
+            raise ValueError(
+                f"config.evaluation.{name}: {type(made).__name__} has no {' and no '.join(lacking)}; expected a class "
+                "with key, of one of its numbers, and what, its name in words"
+            )
+        found.append(made)
     return found

@@ -175,6 +175,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
                     place[key] = value
         place.unlock()
     for name, given in config.evaluation.items():
+        if not isinstance(given, ConfigDict):
+            raise ValueError(
+                f"config.evaluation.{name} is {given!r}; expected {{'name': 'package.module:Class'}} and its settings"
+            )
         found.evaluation[name] = ConfigDict(EVALUATION.resolve(plain(given), f"config.evaluation.{name}"))
     return found
 

@@ -149,7 +149,7 @@ def test_dry_run_prints_the_experiment_and_writes_nothing(tmp_path, capsys):
         (["train", "--config", CONFIG, "--workdir=w", "loose"], "loose"),
         (["sample", "--workdir=w"], "no config.json"),
         (["train", "--config", CONFIG, "--workdir=w", "--config.data.flip=yes"], "expected True or False"),
-        (["sample", "--workdir=w", "--n=few"], "--n=few: expected an integer"),
+        (["sample", "--workdir=w", "--n=few"], "--n=few: expected a whole number, in digits"),
         (["sample", "--workdir=w", "--weight=model"], "unknown option --weight; did you mean 'weights'"),
         (["sample"], "--workdir is missing"),
         (["trian"], "did you mean 'train'"),

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from scorelab.distributions import TARGETS
 from scorelab.plotting.page import write_page
 from toy import densities, fields, forward, langevin, samplers, schedules, trajectories, triangle
-from toy.common import Gallery, parse
+from toy.common import Gallery, options, parse
 
 Section = tuple[str, str, list, object]
 
@@ -49,6 +49,6 @@ def sections(gallery: Gallery, names: tuple[str, ...]) -> list[Section]:
 
 
 if __name__ == "__main__":
-    chosen, wanted = parse(__doc__, TARGETS)
+    chosen, wanted = parse(options(__doc__), TARGETS)
     draw_all(chosen, wanted)
     print(write_page(chosen.out / "index.html", "scorelab: the 2-D gallery", sections(chosen, wanted)))

@@ -21,7 +21,7 @@ from scorelab.models import ScoreModel
 from scorelab.training import Trainer, build, default_config
 from scorelab.training.config import sigma_data_of
 
-__all__ = ["Gallery", "Trained", "config_for", "parse"]
+__all__ = ["Gallery", "Trained", "config_for", "options", "parse"]
 
 STEPS = {"full": 3300, "quick": 1000}
 """Training steps a target: at most 30 s and 15 s on 2 CPU cores."""
@@ -130,12 +130,17 @@ def _write(path: Path, value: object) -> None:
     aside.replace(path)
 
 
-def parse(description: str | None, default: tuple[str, ...]) -> tuple[Gallery, tuple[str, ...]]:
-    """The command line of a figure: --target (may be repeated), --out, --quick."""
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What every figure takes: --target (may be repeated), --out, --quick."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--target", action="append", help=f"one of {', '.join(TARGETS)}; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="directory of the gallery")
     parser.add_argument("--quick", action="store_true", help="train half as long")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, default: tuple[str, ...]) -> tuple[Gallery, tuple[str, ...]]:
+    """The gallery and the targets that the command line asks for."""
     arguments = parser.parse_args()
     names = tuple(arguments.target or default)
     for name in names:

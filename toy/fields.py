@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from scorelab.plotting import extent_of, field, figure, grid_points
-from toy.common import Gallery, parse
+from toy.common import Gallery, options, parse
 
 DEFAULT = ("moons",)
 
@@ -56,4 +56,4 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
 
 
 if __name__ == "__main__":
-    draw(*parse(__doc__, DEFAULT))
+    draw(*parse(options(__doc__), DEFAULT))

@@ -36,14 +36,14 @@ from scorelab.samplers import (
     calibrate,
     trajectory,
 )
-from toy.common import Gallery, Trained, parse
+from toy.common import Gallery, Trained, options, parse
 
 DEFAULT = ("ring",)
 COUNT, SEED, REPEATS = 2000, 0, 100
 TICKS = (5, 10, 20, 40, 80)
 
 
-def settings(trained: Trained, quick: bool) -> dict[str, tuple[torch.Tensor, Sampler]]:
+def settings(trained: Trained, quick: bool) -> dict[str, tuple[torch.Tensor | None, Sampler]]:
     """Every sampler with noise levels that are enough for it (the quick gallery anneals in half the steps)."""
     low, high = trained.sigma_min, trained.sigma_max
     ve = VE(low, high)
@@ -74,7 +74,19 @@ def settings(trained: Trained, quick: bool) -> dict[str, tuple[torch.Tensor, Sam
         "PC: Euler + annealed": (geometric(100), PredictorCorrector(Euler(), AnnealedCorrector(0.1))),
         "annealed Langevin": (geometric(200 if quick else 100), AnnealedLangevin(6 if quick else 20, 0.4 * low**2)),
         "plain Langevin": (torch.tensor([low]), Langevin(200, 0.2 * low**2)),
+        "calibrated": (None, fitted(trained, 10)),
     }
+
+
+def fitted(trained: Trained, nfe: int) -> Calibrated:
+    """A sampler of few evaluations that is fitted to the model."""
+    start = math.hypot(trained.sigma_max, trained.data_std) * torch.randn(128, 2, generator=_seeded())
+    options = {"sigma_min": trained.sigma_min, "sigma_max": trained.sigma_max, "method": "least_squares", "trials": 60}
+    return calibrate(trained.model, start, nfe=nfe, **options)
+
+
+def _seeded(purpose: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(SEED + purpose)
 
 
 def data_against_data(d: Distribution) -> float:
@@ -89,8 +101,7 @@ def data_against_data(d: Distribution) -> float:
 def errors(trained: Trained) -> dict[str, dict[int, float]]:
     """By solver and evaluations: the rms distance of 512 samples from those of RK4 in 256 steps, from equal starts."""
     low, high, found = trained.sigma_min, trained.sigma_max, {}
-    generator = torch.Generator().manual_seed(SEED)
-    start = math.hypot(high, trained.data_std) * torch.randn(512, 2, generator=generator)
+    start = math.hypot(high, trained.data_std) * torch.randn(512, 2, generator=_seeded(2))
 
     def end(n: int, sampler: Sampler) -> tuple[int, torch.Tensor]:
         levels = None if isinstance(sampler, Calibrated) else sigmas.karras(n, sigma_min=low, sigma_max=high)
@@ -102,9 +113,7 @@ def errors(trained: Trained) -> dict[str, dict[int, float]]:
     for label, sampler in {**solvers, "Adams-Bashforth": AdamsBashforth()}.items():
         ends = (end(n, sampler) for n in (5, 8, 12, 20, 40))
         found[label] = {nfe: float((x - exact).square().mean().sqrt()) for nfe, x in ends}
-    fitted = math.hypot(high, trained.data_std) * torch.randn(128, 2, generator=generator)
-    options = {"sigma_min": low, "sigma_max": high, "method": "least_squares", "trials": 60}
-    ends = (end(0, calibrate(trained.model, fitted, nfe=nfe, **options)) for nfe in (6, 10))
+    ends = (end(0, fitted(trained, nfe)) for nfe in (6, 10))
     found["calibrated"] = {nfe: float((x - exact).square().mean().sqrt()) for nfe, x in ends}
     return found
 
@@ -116,7 +125,7 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
         trained = gallery.trained(name)
         d, extent = trained.distribution, extent_of(trained.distribution)
         bar = data_against_data(d)
-        data = d.sample(COUNT, torch.Generator().manual_seed(SEED))
+        data = d.sample(COUNT, _seeded())
         rows = {}
         chosen = settings(trained, gallery.mode == "quick")
         made, axes = figure(6, -(-(len(chosen) + 1) // 6), size=2.6)
@@ -130,7 +139,7 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
                 (COUNT, 2),
                 levels,
                 sampler,
-                generator=torch.Generator().manual_seed(SEED + 1),
+                generator=_seeded(1),
                 data_std=trained.data_std,
                 callback=lambda step, last=last: last.__setitem__(slice(None), [step]),
             )
@@ -159,4 +168,4 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
 
 
 if __name__ == "__main__":
-    draw(*parse(__doc__, DEFAULT))
+    draw(*parse(options(__doc__), DEFAULT))

@@ -13,7 +13,7 @@ from PIL import Image
 from scorelab import VE, sigmas, trajectory
 from scorelab.plotting import extent_of, figure, points
 from scorelab.samplers import AnnealedLangevin, Heun, ReverseSDE, Step
-from toy.common import Gallery, Trained, parse
+from toy.common import Gallery, Trained, options, parse
 
 DEFAULT = ("swiss_roll",)
 FRAMES = 10
@@ -93,4 +93,4 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
 
 
 if __name__ == "__main__":
-    draw(*parse(__doc__, DEFAULT))
+    draw(*parse(options(__doc__), DEFAULT))

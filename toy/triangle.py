@@ -6,7 +6,7 @@ import torch
 
 from scorelab.plotting import extent_of, figure, points
 from scorelab.predictions import EPS, SCORE, X0, V, convert
-from toy.common import Gallery, parse
+from toy.common import Gallery, options, parse
 
 DEFAULT = ("ring",)
 FORMS = {"score": SCORE, "eps": EPS, "x0": X0, "v": V}
@@ -76,4 +76,4 @@ def draw(gallery: Gallery, names: tuple[str, ...] = DEFAULT) -> None:
 
 
 if __name__ == "__main__":
-    draw(*parse(__doc__, DEFAULT))
+    draw(*parse(options(__doc__), DEFAULT))

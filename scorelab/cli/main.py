@@ -5,12 +5,10 @@ Bad input ends with one line on standard error and exit code 2.
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import io
 import os
 import platform
-import runpy
 import signal
 import sys
 import sysconfig
@@ -21,9 +19,10 @@ from shlex import quote
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from scorelab.checks import nearest_name
+from scorelab.cli.overrides import check_keys, config_file, literal, parse, sampling_changed, settings_of, with_parts
 
 __all__ = ["main"]
 
@@ -115,78 +114,12 @@ def _is_input_error(error: BaseException) -> bool:
     return trace is not None and "scorelab" not in trace.tb_frame.f_globals.get("__name__", "")
 
 
-def _parse(arguments: list[str], values: flags.FlagValues) -> None:
-    try:
-        rest = values(["scorelab", *arguments[1:]])[1:]
-    except flags.UnrecognizedFlagError as error:
-        raise ValueError(f"unknown option --{error.flagname}; {nearest_name(error.flagname, list(values))}") from error
-    except flags.IllegalFlagValueError as error:
-        # "flag --n=x: invalid literal for int() ..."
-        given = str(error).partition(": ")[0].removeprefix("flag ")
-        wanted = values[given[2:].partition("=")[0]].parser.syntactic_help
-        raise ValueError(f"{given}: expected {wanted or 'True or False'}") from error
-    if rest:
-        raise ValueError(f"unexpected argument {rest[0]!r}; options are written --name=value")
-
-
-def _config_file(arguments: list[str]) -> tuple[ConfigDict, list[str]]:
-    """The experiment of the file that --config names, as it stands there, and the other arguments."""
-    name, rest, given = "", [], iter(arguments)
-    for argument in given:
-        if argument == "--config":
-            name = next(given, "")
-        elif argument.startswith("--config="):
-            name = argument.split("=", 1)[1]
-        else:
-            rest.append(argument)
-    if not name:
-        raise ValueError("--config is missing; expected a config file, e.g. --config configs/digits/ncsn.py")
-    path, wanted = Path(name).expanduser(), []
-    if not path.is_file() and ":" in name:
-        # file.py:word hands the word to get_config
-        path, wanted = Path(name.rpartition(":")[0]).expanduser(), [name.rpartition(":")[2]]
-    if not path.is_file():
-        raise ValueError(f"--config: there is no file {path}; expected a Python file, e.g. configs/digits/ncsn.py")
-    # modules beside it can be imported
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        config = runpy.run_path(str(path)).get("get_config")
-        config = config(*wanted) if callable(config) else config
-    except SyntaxError as error:
-        raise ValueError(f"--config: {path} is no Python file ({error})") from error
-    except (Exception, SystemExit) as error:
-        line = next(
-            (f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), 0
-        )
-        said = error.args[0] if isinstance(error, KeyError) and error.args else error
-        where = f"{path}, line {line}" if line else path
-        raise ValueError(f"--config: {where}: {type(error).__name__}: {said}{_advice(str(said))}") from error
-    if not isinstance(config, ConfigDict):
-        got = "has no get_config() or it returns None" if config is None else f"gives {type(config).__name__}"
-        raise ValueError(
-            f"--config: {path} {got}; expected a function get_config() that returns "
-            "scorelab.training.default_config() with the experiment's own values"
-        )
-    return config, rest
-
-
-def _advice(said: str) -> str:
-    """What to do about a setting that stands with a part now."""
-    from scorelab.training.settings import PARTS
-
-    if "cannot be casted to type" in said and "ConfigDict" in said:
-        return "; a part is chosen by its name, as in c.model.net.name = 'unet'"
-    key = said.partition('Key "')[2].partition('"')[0]
-    owners = [path for path, kind in PARTS.items() if any(key in kind.settings(made) for made in kind.table.values())]
-    return f"; a part has that key: {', '.join(f'c.{path}.{key}' for path in owners)}" if key and owners else ""
-
-
 def _train(arguments: list[str]) -> None:
-    config, rest = _config_file(arguments)
-    config, rest = _with_parts(config, rest)
-    _check_keys(config, rest)
+    config, rest = config_file(arguments)
+    config, rest = with_parts(config, rest)
+    check_keys(config, rest)
     # ml_collections takes None for the text of a number, and no number for None
-    known = _values(config)
+    known = settings_of(config)
     apart = {a: a[len("--config.") :].partition("=") for a in rest if a.startswith("--config.") and "=" in a}
     apart = {a: p for a, p in apart.items() if p[2] == "None" or known[p[0]] is None}
     rest = [a for a in rest if a not in apart]
@@ -196,10 +129,10 @@ def _train(arguments: list[str]) -> None:
     flags.DEFINE_integer("step", 0, "the checkpoint to go on from", flag_values=values)
     flags.DEFINE_bool("accept_changes", False, "go on with settings or data other than the run's", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print the experiment and its cost, and train nothing", flag_values=values)
-    _parse(rest, values)
+    parse(rest, values)
     config = holder.value
     with config.ignore_type():
-        config.update_from_flattened_dict({key: _literal(text) for key, _, text in apart.values()})
+        config.update_from_flattened_dict({key: literal(text) for key, _, text in apart.values()})
     from scorelab import parallel
     from scorelab.cli.dry_run import dry_run
     from scorelab.training import train
@@ -225,72 +158,6 @@ def _keep_freed_memory() -> None:
         libc.mallopt(trim, 2**31 - 1)
 
 
-def _with_parts(config: ConfigDict, arguments: list[str]) -> tuple[ConfigDict, list[str]]:
-    """The config with the parts that arguments name, ``--config.process.name=vp``, and all settings of each; and the
-    other arguments. A part that is named takes its own defaults, not those of the one before.
-    """
-    from scorelab.training import resolve
-    from scorelab.training.settings import PARTS, beside, check_types
-
-    named, rest = {}, []
-    for argument in arguments:
-        key, _, value = argument.removeprefix("--config.").partition("=")
-        path, _, last = key.rpartition(".")
-        inside = [p for p in PARTS if path == p or path.startswith(f"{p}.")]
-        if argument.startswith("--config.") and inside and last == "name":
-            named[path] = value
-        else:
-            rest.append(argument)
-    check_types(config)
-    for path in sorted(named, key=lambda p: p.count(".")):
-        place = config
-        for key in path.split("."):
-            if key not in place:
-                place[key] = ConfigDict()
-            place = place[key]
-        if place.get("name") != named[path]:
-            for key in [k for k in place if path not in PARTS or k not in beside(path)]:
-                del place[key]
-            place.name = named[path]
-    return resolve(config), rest
-
-
-def _check_keys(config: ConfigDict, arguments: list[str]) -> None:
-    """Refuse an override of an unknown key with the nearest full name (ml_collections names only parts of it)."""
-    known = _values(config)
-    for argument in arguments:
-        if argument.startswith("--config."):
-            name = argument[len("--config.") :].split("=")[0]
-            if name not in known:
-                group, _, last = name.rpartition(".")
-                beside = [k.removeprefix(f"{group}.") for k in known if k.startswith(f"{group}.")]
-                near = nearest_name(last, beside) if group.count(".") and beside else nearest_name(name, known)
-                raise ValueError(f"unknown config key {name!r}; {near}")
-            if isinstance(known[name], tuple) and "=" in argument and not argument.endswith("=None"):
-                _check_tuple(name, argument.split("=", 1)[1])
-
-
-def _literal(text: str) -> Any:
-    """What a text says, itself if it is no number, tuple or None."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _check_tuple(name: str, text: str) -> None:
-    if not isinstance(_literal(text), (tuple, int, float)):
-        raise ValueError(f"--config.{name} is {text!r}; expected a tuple such as '(1, 2)'")
-
-
-def _values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """All settings by their full names."""
-    values: dict[str, Any] = {}
-    for key, value in config.items():
-        values |= _values(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
-    return values
-
-
 def _sample(arguments: list[str]) -> None:
     given = [a for a in arguments if a.startswith("--config.")]
     arguments = [a for a in arguments if not a.startswith("--config.")]
@@ -302,7 +169,7 @@ def _sample(arguments: list[str]) -> None:
     flags.DEFINE_bool("compile", False, "compile the network: faster samples after a slow start", flag_values=values)
     # torchrun takes --n for one of its own options
     flags.DEFINE_alias("samples", "n", flag_values=values)
-    _parse(arguments, values)
+    parse(arguments, values)
     workdir = _workdir(values)
     from scorelab import parallel
     from scorelab.cli.sampling import check_out, sample_run, write_samples
@@ -326,7 +193,7 @@ def _sample(arguments: list[str]) -> None:
     weights = str(values["weights"].value)
     guided = _guided(values)
     numbers: dict[str, Any] = {"precision": str(values["precision"].value), "compile": bool(values["compile"].value)}
-    numbers |= {"device": str(values["device"].value), "nfe": nfe, "changes": lambda c: _sampling(c, given)}
+    numbers |= {"device": str(values["device"].value), "nfe": nfe, "changes": lambda c: sampling_changed(c, given)}
     run = sample_run(workdir, n=n, seed=seed, step=step, weights=weights, sampler=sampler, **numbers, **guided)
     parts = [f"drawn_{run.step:08d}", weights if weights != "ema" else "", sampler.stem if sampler else name]
     parts += [f"nfe_{nfe}" if nfe else "", str(values["grid"].value or "")]
@@ -334,24 +201,6 @@ def _sample(arguments: list[str]) -> None:
     out = out or workdir / "samples" / f"{'_'.join(filter(None, parts))}{'.png' if run.shown else '.npz'}"
     if parallel.world()[0] == 0:
         print(write_samples(run, out))
-
-
-def _sampling(config: ConfigDict, arguments: list[str]) -> ConfigDict:
-    """The config of a run with other settings of sampling."""
-    from scorelab.training.settings import check_types, resolve
-
-    for argument in arguments:
-        if not argument.startswith("--config.sampling.") or "=" not in argument:
-            raise ValueError(
-                f"{argument!r} can't be changed after training; expected --config.sampling.KEY=VALUE, such as "
-                "--config.sampling.sampler.name=heun"
-            )
-    config, rest = _with_parts(config, arguments)
-    _check_keys(config, rest)
-    with config.ignore_type():
-        for key, _, text in (a.removeprefix("--config.").partition("=") for a in rest):
-            config.update_from_flattened_dict({key: _literal(text)})
-    return resolve(check_types(config))
 
 
 _GUIDED: dict[str, str | None] = {"condition": "", "guidance_interval": None}
@@ -388,7 +237,7 @@ def _run_flags(numbers: dict[str, int | None], texts: dict[str, str | None]) -> 
 def _calibrate(arguments: list[str]) -> None:
     values = _run_flags({"nfe": 10, "starts": 64}, {"method": "least_squares", "out": None, **_GUIDED})
     flags.DEFINE_float("guidance", None, "scale of classifier-free guidance", flag_values=values)
-    _parse(arguments, values)
+    parse(arguments, values)
     workdir = _workdir(values)
     from scorelab.cli.analysis import calibrate_run
     from scorelab.writing import check_writable
@@ -411,7 +260,7 @@ def _likelihood(arguments: list[str]) -> None:
     values = _run_flags({"n": 64, "probes": 1, "levels": 0}, {"divergence": "hutchinson"})
     flags.DEFINE_float("tolerance", 1e-3, "of the adaptive solver", flag_values=values)
     flags.DEFINE_bool("bits", False, "per dimension, of data that takes some values", flag_values=values)
-    _parse(arguments, values)
+    parse(arguments, values)
     workdir = _workdir(values)
     from scorelab.cli.analysis import likelihood_run
 
@@ -425,7 +274,7 @@ def _likelihood(arguments: list[str]) -> None:
 
 
 def _settings(arguments: list[str]) -> None:
-    _parse(arguments, flags.FlagValues())  # type: ignore[no-untyped-call]
+    parse(arguments, flags.FlagValues())  # type: ignore[no-untyped-call]
     from scorelab.cli.reference import reference
 
     print(reference(), end="")
@@ -436,7 +285,7 @@ def _new(arguments: list[str]) -> None:
     flags.DEFINE_string("path", None, "the data", flag_values=values)
     flags.DEFINE_string("size", "", "height,width", flag_values=values)
     named = [a for a in arguments[1:] if not a.startswith("-")][:2]
-    _parse([a for a in arguments if a not in named], values)
+    parse([a for a in arguments if a not in named], values)
     if len(named) < 2 or not values["path"].value:
         raise ValueError(
             "expected scorelab new images|points runs/my.py --path=DATA: a kind, a file to write, and data"
@@ -452,7 +301,7 @@ def _new(arguments: list[str]) -> None:
 
 def _density(arguments: list[str]) -> None:
     values = _run_flags({"n": 200}, {"out": None})
-    _parse(arguments, values)
+    parse(arguments, values)
     workdir = _workdir(values)
     from scorelab.cli.density import density_run
 
@@ -466,7 +315,7 @@ def _density(arguments: list[str]) -> None:
 def _report(arguments: list[str]) -> None:
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
-    _parse(arguments, values)
+    parse(arguments, values)
     workdir = _workdir(values)
     from scorelab.cli.report import report_run
 

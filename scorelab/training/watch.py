@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import time
 import warnings
 from dataclasses import asdict
@@ -95,7 +96,8 @@ class Watch:
         shown = {"loss": f"{metrics.loss:.4f}", "images/s": f"{speed:.0f}"}
         self._bar.set_postfix(shown | ({"data": f"{share:.0%}"} if share > 0.1 else {}), refresh=False)
         if share > 0.25 and not self._told and self._steps > 1:
-            self._bar.write(f"making batches takes {share:.0%} of the time: raise data.workers or use a faster disk")
+            said = f"making batches takes {share:.0%} of the time: raise data.workers or use a faster disk"
+            self._bar.write(said, file=sys.stderr)
             self._told = True
         self._spent, self._steps, self.trainer.batches.waited = 0.0, 0, 0.0
 

@@ -1,0 +1,182 @@
+"""The config file of an experiment, and what the command line changes of it."""
+
+from __future__ import annotations
+
+import ast
+import runpy
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from scorelab.checks import nearest_name
+
+__all__ = ["check_keys", "config_file", "literal", "parse", "sampling_changed", "settings_of", "with_parts"]
+
+
+def config_file(arguments: list[str]) -> tuple[ConfigDict, list[str]]:
+    """The experiment of the file that --config names, as it stands there, and the other arguments."""
+    name, rest, given = "", [], iter(arguments)
+    for argument in given:
+        if argument == "--config":
+            name = next(given, "")
+        elif argument.startswith("--config="):
+            name = argument.split("=", 1)[1]
+        else:
+            rest.append(argument)
+    if not name:
+        raise ValueError("--config is missing; expected a config file, e.g. --config configs/digits/ncsn.py")
+    path, wanted = Path(name).expanduser(), []
+    if not path.is_file() and ":" in name:
+        # file.py:word hands the word to get_config
+        path, wanted = Path(name.rpartition(":")[0]).expanduser(), [name.rpartition(":")[2]]
+    if not path.is_file():
+        raise ValueError(f"--config: there is no file {path}; expected a Python file, e.g. configs/digits/ncsn.py")
+    # modules beside it can be imported
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        config = runpy.run_path(str(path)).get("get_config")
+        config = config(*wanted) if callable(config) else config
+    except SyntaxError as error:
+        raise ValueError(f"--config: {path} is no Python file ({error})") from error
+    except (Exception, SystemExit) as error:
+        line = next(
+            (f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), 0
+        )
+        said = error.args[0] if isinstance(error, KeyError) and error.args else error
+        where = f"{path}, line {line}" if line else path
+        raise ValueError(f"--config: {where}: {type(error).__name__}: {said}{_advice(str(said))}") from error
+    if not isinstance(config, ConfigDict):
+        got = "has no get_config() or it returns None" if config is None else f"gives {type(config).__name__}"
+        raise ValueError(
+            f"--config: {path} {got}; expected a function get_config() that returns "
+            "scorelab.training.default_config() with the experiment's own values"
+        )
+    return config, rest
+
+
+def _advice(said: str) -> str:
+    """What to do about a setting that stands with a part now."""
+    from scorelab.training.settings import PARTS
+
+    if "cannot be casted to type" in said and "ConfigDict" in said:
+        return "; a part is chosen by its name, as in c.model.net.name = 'unet'"
+    key = said.partition('Key "')[2].partition('"')[0]
+    owners = [path for path, kind in PARTS.items() if any(key in kind.settings(made) for made in kind.table.values())]
+    return f"; a part has that key: {', '.join(f'c.{path}.{key}' for path in owners)}" if key and owners else ""
+
+
+def with_parts(config: ConfigDict, arguments: list[str]) -> tuple[ConfigDict, list[str]]:
+    """The config with the parts that arguments name, ``--config.process.name=vp``, and all settings of each; and the
+    other arguments. A part that is named takes its own defaults, not those of the one before.
+    """
+    from scorelab.training import resolve
+    from scorelab.training.settings import PARTS, beside, check_types
+
+    named, rest = {}, []
+    for argument in arguments:
+        key, _, value = argument.removeprefix("--config.").partition("=")
+        path, _, last = key.rpartition(".")
+        inside = [p for p in PARTS if path == p or path.startswith(f"{p}.")]
+        if argument.startswith("--config.") and inside and last == "name":
+            named[path] = value
+        else:
+            rest.append(argument)
+    check_types(config)
+    for path in sorted(named, key=lambda p: p.count(".")):
+        place = config
+        for key in path.split("."):
+            if key not in place:
+                place[key] = ConfigDict()
+            place = place[key]
+        if place.get("name") != named[path]:
+            for key in [k for k in place if path not in PARTS or k not in beside(path)]:
+                del place[key]
+            place.name = named[path]
+    return resolve(config), rest
+
+
+def check_keys(config: ConfigDict, arguments: list[str]) -> None:
+    """Refuse an override of an unknown key with the nearest full name (ml_collections names only parts of it)."""
+    known = settings_of(config)
+    for argument in arguments:
+        if argument.startswith("--config."):
+            name = argument[len("--config.") :].split("=")[0]
+            if name not in known:
+                group, _, last = name.rpartition(".")
+                beside = [k.removeprefix(f"{group}.") for k in known if k.startswith(f"{group}.")]
+                alike = _keys_ending(name, known)
+                near = nearest_name(last, beside) if group.count(".") and beside else nearest_name(name, known)
+                near = f"did you mean {alike[0]!r}?" if alike else near
+                raise ValueError(f"unknown config key {name!r}; {near}")
+            if isinstance(known[name], tuple) and "=" in argument and not argument.endswith("=None"):
+                _check_tuple(name, argument.split("=", 1)[1])
+
+
+def literal(text: str) -> Any:
+    """What a text says, itself if it is no number, tuple or None."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _check_tuple(name: str, text: str) -> None:
+    if not isinstance(literal(text), (tuple, int, float)):
+        raise ValueError(f"--config.{name} is {text!r}; expected a tuple such as '(1, 2)'")
+
+
+def _keys_ending(name: str, known: Iterable[str]) -> list[str]:
+    """The full names of settings whose last part is ``name``, the shortest first."""
+    return sorted((k for k in known if k.rpartition(".")[2] == name), key=lambda k: k.count("."))
+
+
+def settings_of(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """All settings by their full names."""
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        values |= settings_of(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
+    return values
+
+
+def sampling_changed(config: ConfigDict, arguments: list[str]) -> ConfigDict:
+    """The config of a run with other settings of sampling."""
+    from scorelab.training.settings import check_types, resolve
+
+    for argument in arguments:
+        if not argument.startswith("--config.sampling.") or "=" not in argument:
+            raise ValueError(
+                f"{argument!r} can't be changed after training; expected --config.sampling.KEY=VALUE, such as "
+                "--config.sampling.sampler.name=heun"
+            )
+    config, rest = with_parts(config, arguments)
+    check_keys(config, rest)
+    with config.ignore_type():
+        for key, _, text in (a.removeprefix("--config.").partition("=") for a in rest):
+            config.update_from_flattened_dict({key: literal(text)})
+    return resolve(check_types(config))
+
+
+def parse(arguments: list[str], values: flags.FlagValues) -> None:
+    try:
+        rest = values(["scorelab", *arguments[1:]])[1:]
+    except flags.UnrecognizedFlagError as error:
+        name = error.flagname
+        config = values["config"].value if "config" in values else None
+        settings = [f"config.{k}" for k in _keys_ending(name, settings_of(config) if config else {})]
+        # evaluations are what a number of steps is asked for by, where a sampler may take several each
+        alike = ["nfe"] if name == "steps" and "nfe" in values else settings
+        near = f"did you mean --{alike[0]}?" if alike else nearest_name(name, list(values))
+        raise ValueError(f"unknown option --{name}; {near}") from error
+    except flags.IllegalFlagValueError as error:
+        # "flag --n=x: invalid literal for int() ..."
+        given = str(error).partition(": ")[0].removeprefix("flag ")
+        wanted = values[given[2:].partition("=")[0]].parser.syntactic_help
+        wanted = {"an integer": "a whole number, in digits", "a number": "a number"}.get(wanted, wanted)
+        raise ValueError(f"{given}: expected {wanted or 'True or False'}") from error
+    if rest:
+        raise ValueError(f"unexpected argument {rest[0]!r}; options are written --name=value")

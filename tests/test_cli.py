@@ -152,6 +152,16 @@ def test_dry_run_prints_the_experiment_and_writes_nothing(tmp_path, capsys):
         (["sample", "--workdir=w", "--n=few"], "--n=few: expected a whole number, in digits"),
         (["sample", "--workdir=w", "--weight=model"], "unknown option --weight; did you mean 'weights'"),
         (["sample"], "--workdir is missing"),
+        (
+            ["train", "--config", CONFIG, "--workdir=w", "--steps=9"],
+            "unknown option --steps; did you mean --config.training.",
+        ),
+        (
+            ["train", "--config", CONFIG, "--config.steps=9"],
+            "unknown config key 'steps'; did you mean 'training.steps'",
+        ),
+        (["train", "--config", CONFIG, "--config.training.steps=1e4"], "steps=1e4: expected a whole number, in digits"),
+        (["sample", "--workdir=w", "--steps=9"], "unknown option --steps; did you mean --nfe"),
         (["trian"], "did you mean 'train'"),
     ],
 )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +39,7 @@ from scorelab.plotting import density, figure
 from scorelab.plotting.pictures import scatter, tiled
 from scorelab.processes import Cosine
 from scorelab.samplers import Langevin, Sampler
-from scorelab.training import build, build_sampling, default_config, train, with_nfe
+from scorelab.training import Trainer, build, build_sampling, default_config, train, with_nfe
 from scorelab.training.config import scales_of
 from scorelab.training.evaluations import Samples
 from scorelab.training.settings import PARTS
@@ -457,3 +460,49 @@ def test_what_would_be_silently_wrong_is_refused(tmp_path, capsys):
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor(1.0)
     few = model.conditioned(torch.tensor([1, 2], dtype=torch.uint8))
     assert torch.equal(few(x, sigma), model.conditioned(torch.tensor([1, 2]))(x, sigma))
+
+
+def test_the_command_line_chooses_how_threads_wait_before_pytorch_starts(tmp_path):
+    """And what the user has set stands; of a small network one thread is enough."""
+    (tmp_path / "told.py").write_text(
+        "import json, os, sys\nimport scorelab\nearly = 'torch' in sys.modules\n"
+        "from scorelab.cli import run\nsys.argv = ['scorelab', 'settings']\nrun()\n"
+        "print(json.dumps([early, os.environ.get('GOMP_SPINCOUNT')]))\n"
+    )
+    known = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    cases = (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None))
+    for own, expected in cases:
+        ended = subprocess.run(
+            [sys.executable, str(tmp_path / "told.py")],
+            env={**known, **own},
+            cwd=ROOT,
+            check=True,
+            text=True,
+            capture_output=True,
+        )
+        assert json.loads(ended.stdout.splitlines()[-1]) == [False, expected]
+
+
+@pytest.mark.parametrize(("width", "spare", "expected"), [(128, True, 1), (128, False, 2), (512, True, 2)])
+def test_a_small_network_trains_in_one_thread(tmp_path, monkeypatch, width, spare, expected):
+    c = defaults(tmp_path, spiral(200), steps=1, sample_every=0, validate_every=0)
+    c.model.net.name, c.model.net.width = "mlp", width
+    seen, before = [], torch.get_num_threads()
+    advance = Trainer.advance
+    monkeypatch.setattr(Trainer, "advance", lambda *a, **k: seen.append(torch.get_num_threads()) or advance(*a, **k))
+    torch.set_num_threads(2)
+    try:
+        train(c, tmp_path / "run", progress=False, spare_threads=spare)
+        assert (seen, torch.get_num_threads()) == ([expected], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_names_are_imported_when_they_are_asked_for():
+    told = (
+        "import sys, scorelab\nassert 'torch' not in sys.modules\nfrom scorelab import *\n"
+        "assert 'nn' not in globals() and 'data' not in globals()\n"
+        "assert scorelab.sample is sample and scorelab.training.train and scorelab.nn.MLP\n"
+        "assert set(scorelab.__all__) <= set(dir(scorelab)) and all(hasattr(scorelab, n) for n in dir(scorelab))\n"
+    )
+    subprocess.run([sys.executable, "-c", told], cwd=ROOT, check=True)

@@ -543,7 +543,8 @@ def test_the_likelihood_of_a_run_takes_held_out_data_as_training_saw_it(tmp_path
     assert main(["likelihood", f"--workdir={run}", "--n=5", "--levels=256", *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["samples"], found["of"]) == (2, "held-out data")
-    ((x, spacing),) = seen
+    # the first is one sample, by which the time is estimated
+    _, (x, spacing) = seen
     k = torch.from_numpy(np.stack([COLOUR[i].transpose(2, 0, 1) for i in range(8)])).float()
     # bins of equal width that together make up [-1, 1], or values whose ends are -1 and 1
     inside, width = ((k + 0.5) / 128 - 1, 2 / 256) if dequantise else (k / 127.5 - 1, 2 / 255)

@@ -1,5 +1,5 @@
 import sys
 
-from scorelab.cli.main import main
+from scorelab.cli import run
 
-sys.exit(main())
+sys.exit(run())

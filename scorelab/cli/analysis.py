@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from scorelab.cli.dry_run import in_words
 from scorelab.cli.sampling import check_guided, condition_of, guide, load_run
 from scorelab.data import Coded, Values
 from scorelab.likelihood import bits_per_dim, log_likelihood
+from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise, randn
 from scorelab.samplers import calibrate
+from scorelab.samplers.calibrated import evaluations_taken
 from scorelab.training import load_data, own_score, resolve
-from scorelab.typing import Tensor
+from scorelab.typing import Batch, ScoreFn, Tensor
 
 __all__ = ["calibrate_run", "likelihood_run"]
 
@@ -31,6 +37,16 @@ def _spacing(values: Values | None, levels: int) -> float:
             f"expected --levels={count}"
         )
     return values.spacing
+
+
+def _seconds(score: ScoreFn, x: Tensor, sigma: float) -> float:
+    """How long an evaluation takes, the second time."""
+    with torch.no_grad():
+        for _ in range(2):
+            began = time.perf_counter()
+            # to look at it is to wait for it
+            float(score(x, torch.tensor(sigma)).sum())
+    return time.perf_counter() - began
 
 
 def calibrate_run(
@@ -59,6 +75,8 @@ def calibrate_run(
     grid = resolve(config).sampling.grid
     low, high = grid.get("sigma_min") or low, grid.get("sigma_max") or high
     x = high * PerSampleNoise(seed)(torch.empty(starts, *model.data_shape)).to(model.device)
+    seconds = evaluations_taken(nfe, method) * _seconds(score, x, high)
+    print(f"calibrating on {len(x)} starts: about {in_words(seconds)}", file=sys.stderr)
     sampler = calibrate(score, x, nfe=nfe, sigma_min=low, sigma_max=high, method=method, progress=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     sampler.save(out)
@@ -89,44 +107,56 @@ def likelihood_run(
             raise ValueError(f"--levels={levels}, but this model's density is that of codes; expected no --levels")
         source = Coded(source, codec)
     batch = (source.hold_out(held) if held else source.first(n)).part(slice(n)).mapped(lambda t: t.to(model.device))
-    data, score = batch.x0, model.conditioned(batch.condition) if model.conditional else model
-    low, high = model.sigma_range
-    generator = torch.Generator().manual_seed(seed)
     options = {"divergence": divergence, "probes": probes, "rtol": tolerance, "atol": tolerance}
-    data_std = float(data.square().mean().sqrt())
-    numbers: dict[str, object] = {
-        "step": found,
-        "samples": len(data),
-        "of": "held-out data" if held else "training data",
-    }
-    numbers |= {"divergence": divergence, "sigma_min": low} | ({"given": "its class"} if model.conditional else {})
+    measures, statement = _likelihoods(model, batch, spacing, options, torch.Generator().manual_seed(seed))
     # of a codec that only scales, the density of the data itself
     scale = 0.0 if codec is None else codec.log_scale
-    numbers |= {"in": "codes"} if scale is None else {}
+    numbers: dict[str, Any] = {
+        "step": found,
+        "samples": len(measures),
+        "of": "held-out data" if held else "training data",
+        "divergence": divergence,
+        "sigma_min": model.sigma_range[0],
+        **({"given": "its class"} if model.conditional else {}),
+        **({"in": "codes"} if scale is None else {}),
+    }
+    measures = measures if levels else measures - (scale or 0.0)
+    error = float(measures.std() / len(measures) ** 0.5) if len(measures) > 1 else None
+    unit = "bits per dimension" if levels else "nats"
+    name = "bits_per_dim" if levels else "log_prob"
+    numbers |= {name: {"mean": float(measures.mean()), "standard_error": error, "unit": unit}}
+    numbers |= {"spacing": spacing} if levels else {}
+    return json.dumps({**numbers, "statement": statement}, indent=1)
 
-    def summary(value: Tensor, unit: str) -> dict[str, float | str | None]:
-        error = float(value.std() / len(value) ** 0.5) if len(value) > 1 else None
-        return {"mean": float(value.mean()), "standard_error": error, "unit": unit}
 
-    def measured(rows: range) -> Tensor:
-        """Of some of the data: its bits per dimension, or its log-density."""
+def _likelihoods(
+    model: ScoreModel, batch: Batch, spacing: float, options: dict[str, Any], generator: torch.Generator
+) -> tuple[Tensor, str]:
+    """Log-densities (N,) of data noised by sigma_min, or with a ``spacing`` bits per dimension, and what they are."""
+    data, score = batch.x0, model.conditioned(batch.condition) if model.conditional else model
+    low, high = model.sigma_range
+    known = {"data_std": float(data.square().mean().sqrt()), **options}
+    statement = f"{'data' if model.codec is None else 'codes'} noised by sigma_min; mean, error"
+
+    def measured(rows: range, generator: torch.Generator = generator) -> Tensor:
+        nonlocal statement
         index = torch.arange(rows.start, rows.stop, device=data.device)
-        some, known = data[index], {"data_std": data_std, "generator": generator, **options}
-        if levels:
-            bits = bits_per_dim(score.rows(index), some, low, high, spacing=spacing, **known)  # type: ignore[arg-type]
-            numbers["statement"] = bits.statement
+        some = data[index]
+        if spacing:
+            bits = bits_per_dim(score.rows(index), some, low, high, spacing=spacing, generator=generator, **known)
+            statement = bits.statement
             return bits.bits
         x = some + low * randn(tuple(some.shape), some, generator)
-        return log_likelihood(score.rows(index), x, low, high, **known).log_prob  # type: ignore[arg-type]
+        return log_likelihood(score.rows(index), x, low, high, generator=generator, **known).log_prob
 
-    size = max(4, -(-len(data) // 20))
+    size = min(max(4, -(-len(data) // 20)), len(data))
     parts = [range(k, min(k + size, len(data))) for k in range(0, len(data), size)]
-    measures = torch.cat([measured(rows) for rows in tqdm(parts, desc=f"likelihood of {len(data)}", unit="part")])
-    if levels:
-        numbers |= {"bits_per_dim": summary(measures, "bits per dimension"), "spacing": spacing}
-    else:
-        statement = (
-            "data noised by sigma_min; mean, error" if codec is None else "codes noised by sigma_min; mean, error"
-        )
-        numbers |= {"log_prob": summary(measures - (scale or 0.0), "nats"), "statement": statement}
-    return json.dumps(numbers, indent=1)
+    began = time.perf_counter()
+    measured(range(1), torch.Generator().manual_seed(0))
+    seconds = time.perf_counter() - began
+    # a part takes as much longer than one sample as its evaluations do
+    whole, one = (torch.arange(count, device=data.device) for count in (size, 1))
+    seconds *= _seconds(score.rows(whole), data[whole], high) / _seconds(score.rows(one), data[one], high)
+    print(f"likelihood: about {in_words(len(parts) * seconds)}", file=sys.stderr)
+    found = [measured(rows) for rows in tqdm(parts, desc=f"likelihood of {len(data)}", unit="part")]
+    return torch.cat(found), statement

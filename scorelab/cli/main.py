@@ -145,7 +145,8 @@ def _train(arguments: list[str]) -> None:
     if not values["workdir"].value:
         raise ValueError("--workdir is missing; expected a directory for the run, e.g. --workdir runs/digits")
     workdir, step = _workdir(values), int(values["step"].value or 0)
-    train(config, workdir, accept_changes=bool(values["accept_changes"].value), step=step or None)
+    accept, spare = bool(values["accept_changes"].value), "OMP_NUM_THREADS" not in os.environ
+    train(config, workdir, accept_changes=accept, step=step or None, spare_threads=spare)
     if parallel.world()[0] == 0:
         print(f"trained to step {last_step(workdir)}; sample with: scorelab sample --workdir {quote(str(workdir))}")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from ml_collections import ConfigDict
 
 from scorelab import parallel
@@ -270,10 +272,12 @@ def train(
     progress: bool = True,
     accept_changes: bool = False,
     step: int | None = None,
+    spare_threads: bool = False,
 ) -> ScoreModel:
     """Train an experiment to ``training.steps`` in a run directory, going on from its last whole checkpoint if it has
     one; under torchrun with all its processes, on the GPU if there is one. step: go on from this checkpoint instead,
-    and set later ones aside.
+    and set later ones aside. spare_threads: compute in one thread where a second gains little, so that another busy
+    process costs little.
 
     Returns the model with averaged weights. Raises ValueError for bad settings, another experiment's directory (unless
     ``accept_changes``) or checkpoints of which none is whole, NonFiniteError, OSError for a checkpoint that can't be
@@ -286,6 +290,9 @@ def train(
         known = recorded_data(workdir)
         experiment = build(config, scales=known.get("scales"))
         experiment.model.to(device)
+        if spare_threads and device.type == "cpu" and _is_small(experiment.model, config.training.batch_size):
+            held.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
         if config.training.precision == "auto":
             # a run keeps the precision that it was begun in
             begun = (recorded or {}).get("training", {}).get("precision")
@@ -309,6 +316,12 @@ def train(
             watch.close()
             trainer.batches.close()
     return trainer.averaged()
+
+
+def _is_small(model: ScoreModel, batch_size: int) -> bool:
+    """Whether a forward pass makes fewer than 2^25 products, where two threads were at most 11 % faster than one."""
+    each = sum(p.numel() for p in model.parameters()) * math.prod(model.data_shape[1:])
+    return batch_size * each < 2**25
 
 
 def _way_back(workdir: Path, lr: float) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,9 @@ class ScoreModel(nn.Module):
     ``levels``, by default the process's steps) or a callable of sigma; multiplied by label_scale. index_order:
     "ascending" counts from the least noise (DDPM), "descending" from the most (NCSN). data_range: the values of the
     data outside, None if unbounded. codec: by which samples are decoded (``decode``); x is codes then.
-    variance: the network returns twice the channels, F and where the log-variance of ancestral sampling lies between
-    its bounds, from -1 to 1 (Nichol and Dhariwal, 2021, arXiv:2102.09672); the model has ``score_and_variance``.
+    data_mean: of the data in each channel, (C,), around which samples begin; None for 0. variance: the network returns
+    twice the channels, F and where the log-variance of ancestral sampling lies between its bounds, from -1 to 1 (Nichol
+    and Dhariwal, 2021, arXiv:2102.09672); the model has ``score_and_variance``.
 
     A network that takes whole indices only says so by an attribute ``integer_labels = True``; it then gets int64, and
     a level that is none of the grid's to 1e-4 is a ValueError. One that takes conditions has ``num_classes`` or
@@ -71,6 +72,7 @@ class ScoreModel(nn.Module):
     """
 
     levels: Tensor | None
+    data_mean: Tensor | None
 
     def __init__(
         self,
@@ -86,6 +88,7 @@ class ScoreModel(nn.Module):
         index_order: str = "ascending",
         levels: Tensor | None = None,
         codec: Codec | None = None,
+        data_mean: Sequence[float] | None = None,
         variance: bool = False,
     ) -> None:
         super().__init__()
@@ -116,6 +119,11 @@ class ScoreModel(nn.Module):
         self.levels = None if grid is None else torch.tensor(grid, dtype=torch.float64)
         self._logs = None if self.levels is None else Table(self.levels.log())
         self.precision, self.variance = "fp32", variance
+        self.data_mean = None if data_mean is None else torch.tensor(data_mean, dtype=torch.float64)
+        if self.data_mean is not None:
+            if self.data_mean.shape != self.data_shape[:1]:
+                raise ValueError(f"data_mean is {data_mean}; expected a number for each of {data_shape[0]} channels")
+            self.data_mean = self.data_mean.reshape(-1, *(1,) * (len(self.data_shape) - 1))
         self.codec = None if codec is None else codec.requires_grad_(False).eval()
 
     @property
@@ -312,6 +320,7 @@ class ScoreModel(nn.Module):
             "index_order": self.index_order,
             "levels": None if self.levels is None else self.levels.flip(0).tolist(),
             "codec": None if self.codec is None else part_to_dict(self.codec, CODECS),
+            "data_mean": None if self.data_mean is None else self.data_mean.flatten().tolist(),
             "variance": self.variance,
         }
 
@@ -429,6 +438,7 @@ class ScoreModel(nn.Module):
             index_order=settings["index_order"],
             levels=None if settings["levels"] is None else torch.tensor(settings["levels"], dtype=torch.float64),
             codec=None if settings.get("codec") is None else part_from_dict(settings["codec"], CODEC),
+            data_mean=settings.get("data_mean"),
             variance=settings.get("variance", False),
         )
 
@@ -462,6 +472,11 @@ class Conditioned:
     def sigma_range(self) -> tuple[float, float]:
         """The noise levels that the model knows."""
         return self.model.sigma_range
+
+    @property
+    def data_mean(self) -> Tensor | None:
+        """The data's, of all classes."""
+        return self.model.data_mean
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,7 @@
 A bare callable is a score. It may also say, by attributes:
 
     sigma_range            (low, high), the noise levels it knows
+    data_mean              the mean of what it scores, which broadcasts with a sample; samples begin around it
     device, dtype          where its weights are, and of what type
     rows(index)            the score for some samples of the batch it is bound to; without it a batch is never split
     score_and_variance     (x, sigma) -> (score, v): a learned variance, from the same evaluation
@@ -28,6 +29,7 @@ __all__ = [
     "can_split",
     "check_known",
     "combined",
+    "data_mean",
     "device_of",
     "dtype_of",
     "networks",
@@ -43,6 +45,16 @@ def sigma_range(score: ScoreFn) -> tuple[float, float]:
     """The noise levels that a score knows; all, if it does not say."""
     low, high = getattr(score, "sigma_range", (0.0, float("inf")))
     return low, high
+
+
+def data_mean(score: ScoreFn, like: Tensor) -> Tensor | float:
+    """The mean of what it scores, as a tensor that broadcasts with ``like`` (B, *D); 0, if it does not say.
+
+    Where the largest noise begins at N(0, sigma^2 I), an offset m of the data comes out too small by m s/sigma in
+    directions of deviation s: for the common brightness of D pixels s is sqrt(D) times that of an image's mean.
+    """
+    found: Tensor | None = getattr(score, "data_mean", None)
+    return 0.0 if found is None else found.to(like)
 
 
 def device_of(score: ScoreFn) -> torch.device | None:
@@ -126,6 +138,11 @@ class Combined:
     def device(self) -> torch.device | None:
         """Where the first part that says so has its weights."""
         return next((d for d in map(device_of, self.scores) if d is not None), None)
+
+    @property
+    def data_mean(self) -> Tensor | None:
+        """That of the first part that says so."""
+        return next((m for m in (getattr(s, "data_mean", None) for s in self.scores) if m is not None), None)
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import math
 
+import numpy as np
 import pytest
 import torch
 from problems import F64, correlated, generator, mixture, randn, ring
 
 from scorelab import (
     PerSampleNoise,
+    ScoreModel,
     bits_per_dim,
     check_score,
+    clipped,
+    combined,
     log_likelihood,
     sample,
     sample_log_prob,
@@ -33,6 +38,7 @@ from scorelab.samplers import (
     ProbabilityFlow,
     calibrate,
 )
+from scorelab.training import build, default_config
 
 D = mixture()
 HIGH, LOW = 8.0, 0.1
@@ -303,3 +309,56 @@ def test_check_score_names_bad_input():
         check_score(ring().score, randn(9, 2), sigma_min=1.0, sigma_max=0.1)
     with pytest.raises(ValueError, match="not finite"):
         check_score(ring().score, 0 * randn(9, 2) / 0, sigma_min=0.1, sigma_max=1.0)
+
+
+class Offset:
+    """N(m, cov) in 64 dimensions with a coherent direction, as the brightness of an image is, far off the origin."""
+
+    def __init__(self, data_mean: torch.Tensor | None) -> None:
+        self.data_mean = data_mean
+        self.mean, self.shared, self.own = torch.full((64,), 0.6, dtype=F64), 0.3**2 * 64, 0.1**2
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        gap, var = x - self.mean, self.own + broadcast(sigma, x) ** 2
+        along = gap.mean(1, keepdim=True)
+        return -(gap - along) / var - along / (var + self.shared)
+
+    def log_prob(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        cov = (self.own + sigma**2) * torch.eye(64, dtype=F64) + self.shared * torch.full((64, 64), 1 / 64, dtype=F64)
+        return torch.distributions.MultivariateNormal(self.mean, cov).log_prob(x)
+
+
+def test_samples_begin_around_the_mean_of_the_data_and_densities_end_there():
+    """From N(0, sigma^2 I) an offset m comes out as m (1 - s/sqrt(s^2 + sigma^2)), s the deviation along it."""
+    grid, high = sigmas.karras(60, sigma_min=0.002, sigma_max=20.0), 20.0
+    along = (Offset(None).shared + Offset(None).own) ** 0.5
+    for mean, expected in ((None, 0.6 * (1 - along / math.hypot(along, high))), (torch.full((64,), 0.6), 0.6)):
+        score = Offset(mean)
+        for s in (score, combined(lambda x, sigma, out: out, score)):
+            x = sample(s, (4000, 64), grid, generator=generator(), dtype=F64)
+            # its standard error is .3/sqrt(4000)
+            assert float(x.mean()) == pytest.approx(expected, abs=0.015)
+        x = score.mean + 0.05 * randn(5, 64)
+        found = log_likelihood(score, x, 0.05, high, rtol=1e-7, atol=1e-7).log_prob - score.log_prob(x, 0.05)
+        # a prior that is too narrow along one direction, and one that besides stands |m|^2/(2 sigma^2) = 0.03 off
+        narrow = 0.5 * math.log1p(along**2 / high**2)
+        off = 0.0 if mean is None else narrow
+        assert float(found.mean()) == pytest.approx(off if mean is not None else narrow - 0.0288, abs=0.004)
+
+
+def test_a_model_knows_the_mean_of_its_data(tmp_path):
+    net = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"data_mean is \(0.1,\); expected a number for each of 3 channels"):
+        ScoreModel(net, VE(), data_shape=(3, 4, 4), data_mean=(0.1,))
+    x = torch.rand(200, 1, 8, 8)
+    np.save(tmp_path / "x.npy", (255 * x**0.3).round().numpy().astype(np.uint8))
+    c = default_config()
+    c.data.source, c.data.path, c.model.net.width = "arrays", str(tmp_path / "x.npy"), 8
+    model = build(c).model
+    model.save(tmp_path / "saved")
+    again = ScoreModel.load(tmp_path / "saved")
+    wanted = np.load(tmp_path / "x.npy").mean() / 127.5 - 1
+    assert again.data_mean.shape == (1, 1, 1)
+    assert float(again.data_mean) == pytest.approx(wanted, abs=1e-5)
+    assert again.conditioned is not None
+    assert float(clipped(again, -1, 1).data_mean) == float(again.data_mean)

@@ -20,6 +20,7 @@ from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise, randn
 from scorelab.samplers import calibrate
 from scorelab.samplers.calibrated import evaluations_taken
+from scorelab.scores import data_mean
 from scorelab.training import load_data, own_score, resolve
 from scorelab.typing import Batch, ScoreFn, Tensor
 
@@ -75,6 +76,7 @@ def calibrate_run(
     grid = resolve(config).sampling.grid
     low, high = grid.get("sigma_min") or low, grid.get("sigma_max") or high
     x = high * PerSampleNoise(seed)(torch.empty(starts, *model.data_shape)).to(model.device)
+    x = x + data_mean(model, x)
     seconds = evaluations_taken(nfe, method) * _seconds(score, x, high)
     print(f"calibrating on {len(x)} starts: about {in_words(seconds)}", file=sys.stderr)
     sampler = calibrate(score, x, nfe=nfe, sigma_min=low, sigma_max=high, method=method, progress=True)

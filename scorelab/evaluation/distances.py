@@ -86,7 +86,7 @@ def kl_to_model(
     """KL(p(.; sigma_min) || model) = E[log p(x; sigma_min) - log p_model(x; sigma_min)], x drawn from p(.; sigma_min).
 
     The model's density comes from the probability-flow ODE with exact traces and the prior
-    N(0, (sigma_max^2 + data_std^2) I), which is part of the model.
+    N(m, (sigma_max^2 + data_std^2) I), which is part of the model.
     """
     generator = fresh_generator() if generator is None else generator
     x = distribution.sample(count, generator)

@@ -3,7 +3,7 @@
 The data's noising q and the sampler's chain p over levels sigma_T > ... > sigma_1 > 0 give
 
     log p(x0)  >=  -L_T - sum_i L_i - L_0
-    L_T = KL(q(x_T | x0) || N(0, (sigma_T^2 + data_std^2) I))
+    L_T = KL(q(x_T | x0) || N(m, (sigma_T^2 + data_std^2) I)),    m the score's data_mean or 0
     L_i = KL(q(x_{i-1} | x_i, x0) || p(x_{i-1} | x_i))        both Gaussian, so in closed form given x_i
     L_0 = -log p(x0 | x_1)                                    a density, or the mass of a bin
 
@@ -31,7 +31,7 @@ from scorelab.likelihood.ode import check_density_batch, normal_log_prob
 from scorelab.noise import Noise, PerSampleNoise
 from scorelab.samplers.base import Counted
 from scorelab.samplers.stochastic import Ancestral
-from scorelab.scores import check_known
+from scorelab.scores import check_known, data_mean
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["VariationalBound", "variational_bound"]
@@ -130,7 +130,7 @@ def variational_bound(
 ) -> VariationalBound:
     """A lower bound on log p(x0) in nats, for clean data x0 (B, *D), of what ``Ancestral`` generates over ``sigmas``.
 
-    data_std: the chain starts from N(0, (sigma_T^2 + data_std^2) I); 1 is N(0, I) of DDPM's scaled coordinates.
+    data_std: the chain starts from N(m, (sigma_T^2 + data_std^2) I); with m = 0, 1 is N(0, I) of DDPM's scaled x.
     spacing: None for the log-density of continuous x0; else x0 lies on values that far apart in ``data_range`` and the
     decoder gives the mass of bins, open at both ends (2/255 for k/127.5 - 1). decoder_std: of the last step, by default
     from the sampler's forward variance; guided-diffusion takes the posterior variance of the step before, and learned
@@ -149,7 +149,7 @@ def variational_bound(
             decoder = chain.decode(decoder_std, spacing, data_range)
             if draws == 1:
                 steps = torch.stack(chain.divergences) if chain.divergences else x0.new_zeros(0, len(x0))
-                prior = _sum(gaussian_kl(x0, levels[0], chain.prior_std))
+                prior = _sum(gaussian_kl(x0 - data_mean(score, x0), levels[0], chain.prior_std))
                 bound = -(prior + steps.sum(0) + decoder)
                 check_finite(bound, "the bound", _REMEDY)
                 return VariationalBound(bound, prior, steps, decoder, counted.nfe)
@@ -174,7 +174,8 @@ class _Chain:
         self.score, self.x0, self.levels, self.sampler, self.prior_std = score, x0, levels, sampler, prior_std
         z = noise(x0)
         x = x0 + levels[0] * z
-        self.log_weight = normal_log_prob(x, prior_std) - normal_log_prob(levels[0] * z, levels[0])
+        start = normal_log_prob(x - data_mean(score, x), prior_std)
+        self.log_weight = start - normal_log_prob(levels[0] * z, levels[0])
         self.divergences = []
         for a, b in pairwise(levels):
             mean, std = sampler.transition(score, x, a, b)

@@ -20,7 +20,7 @@ from scorelab.checks import broadcast, check_batch, check_finite, level
 from scorelab.noise import fresh_generator
 from scorelab.samplers.adaptive import Controller, check_broadcasting, integrate
 from scorelab.samplers.base import Counted
-from scorelab.scores import can_split, check_known, restricted
+from scorelab.scores import can_split, check_known, data_mean, restricted
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["LogLikelihood", "log_likelihood", "normal_log_prob", "sample_log_prob"]
@@ -141,9 +141,9 @@ def _check_autograd(score: ScoreFn, x: Tensor, sigma: float) -> None:
             )
 
 
-def _prior(prior: Callable[[Tensor], Tensor] | None, x: Tensor, std: float) -> Tensor:
+def _prior(prior: Callable[[Tensor], Tensor] | None, x: Tensor, std: float, score: ScoreFn) -> Tensor:
     """The log-density at sigma_max (B,), checked."""
-    found = normal_log_prob(x, std) if prior is None else prior(x)
+    found = normal_log_prob(x - data_mean(score, x), std) if prior is None else prior(x)
     if found.shape != (len(x),):
         raise ValueError(f"prior returned shape {tuple(found.shape)}; expected ({len(x)},): one log-density a sample")
     return found
@@ -201,7 +201,7 @@ def log_likelihood(
 ) -> LogLikelihood:
     """log p(x; sigma_min) in nats for x (B, *D): the density of data blurred by sigma_min.
 
-    prior: log-density (B,) at sigma_max, unscaled; by default N(0, (sigma_max^2 + data_std^2) I), exact only as
+    prior: log-density (B,) at sigma_max, unscaled; by default N(m, (sigma_max^2 + data_std^2) I), exact only as
     sigma_max grows. divergence: "exact" (one backward pass a dimension), "hutchinson" or "hutch++" with ``probes``
     backward passes of kind ``probe``, "rademacher" or "gaussian"; probes are fixed over the solve and the estimate is
     unbiased. Hutch++ is for Jacobians of fast falling spectrum, and exact from one probe a dimension on. rtol, atol:
@@ -215,7 +215,7 @@ def log_likelihood(
     control = Controller(rtol, atol, max_steps, method)
     latent, gains, nfe = _transport(score, x, sigma_min, sigma_max, drawn, control, differentiable)
     with torch.enable_grad() if differentiable else torch.no_grad():
-        log_prob = _prior(prior, latent, math.hypot(sigma_max, data_std)) + gains.mean(1)
+        log_prob = _prior(prior, latent, math.hypot(sigma_max, data_std), score) + gains.mean(1)
     return LogLikelihood(log_prob, _stderr(gains), latent, nfe)
 
 
@@ -245,5 +245,5 @@ def sample_log_prob(
     control = Controller(rtol, atol, max_steps, method)
     y, losses, nfe = _transport(score, x, sigma_max, sigma_min, drawn, control, False)
     with torch.no_grad():
-        log_prob = _prior(prior, x, math.hypot(sigma_max, data_std)) - losses.mean(1)
+        log_prob = _prior(prior, x, math.hypot(sigma_max, data_std), score) - losses.mean(1)
     return y, LogLikelihood(log_prob, _stderr(losses), x, nfe)

@@ -34,7 +34,17 @@ from scorelab.checks import (
 )
 from scorelab.noise import Noise, PerSampleNoise
 from scorelab.predictions import denoise_from_score
-from scorelab.scores import can_split, check_known, combined, device_of, dtype_of, networks, restricted, sigma_range
+from scorelab.scores import (
+    can_split,
+    check_known,
+    combined,
+    data_mean,
+    device_of,
+    dtype_of,
+    networks,
+    restricted,
+    sigma_range,
+)
 from scorelab.sigmas import karras
 from scorelab.typing import ScoreFn, Shape, Tensor
 
@@ -247,8 +257,10 @@ def start(
     noise: Noise,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
+    score: ScoreFn,
 ) -> Tensor:
-    """x itself, in the wanted dtype and place, or for a shape a draw from N(0, (sigma^2 + data_std^2) I)."""
+    """x itself, in the wanted dtype and place, or for a shape a draw from N(m, (sigma^2 + data_std^2) I), m the score's
+    ``data_mean`` or 0."""
     if isinstance(x, Tensor):
         check_batch(x)
         check_finite(x, "x")
@@ -258,7 +270,7 @@ def start(
         raise ValueError(f"data_std is {data_std:g}; expected a finite number >= 0")
     dtype = torch.get_default_dtype() if dtype is None else dtype
     like = torch.empty(shape, dtype=dtype, device=device)
-    return noise(like) * math.hypot(sigma, data_std)
+    return noise(like) * math.hypot(sigma, data_std) + data_mean(score, like)
 
 
 def grid_of(score: ScoreFn, sigmas: Tensor | Iterable[float] | None, sampler: Sampler) -> list[float]:
@@ -318,7 +330,7 @@ def drive(
     device = checked_device(device) if device is not None else None if isinstance(x, Tensor) else device_of(score)
     if dtype is None:
         dtype = x.dtype if isinstance(x, Tensor) else dtype_of(score) or torch.get_default_dtype()
-    x = start(x, grid[0], data_std, noise, torch.promote_types(dtype, torch.float32), device)
+    x = start(x, grid[0], data_std, noise, torch.promote_types(dtype, torch.float32), device, score)
     if x.dtype != dtype:
         # it sees x in half precision; the sampler's own x, levels and coefficients are float32
         score = combined(lambda x, s, out: out, score, inputs=lambda x, s: (x.to(dtype), s), variance=True)

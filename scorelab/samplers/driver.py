@@ -74,17 +74,17 @@ def sample(
     """Samples (B, *D) from a score function, unscaled, at the last noise level.
 
     score: any callable score(x, sigma) -> (B, *D); sigma arrives as a 0-dim tensor (per sample, (B,), from adaptive
-    solvers). x: a tensor (B, *D) at noise level sigmas[0], or a shape, then drawn from N(0, (sigmas[0]^2 + data_std^2)
-    I). sigmas: strictly descending levels; a final 0 ends on the denoised sample; None for those of a sampler that
-    brings its own (Calibrated), else for EDM's 18 over all that the score knows, as models do. device, dtype: of a
-    shape's samples, by default those of the score's weights. generator: source of all randomness, freshly seeded if
-    None; a PerSampleNoise makes sample i depend on (seed, i) alone. callback: called with every Step. differentiable:
-    keep the graph. debug: look for NaN at every step instead of once at the end. batch_size: run the request in parts
-    of this many rows, so that memory stays bounded; memory: in parts that take about this many bytes, found by the
-    tensors of the sampler's first step with 4 and with 8 rows. sharded: under torchrun, after ``parallel.join()``,
-    every process makes its share of the rows and returns all; the noise must be a PerSampleNoise's. A score with
-    ``rows(index)`` is restricted to each part, any other must not be bound to the rows of a batch. Parts see other
-    noise than a whole batch does, but from PerSampleNoise.
+    solvers). x: a tensor (B, *D) at noise level sigmas[0], or a shape, then drawn from N(m, (sigmas[0]^2 + data_std^2)
+    I), m the score's ``data_mean``, as models have it, or 0. sigmas: strictly descending levels; a final 0 ends on the
+    denoised sample; None for those of a sampler that brings its own (Calibrated), else for EDM's 18 over all that the
+    score knows, as models do. device, dtype: of a shape's samples, by default those of the score's weights. generator:
+    source of all randomness, freshly seeded if None; a PerSampleNoise makes sample i depend on (seed, i) alone.
+    callback: called with every Step. differentiable: keep the graph. debug: look for NaN at every step instead of once
+    at the end. batch_size: run the request in parts of this many rows, so that memory stays bounded; memory: in parts
+    that take about this many bytes, found by the tensors of the sampler's first step with 4 and with 8 rows. sharded:
+    under torchrun, after ``parallel.join()``, every process makes its share of the rows and returns all; the noise must
+    be a PerSampleNoise's. A score with ``rows(index)`` is restricted to each part, any other must not be bound to the
+    rows of a batch. Parts see other noise than a whole batch does, but from PerSampleNoise.
 
     Raises ValueError or TypeError for shapes, levels, dtypes or a score output that don't fit, for levels outside the
     score's ``sigma_range``, and for samples that are not finite (which are named).

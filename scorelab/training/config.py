@@ -312,6 +312,7 @@ def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
         label=LogSigma(sigma_data) if label == "relative_log_sigma" else label,
         levels=None if isinstance(process, DiscreteVP) else levels,
         codec=codec,
+        data_mean=reference.double().transpose(0, 1).flatten(1).mean(1).tolist(),
     )
     _warn_of_scale(reference, model, sigma_data)
     weight = part(config, "training.weighting", sigmas=sigmas, prediction=prediction, **known)

@@ -11,7 +11,7 @@ from scorelab import VE, VP, DiscreteVP, ScoreModel, classifier_free, clipped, s
 from scorelab.models import Constant, LogSigma, UnitVariance
 from scorelab.nn import MLP, UNet
 from scorelab.nn.dropout import Dropout
-from scorelab.nn.unet import grown
+from scorelab.nn.layers import grown
 from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
 from scorelab.processes import linear_betas
 from scorelab.samplers import Ancestral, Context

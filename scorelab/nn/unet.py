@@ -1,9 +1,11 @@
-"""DDPM's U-Net: residual blocks with group norm, self-attention where asked, one width per resolution.
+"""U-Nets of residual blocks: DDPM's by default, and by their options NCSN++ and DDPM++, ADM and those of EDM's release.
 
-It takes data of any shape (C, L), (C, H, W) or (C, D, H, W), odd sizes included: going down halves a size rounding up,
-and going up returns to the size that was left.
+They take data of any shape (C, L), (C, H, W) or (C, D, H, W). Where convolutions change the size, odd ones are halved
+rounding up, and going up returns to the size that was left.
 
-Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv:2006.11239.
+Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv:2006.11239; Song et al., Score-Based Generative
+Modeling through Stochastic Differential Equations, 2021, arXiv:2011.13456, appendix H; Dhariwal and Nichol, Diffusion
+Models Beat GANs on Image Synthesis, 2021, arXiv:2105.05233.
 """
 
 from __future__ import annotations
@@ -16,82 +18,17 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from scorelab.nn.classes import Classes, Conditional
-from scorelab.nn.dropout import Dropout
-from scorelab.nn.embedding import FourierEmbedding, PositionalEmbedding
+from scorelab.nn.embedding import FourierEmbedding, GaussianEmbedding, PositionalEmbedding
+from scorelab.nn.layers import CONV, Attention, Resampled, Residual, Style, grown, halved, resampled
 from scorelab.typing import Tensor
 
-__all__ = ["UNet"]
-
-_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    groups = max(g for g in range(1, 33) if channels % g == 0 and channels // g >= min(4, channels))
-    return nn.GroupNorm(groups, channels)
-
-
-def grown(x: Tensor, size: tuple[int, ...], conv: Any) -> Tensor:
-    """A convolution (kernel 3, padding 1) of x (B, C, *sizes) enlarged to ``size`` by its nearest neighbours.
-
-    Enlarging to twice the size and then convolving is one transposed convolution of stride 2, whose kernel of 4 is the
-    kernel of 3 convolved with (1, 1): in the plane 2.25 times fewer operations, and no enlarged x in memory.
-    """
-    rank = x.ndim - 2
-    if any(n != 2 * m for n, m in zip(size, x.shape[2:], strict=True)):
-        found: Tensor = conv(functional.interpolate(x, size=size))
-        return found
-    kernel: Tensor = conv.weight
-    for dim in range(2, 2 + rank):
-        zero = torch.zeros_like(kernel.narrow(dim, 0, 1))
-        kernel = torch.cat([kernel, zero], dim) + torch.cat([zero, kernel], dim)
-    kernel = kernel.flip(tuple(range(2, 2 + rank))).transpose(0, 1)
-    made: Tensor = _TRANSPOSED[rank](x, kernel, conv.bias, stride=2, padding=1)
-    return made
-
-
-class _Block(nn.Module):
-    """Residual block: norm, SiLU, conv, plus the embedding, norm, SiLU, dropout, conv."""
-
-    def __init__(self, rank: int, channels: int, out: int, embedding: int, dropout: float) -> None:
-        super().__init__()
-        conv = _CONV[rank]
-        self.norm1, self.conv1 = _norm(channels), conv(channels, out, 3, padding=1)
-        self.embed = nn.Linear(embedding, out)
-        self.norm2, self.dropout, self.conv2 = _norm(out), Dropout(dropout), conv(out, out, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        self.skip = conv(channels, out, 1) if channels != out else nn.Identity()
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(functional.silu(self.norm1(x)))
-        h = h + self.embed(embedding).reshape(len(x), -1, *(1,) * (x.ndim - 2))
-        out: Tensor = self.skip(x) + self.conv2(self.dropout(functional.silu(self.norm2(h))))
-        return out
-
-
-class _Attention(nn.Module):
-    """Self-attention over all positions, with heads of ``head`` channels."""
-
-    def __init__(self, channels: int, head: int) -> None:
-        super().__init__()
-        self.heads = max(1, channels // head)
-        self.norm = _norm(channels)
-        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
-        nn.init.zeros_(self.out.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, c = x.shape[:2]
-        tokens = self.norm(x).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens).reshape(b, -1, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, -1, c)
-        out: Tensor = x + self.out(mixed).transpose(1, 2).reshape(x.shape)
-        return out
+__all__ = ["UNet", "adm", "ncsnpp"]
 
 
 class _Stage(nn.Module):
     """A residual block and, where asked, attention."""
 
-    def __init__(self, block: _Block, attention: _Attention | None) -> None:
+    def __init__(self, block: Residual, attention: Attention | None) -> None:
         super().__init__()
         self.block, self.attention = block, attention
 
@@ -100,45 +37,65 @@ class _Stage(nn.Module):
         return h if self.attention is None else self.attention(h)
 
 
-def _check(
-    data_shape: tuple[int, ...],
-    width: int,
-    multipliers: tuple[int, ...],
-    blocks: int,
-    attention: tuple[int, ...],
-    head: int,
-    dropout: float,
-    embedding: str,
-) -> None:
+_CHOICES = {
+    "embedding": ("fourier", "positional", "positional_open", "gaussian"),
+    "time": ("added", "adaptive"),
+    "resampling": ("strided", "same", "block"),
+    "attention_up": ("each", "last"),
+    "inputs": ("none", "skip", "residual"),
+    "outputs": ("none", "skip", "residual"),
+    "combine": ("sum", "cat"),
+}
+
+
+def _check(config: dict[str, Any]) -> None:
     """Refuse (ValueError) settings of a UNet that don't fit."""
-    if len(data_shape) - 1 not in _CONV or min(data_shape) < 1:
+    shape, width, multipliers = config["data_shape"], config["width"], config["multipliers"]
+    if len(shape) - 1 not in CONV or min(shape) < 1:
         raise ValueError(
-            f"data_shape is {data_shape}; expected (C, L), (C, H, W) or (C, D, H, W): points need MLP "
-            "(model.net.name='mlp')"
+            f"data_shape is {shape}; expected (C, L), (C, H, W) or (C, D, H, W): points need MLP (model.net.name='mlp')"
         )
-    if embedding not in ("fourier", "positional"):
-        raise ValueError(f"embedding is {embedding!r}; expected 'fourier' or 'positional'")
-    if width < 2 or width % 2 or min(blocks, head, *multipliers) < 1 or not multipliers:
+    for key, choices in _CHOICES.items():
+        if config[key] not in choices:
+            raise ValueError(f"{key} is {config[key]!r}; expected one of {', '.join(map(repr, choices))}")
+    blocks, head, dropout, attention = (config[k] for k in ("blocks", "head", "dropout", "attention"))
+    widths = [width * m for m in multipliers]
+    if width < 2 or width % 2 or blocks < 1 or head < 0 or not widths or any(w < 1 or w % 1 for w in widths):
         raise ValueError(
             f"width = {width}, blocks = {blocks}, head = {head}, multipliers = {multipliers}; expected an even width, "
-            "some multipliers, and all of them 1 or more"
+            "some multipliers that give whole numbers of channels, blocks of 1 or more and head >= 0"
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout:g}; expected 0 <= dropout < 1")
-    if any(a not in range(len(multipliers)) for a in attention):
-        raise ValueError(f"attention is {attention}; expected resolutions from 0 to {len(multipliers) - 1}")
-    if any(width * m % head and width * m > head for i, m in enumerate(multipliers) if i in attention):
+    if any(a not in range(len(widths)) for a in attention):
+        raise ValueError(f"attention is {attention}; expected resolutions from 0 to {len(widths) - 1}")
+    if head and any(w % head and w > head for i, w in enumerate(widths) if i in attention):
         raise ValueError(f"head = {head} does not divide the attention widths; expected a divisor of {width}")
+    multiple = 2 ** (len(widths) - 1)
+    whole = config["resampling"] == "strided" and config["inputs"] == config["outputs"] == "none"
+    if not whole and any(n % multiple for n in shape[1:]):
+        raise ValueError(
+            f"data_shape is {shape}; expected sizes that are multiples of {multiple}, for {len(widths)} resolutions"
+        )
 
 
 class UNet(Conditional):
     """net(x, label, condition=None) -> F like x (B, C, *sizes); label (B,) float, condition (B,) class indices.
 
-    data_shape: (C, *sizes) with one to three sizes. width: channels at full resolution; multipliers: one each.
-    attention: which resolutions (0 is full) have self-attention. embedding: "fourier" (None) for log sigma,
-    "positional" for step indices. num_classes: condition on class labels; null_class: and on none.
+    data_shape: (C, *sizes) with one to three sizes. width: channels at full resolution; multipliers: one each. blocks:
+    residual ones at each. attention: which resolutions (0 is full) have self-attention, with heads of ``head`` channels
+    (0: one head); "each" block that goes up has it, or the "last". middle_attention: in the middle also where the last
+    resolution has none. num_classes: condition on class labels; null_class: and on none. variance: twice the channels
+    come out, F and the variance between its bounds.
 
-    Raises ValueError for settings that don't fit.
+    embedding of the label: "fourier" (None) for log sigma, "gaussian" for log sigma by random frequencies,
+    "positional" for steps, "positional_open" for steps as in ADM. classes_first: classes are added to that, else to
+    what a network of two layers makes of it. time: "added", or "adaptive" scales and shifts. resampling: "strided"
+    convolutions; those of padding "same", or filtered; or residual "block"s. fir: the kernel of its filter. inputs,
+    outputs: what the pyramid of x, or of the output, adds at each resolution, "combine" how. rescaled, group, eps,
+    project: see ``Style``.
+
+    Raises ValueError for settings that don't fit, and for sizes that its resolutions don't divide.
     """
 
     def __init__(
@@ -146,7 +103,7 @@ class UNet(Conditional):
         data_shape: tuple[int, ...],
         *,
         width: int = 64,
-        multipliers: tuple[int, ...] = (1, 2),
+        multipliers: tuple[float, ...] = (1, 2),
         blocks: int = 2,
         attention: tuple[int, ...] = (),
         head: int = 64,
@@ -154,6 +111,20 @@ class UNet(Conditional):
         embedding: str | None = None,
         num_classes: int | None = None,
         null_class: bool = False,
+        middle_attention: bool = False,
+        attention_up: str = "each",
+        time: str = "added",
+        resampling: str = "strided",
+        fir: tuple[float, ...] = (),
+        inputs: str = "none",
+        outputs: str = "none",
+        combine: str = "sum",
+        rescaled: bool = False,
+        project: bool = False,
+        group: int = 4,
+        eps: float = 1e-5,
+        classes_first: bool = False,
+        variance: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -165,42 +136,80 @@ class UNet(Conditional):
             "head": head,
             "dropout": dropout,
             "embedding": embedding or "fourier",
+            "middle_attention": middle_attention,
+            "attention_up": attention_up,
+            "time": time,
+            "resampling": resampling,
+            "fir": tuple(fir),
+            "inputs": inputs,
+            "outputs": outputs,
+            "combine": combine,
+            "rescaled": rescaled,
+            "project": project,
+            "group": group,
+            "eps": eps,
+            "classes_first": classes_first,
+            "variance": variance,
         }
-        _check(**self.config)
+        _check(self.config)
         self.config |= {"num_classes": num_classes, "null_class": null_class}
-        rank, channels = len(data_shape) - 1, data_shape[0]
-        conv = _CONV[rank]
-        inner = 4 * width
-        encode = PositionalEmbedding(width) if embedding == "positional" else FourierEmbedding(width)
-        self.embed = nn.Sequential(encode, nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, inner))
-        self.classes = None if num_classes is None else Classes(num_classes, inner, null_class)
-        self.first = conv(channels, width, 3, padding=1)
+        rank, channels, out = len(data_shape) - 1, data_shape[0], data_shape[0] * (1 + variance)
+        inner, widths = 4 * width, [int(width * m) for m in multipliers]
+        style = Style(rank, inner, dropout, time == "adaptive", rescaled, group, eps, tuple(fir), project)
+        self.style, self.blocks, self.activation_checkpointing = style, blocks, False
+        encode = _embedding(embedding or "fourier", width)
+        self.embed = nn.Sequential(encode, nn.Linear(encode.width, inner), nn.SiLU(), nn.Linear(inner, inner))
+        table = encode.width if classes_first else inner
+        self.classes = None if num_classes is None else Classes(num_classes, table, null_class)
+        self.first = style.conv(channels, widths[0])
 
-        def stage(at: int, into: int, out: int) -> _Stage:
-            return _Stage(_Block(rank, into, out, inner, dropout), _Attention(out, head) if at in attention else None)
+        def stage(at: int, into: int, to: int, last: bool = True) -> _Stage:
+            attended = at in attention and (last or attention_up == "each")
+            return _Stage(Residual(style, into, to), Attention(style, to, head) if attended else None)
 
-        self.down, self.shrink, self.up, self.grow = (nn.ModuleList() for _ in range(4))
-        now, kept = width, [width]
-        for i, m in enumerate(multipliers):
+        self.down, self.shrink, self.up, self.grow, self.inputs, self.outputs = (nn.ModuleList() for _ in range(6))
+        now, kept, pyramid, deepest = widths[0], [widths[0]], channels, len(widths) - 1
+        for i, to in enumerate(widths):
             for _ in range(blocks):
-                self.down.append(stage(i, now, width * m))
-                now = width * m
+                self.down.append(stage(i, now, to))
+                kept.append(now := to)
+            if i < deepest:
+                self.shrink.append(self._resampling(now, up=False))
+                if inputs == "skip":
+                    self.inputs.append(style.conv(channels, now, 1))
+                    now *= 1 + (combine == "cat")
+                elif inputs == "residual":
+                    self.inputs.append(Resampled(style, pyramid, now, up=False))
+                    pyramid = now
                 kept.append(now)
-            if i < len(multipliers) - 1:
-                self.shrink.append(conv(now, now, 3, stride=2, padding=1))
-                kept.append(now)
-        deepest = len(multipliers) - 1
-        self.middle = nn.ModuleList([stage(deepest, now, now), stage(-1, now, now)])
-        for i, m in reversed(list(enumerate(multipliers))):
-            for _ in range(blocks + 1):
-                self.up.append(stage(i, now + kept.pop(), width * m))
-                now = width * m
+        attended = middle_attention or deepest in attention
+        first = _Stage(Residual(style, now, now), Attention(style, now, head) if attended else None)
+        self.middle = nn.ModuleList([first, stage(-1, now, now)])
+        for i, to in reversed(list(enumerate(widths))):
+            for k in range(blocks + 1):
+                self.up.append(stage(i, now + kept.pop(), to, k == blocks))
+                now = to
+            if outputs == "skip":
+                self.outputs.append(nn.Sequential(style.norm(now), nn.SiLU(), style.conv(now, out)))
+            elif outputs == "residual" and i == deepest:
+                self.outputs.append(nn.Sequential(style.norm(now), nn.SiLU(), style.conv(now, now)))
+                pyramid = now
+            elif outputs == "residual":
+                self.outputs.append(Resampled(style, pyramid, now, up=True))
+                pyramid = now
             if i:
-                self.grow.append(conv(now, now, 3, padding=1))
-        self.norm, self.last = _norm(now), conv(now, channels, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        self.blocks = blocks
-        self.activation_checkpointing = False
+                self.grow.append(self._resampling(now, up=True))
+        if outputs != "skip":
+            self.norm, self.last = style.norm(now), style.conv(now, out)
+            nn.init.zeros_(self.last.weight)
+
+    def _resampling(self, channels: int, up: bool) -> nn.Module:
+        style, kind = self.style, self.config["resampling"]
+        if kind == "block":
+            return Residual(style, channels, channels, up)
+        if kind == "strided" and not up:
+            return CONV[style.rank](channels, channels, 3, stride=2, padding=1)
+        return style.conv(channels, channels)  # type: ignore[no-any-return]
 
     def _run(self, stage: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
         """A stage; with ``activation_checkpointing`` its activations are computed again in the backward pass."""
@@ -209,24 +218,157 @@ class UNet(Conditional):
             return found
         return stage(h, embedding)  # type: ignore[no-any-return]
 
+    def _shrunk(self, module: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+        if isinstance(module, Residual):
+            return self._run(module, h, embedding)
+        return halved(h, module, self.style.fir) if self.config["resampling"] == "same" else module(h)
+
+    def _embedded(self, x: Tensor, label: Tensor, condition: Tensor | None) -> Tensor:
+        encoded = self.embed[0](label if label.is_floating_point() else label.float()).to(x.dtype)
+        if condition is None:
+            return functional.silu(self.embed[1:](encoded))
+        classes = self.embedded(condition).to(x.dtype)
+        if self.config["classes_first"]:
+            return functional.silu(self.embed[1:](encoded + classes))
+        return functional.silu(self.embed[1:](encoded) + classes)
+
+    def _with_input(self, level: int, h: Tensor, pyramid: Tensor) -> tuple[Tensor, Tensor]:
+        """h with what the pyramid of x adds at a resolution, and the pyramid there."""
+        kind = self.config["inputs"]
+        if kind == "skip":
+            pyramid = resampled(pyramid, False, self.style.fir)
+            added = self.inputs[level](pyramid)
+            return (torch.cat([added, h], 1) if self.config["combine"] == "cat" else added + h), pyramid
+        if kind == "residual":
+            h = pyramid = self.style.sum(self.inputs[level](pyramid), h)
+        return h, pyramid
+
+    def _with_output(self, level: int, h: Tensor, pyramid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """h, and the pyramid of the output, after a resolution of the way up."""
+        kind = self.config["outputs"]
+        if kind == "none":
+            return h, None
+        module = self.outputs[level]
+        if pyramid is None:
+            return h, module(h)
+        if kind == "skip":
+            return h, resampled(pyramid, True, self.style.fir) + module(h)
+        h = self.style.sum(module(pyramid), h)
+        return h, h
+
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
-        embedding = self.embed[1:](self.embed[0](label if label.is_floating_point() else label.float()).to(x.dtype))
-        if condition is not None:
-            embedding = embedding + self.embedded(condition).to(x.dtype)
-        embedding = functional.silu(embedding)
-        h = self.first(x)
+        embedding = self._embedded(x, label, condition)
+        h, pyramid = self.first(x), x
         kept = [h]
         for i, stage in enumerate(self.down):
-            h = self._run(stage, h, embedding)
-            kept.append(h)
-            if (i + 1) % self.blocks == 0 and (i + 1) // self.blocks <= len(self.shrink):
-                h = self.shrink[i // self.blocks](h)
+            kept.append(h := self._run(stage, h, embedding))
+            level, place = divmod(i + 1, self.blocks)
+            if place == 0 and level <= len(self.shrink):
+                h = self._shrunk(self.shrink[level - 1], h, embedding)
+                h, pyramid = self._with_input(level - 1, h, pyramid)
                 kept.append(h)
         for stage in self.middle:
             h = self._run(stage, h, embedding)
+        made: Tensor | None = None
         for i, stage in enumerate(self.up):
             h = self._run(stage, torch.cat([h, kept.pop()], 1), embedding)
-            if (i + 1) % (self.blocks + 1) == 0 and kept:
-                h = grown(h, tuple(kept[-1].shape[2:]), self.grow[i // (self.blocks + 1)])
+            level, place = divmod(i + 1, self.blocks + 1)
+            if place == 0:
+                h, made = self._with_output(level - 1, h, made)
+                if kept:
+                    h = self._grown(self.grow[level - 1], h, tuple(kept[-1].shape[2:]), embedding)
+        if self.config["outputs"] == "skip":
+            assert made is not None
+            return made
         out: Tensor = self.last(functional.silu(self.norm(h)))
         return out
+
+    def _grown(self, module: nn.Module, h: Tensor, size: tuple[int, ...], embedding: Tensor) -> Tensor:
+        if isinstance(module, Residual):
+            return self._run(module, h, embedding)
+        return grown(h, size, module, self.style.fir)
+
+
+def _embedding(kind: str, width: int) -> Any:
+    """What encodes the label."""
+    if kind == "fourier":
+        return FourierEmbedding(width)
+    return GaussianEmbedding(2 * width) if kind == "gaussian" else PositionalEmbedding(width, kind == "positional")
+
+
+def ncsnpp(
+    data_shape: tuple[int, ...],
+    *,
+    width: int = 128,
+    multipliers: tuple[float, ...] = (1, 2, 2, 2),
+    blocks: int = 4,
+    attention: tuple[int, ...] = (1,),
+    dropout: float = 0.1,
+    embedding: str = "gaussian",
+    resampling: str = "block",
+    fir: tuple[float, ...] = (1.0, 3.0, 3.0, 1.0),
+    inputs: str = "residual",
+    outputs: str = "none",
+    combine: str = "sum",
+    rescaled: bool = True,
+    num_classes: int | None = None,
+    null_class: bool = False,
+) -> UNet:
+    """NCSN++, by default as for CIFAR-10; DDPM++ with embedding="positional", fir=(), inputs="none"."""
+    return UNet(
+        data_shape,
+        width=width,
+        multipliers=multipliers,
+        blocks=blocks,
+        attention=attention,
+        head=0,
+        dropout=dropout,
+        embedding=embedding,
+        num_classes=num_classes,
+        null_class=null_class,
+        middle_attention=True,
+        attention_up="last",
+        resampling="same" if resampling == "strided" else resampling,
+        fir=fir,
+        inputs=inputs,
+        outputs=outputs,
+        combine=combine,
+        rescaled=rescaled,
+        project=True,
+        eps=1e-6,
+        classes_first=True,
+    )
+
+
+def adm(
+    data_shape: tuple[int, ...],
+    *,
+    width: int = 192,
+    multipliers: tuple[float, ...] = (1, 2, 3, 4),
+    blocks: int = 3,
+    attention: tuple[int, ...] = (1, 2, 3),
+    head: int = 64,
+    dropout: float = 0.1,
+    group: int = 1,
+    variance: bool = True,
+    num_classes: int | None = None,
+    null_class: bool = False,
+) -> UNet:
+    """ADM, by default as for ImageNet at 64 px; EDM's version of it has group=4 and no variance."""
+    return UNet(
+        data_shape,
+        width=width,
+        multipliers=multipliers,
+        blocks=blocks,
+        attention=attention,
+        head=head,
+        dropout=dropout,
+        embedding="positional_open",
+        num_classes=num_classes,
+        null_class=null_class,
+        middle_attention=True,
+        time="adaptive",
+        resampling="block",
+        group=group,
+        variance=variance,
+    )

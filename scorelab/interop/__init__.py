@@ -1,0 +1,1 @@
+"""What others have trained, as a ``ScoreModel``."""

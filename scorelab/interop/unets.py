@@ -1,0 +1,268 @@
+"""The weights of releases' U-Nets by the names that ``UNet`` has for them.
+
+Each function says which of our modules is which of the release's. 1x1 convolutions are matrices in some (NIN's are
+transposed), queries, keys and values lie side by side in an order of each release's own, and sines come before cosines
+in Song's embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from scorelab.nn.layers import Attention, Resampled
+from scorelab.nn.unet import UNet
+from scorelab.typing import Tensor
+
+__all__ = ["from_adm", "from_edm", "from_score_sde"]
+
+State = dict[str, Tensor]
+
+
+class _Reader:
+    """Takes a release's weights one by one, so that what is left over is known."""
+
+    def __init__(self, net: UNet, state: State) -> None:
+        self.net, self.left, self.found = net, dict(state), State()
+        self.own = net.state_dict()
+
+    def take(self, name: str) -> Tensor:
+        if name not in self.left:
+            raise ValueError(f"there are no weights {name!r}; expected those of this release, and of this size")
+        return self.left.pop(name)
+
+    def put(self, name: str, value: Tensor) -> None:
+        own = self.own[name].shape
+        if value.numel() != own.numel():
+            raise ValueError(f"the weights for {name} are {tuple(value.shape)}; expected {tuple(own)}: another size")
+        self.found[name] = value.reshape(own)
+
+    def leaf(self, ours: str, theirs: str) -> None:
+        """A convolution, matrix or norm."""
+        for kind in ("weight", "bias"):
+            self.put(f"{ours}.{kind}", self.take(f"{theirs}.{kind}"))
+
+    def matrix(self, ours: str, theirs: list[str]) -> None:
+        """One matrix of NINs, (in, out) each, side by side."""
+        self.put(f"{ours}.weight", torch.cat([self.take(f"{name}.W").T for name in theirs]))
+        self.put(f"{ours}.bias", torch.cat([self.take(f"{name}.b") for name in theirs]))
+
+    def heads(self, ours: str, theirs: str, shape: tuple[str, str, str], heads: int) -> None:
+        """Queries, keys and values, whose rows lie in the order of ``shape``: which, head and channel."""
+        for kind in ("weight", "bias"):
+            value = self.take(f"{theirs}.{kind}")
+            sizes = {"which": 3, "head": heads, "channel": len(value) // 3 // heads}
+            split = value.reshape(*(sizes[part] for part in shape), -1)
+            self.put(f"{ours}.{kind}", split.movedim([shape.index(k) for k in ("which", "head", "channel")], [0, 1, 2]))
+
+    def ended(self) -> State:
+        """All that was taken; ValueError if there is more."""
+        lacking = [k for k in self.own if k not in self.found]
+        if self.left or lacking:
+            raise ValueError(
+                f"these weights are of another network: {len(self.left)} are not known ({', '.join([*self.left][:3])}), "
+                f"and {len(lacking)} are missing ({', '.join(lacking[:3])})"
+            )
+        return self.found
+
+
+def _walk(net: UNet) -> Iterator[tuple[str, int, int]]:
+    """Our modules in the order in which they run: name, level, place in the level (-1: none)."""
+    deepest = len(net.shrink)
+    yield "first", 0, -1
+    for i in range(len(net.down)):
+        level, place = divmod(i, net.blocks)
+        yield f"down.{i}", level, place
+        if place == net.blocks - 1 and level < deepest:
+            yield f"shrink.{level}", level + 1, -1
+            if len(net.inputs):
+                yield f"inputs.{level}", level + 1, -1
+    yield "middle.0", deepest, 0
+    yield "middle.1", deepest, 1
+    for i in range(len(net.up)):
+        passed, place = divmod(i, net.blocks + 1)
+        yield f"up.{i}", deepest - passed, place
+        if place == net.blocks:
+            if len(net.outputs):
+                yield f"outputs.{passed}", deepest - passed, -1
+            if passed < deepest:
+                yield f"grow.{passed}", deepest - passed - 1, -1
+
+
+def _swapped(x: Tensor, count: int) -> Tensor:
+    """Sines and cosines the other way round, in the last ``count`` columns' halves."""
+    return torch.cat([x[..., count // 2 :], x[..., : count // 2]], -1)
+
+
+_SONG = {"norm1": "GroupNorm_0", "conv1": "Conv_0", "embed": "Dense_0", "norm2": "GroupNorm_1", "conv2": "Conv_1"}
+
+
+def from_score_sde(net: UNet, state: State) -> State:
+    """Of score_sde's ``ddpm`` and ``ncsnpp``, whose modules are numbered in the order in which they are built."""
+    read, number = _Reader(net, state), -1
+
+    def following() -> str:
+        nonlocal number
+        number += 1
+        return f"all_modules.{number}"
+
+    def residual(name: str) -> None:
+        theirs = following()
+        for ours, part in _SONG.items():
+            read.leaf(f"{name}.{ours}", f"{theirs}.{part}")
+        if f"{name}.skip.weight" in read.own:
+            if f"{theirs}.NIN_0.W" in read.left:
+                read.matrix(f"{name}.skip", [f"{theirs}.NIN_0"])
+            else:
+                read.leaf(f"{name}.skip", f"{theirs}.Conv_2")
+
+    def attention(name: str) -> None:
+        theirs = following()
+        read.leaf(f"{name}.norm", f"{theirs}.GroupNorm_0")
+        read.matrix(f"{name}.qkv", [f"{theirs}.NIN_{k}" for k in range(3)])
+        read.matrix(f"{name}.out", [f"{theirs}.NIN_3"])
+
+    if net.config["embedding"] == "gaussian":
+        read.put("embed.0.frequencies", read.take(f"{following()}.W"))
+    for name in ("embed.1", "embed.3"):
+        read.leaf(name, following())
+    first = read.found["embed.1.weight"]
+    read.found["embed.1.weight"] = _swapped(first, first.shape[1])
+    for name, _, place in _walk(net):
+        module = net.get_submodule(name)
+        if place >= 0:
+            residual(f"{name}.block")
+            if f"{name}.attention.norm.weight" in read.own:
+                attention(f"{name}.attention")
+        elif name.startswith("outputs") and isinstance(module, nn.Sequential):
+            read.leaf(f"{name}.0", following())
+            read.leaf(f"{name}.2", following())
+        elif f"{name}.norm1.weight" in read.own:
+            residual(name)
+        elif name == "first":
+            read.leaf(name, following())
+        else:
+            theirs = following()
+            inner = "Conv2d_0" if f"{theirs}.Conv2d_0.weight" in read.left else "Conv_0"
+            read.leaf(f"{name}.conv" if isinstance(module, Resampled) else name, f"{theirs}.{inner}")
+    if "last.weight" in read.own:
+        for name in ("norm", "last"):
+            read.leaf(name, following())
+    return read.ended()
+
+
+_EDM = {"norm1": "norm0", "conv1": "conv0", "embed": "affine", "norm2": "norm1", "conv2": "conv1", "skip": "skip"}
+
+
+def from_edm(net: UNet, state: State) -> State:
+    """Of EDM's ``SongUNet`` and ``DhariwalUNet``, whose labels are one-hot, and times sqrt(their number) in the former."""
+    read, size, song = _Reader(net, state), net.config["data_shape"][-1], net.config["classes_first"]
+    if net.config["embedding"] == "gaussian":
+        read.put("embed.0.frequencies", read.take("map_noise.freqs"))
+    for ours, theirs in (("embed.1", "map_layer0"), ("embed.3", "map_layer1")):
+        read.leaf(ours, theirs)
+    if net.classes is not None:
+        labels = read.take("map_label.weight").T
+        table = labels * len(labels) ** 0.5 + read.take("map_label.bias") if song else labels
+        # no label is a label of zeros
+        null = [table[:1] - labels[:1] * len(labels) ** 0.5 if song else torch.zeros_like(table[:1])]
+        table = torch.cat([table, *(null if net.classes.null is not None else [])])
+        read.put("classes.weight", _swapped(table, table.shape[1]) if song else table)
+    if song:
+        read.found["embed.1.weight"] = _swapped(read.found["embed.1.weight"], read.found["embed.1.weight"].shape[1])
+    for name, level, place in _walk(net):
+        side, part = ("enc" if name.startswith(("first", "down", "shrink", "inputs")) else "dec"), name.split(".")[0]
+        at = f"{side}.{size >> level}x{size >> level}"
+        if place >= 0:
+            theirs = f"{at}_{'in' if part == 'middle' else 'block'}{place}"
+            ours = f"{name}.block"
+        else:
+            theirs = f"{at}_{ {'first': 'conv', 'shrink': 'down', 'grow': 'up'}.get(part, '') }"
+            ours = name
+        if f"{ours}.norm1.weight" in read.own:
+            for own, inner in _EDM.items():
+                if f"{ours}.{own}.weight" in read.own:
+                    read.leaf(f"{ours}.{own}", f"{theirs}.{inner}")
+        elif part == "inputs":
+            kind = "aux_residual" if net.config["inputs"] == "residual" else "aux_skip"
+            read.leaf(f"{name}.conv" if kind == "aux_residual" else name, f"{at}_{kind}")
+        elif part == "outputs":
+            read.leaf(f"{name}.0", f"{at}_aux_norm")
+            read.leaf(f"{name}.2", f"{at}_aux_conv")
+        else:
+            read.leaf(name, theirs)
+        attention = getattr(net.get_submodule(name), "attention", None)
+        if isinstance(attention, Attention):
+            read.leaf(f"{name}.attention.norm", f"{theirs}.norm2")
+            read.heads(f"{name}.attention.qkv", f"{theirs}.qkv", ("head", "channel", "which"), attention.heads)
+            read.leaf(f"{name}.attention.out", f"{theirs}.proj")
+    if "last.weight" in read.own:
+        at = f"dec.{size}x{size}_aux" if song else "out"
+        read.leaf("norm", f"{at}_norm")
+        read.leaf("last", f"{at}_conv")
+    return read.ended()
+
+
+_ADM = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "embed": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "skip": "skip_connection",
+}
+
+
+def from_adm(net: UNet, state: State, *, legacy: bool = True) -> State:
+    """Of guided- and improved-diffusion's ``UNetModel``; ``legacy``: queries, keys and values lie within the heads."""
+    read = _Reader(net, state)
+    order = ("head", "which", "channel") if legacy else ("which", "head", "channel")
+    read.leaf("embed.1", "time_embed.0")
+    read.leaf("embed.3", "time_embed.2")
+    if net.classes is not None:
+        read.put("classes.weight", read.take("label_emb.weight"))
+
+    def residual(ours: str, theirs: str) -> None:
+        for own, inner in _ADM.items():
+            if f"{ours}.{own}.weight" in read.own:
+                read.leaf(f"{ours}.{own}", f"{theirs}.{inner}")
+
+    def stage(ours: str, theirs: str, second: str) -> None:
+        residual(f"{ours}.block", theirs)
+        attention = net.get_submodule(ours).attention
+        if isinstance(attention, Attention):
+            read.leaf(f"{ours}.attention.norm", f"{second}.norm")
+            read.heads(f"{ours}.attention.qkv", f"{second}.qkv", order, attention.heads)
+            read.leaf(f"{ours}.attention.out", f"{second}.proj_out")
+
+    number, raised = -1, -1
+    for name, _, _ in _walk(net):
+        part = name.split(".")[0]
+        if part in ("first", "down", "shrink"):
+            number += 1
+        if part == "first":
+            read.leaf("first", "input_blocks.0.0")
+        elif part == "down":
+            stage(name, f"input_blocks.{number}.0", f"input_blocks.{number}.1")
+        elif part == "shrink" and f"{name}.weight" in read.own:
+            read.leaf(name, f"input_blocks.{number}.0.op")
+        elif part == "shrink":
+            residual(name, f"input_blocks.{number}.0")
+        elif part == "middle":
+            place = int(name[-1])
+            stage(name, f"middle_block.{2 * place}", "middle_block.1")
+        elif part == "up":
+            raised += 1
+            stage(name, f"output_blocks.{raised}.0", f"output_blocks.{raised}.1")
+        else:
+            attended = net.up[raised].attention is not None
+            theirs = f"output_blocks.{raised}.{1 + attended}"
+            if f"{name}.weight" in read.own:
+                read.leaf(name, f"{theirs}.conv")
+            else:
+                residual(name, theirs)
+    read.leaf("norm", "out.0")
+    read.leaf("last", "out.2")
+    return read.ended()

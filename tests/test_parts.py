@@ -525,7 +525,9 @@ def test_configs_of_before_are_read():
     with config.ignore_type():
         config.update(found)
     config = resolve(config)
+    # what came later has its default
     assert config.model.net.to_dict() == {
+        **resolve(small(model__net__name="unet")).model.net.to_dict(),
         **{"name": "unet", "width": 8, "multipliers": [1, 2], "blocks": 1, "attention": [], "head": 64, "dropout": 0.1},
         "embedding": None,
     }

@@ -62,8 +62,8 @@ class _Reader:
         lacking = [k for k in self.own if k not in self.found]
         if self.left or lacking:
             raise ValueError(
-                f"these weights are of another network: {len(self.left)} are not known ({', '.join([*self.left][:3])}), "
-                f"and {len(lacking)} are missing ({', '.join(lacking[:3])})"
+                f"these weights are of another network: {len(self.left)} are not known "
+                f"({', '.join([*self.left][:3])}), and {len(lacking)} are missing ({', '.join(lacking[:3])})"
             )
         return self.found
 
@@ -157,7 +157,7 @@ _EDM = {"norm1": "norm0", "conv1": "conv0", "embed": "affine", "norm2": "norm1",
 
 
 def from_edm(net: UNet, state: State) -> State:
-    """Of EDM's ``SongUNet`` and ``DhariwalUNet``, whose labels are one-hot, and times sqrt(their number) in the former."""
+    """Of EDM's ``SongUNet``, whose labels are one-hot times the root of their number, and ``DhariwalUNet``."""
     read, size, song = _Reader(net, state), net.config["data_shape"][-1], net.config["classes_first"]
     if net.config["embedding"] == "gaussian":
         read.put("embed.0.frequencies", read.take("map_noise.freqs"))

@@ -1,13 +1,13 @@
-"""Networks: a residual MLP for points and DDPM's U-Net for signals, images and volumes."""
+"""Networks: a residual MLP for points, and U-Nets of several families for signals, images and volumes."""
 
 from collections.abc import Callable
 
 from torch import nn
 
 from scorelab.nn.mlp import MLP
-from scorelab.nn.unet import UNet
+from scorelab.nn.unet import UNet, adm, ncsnpp
 
-__all__ = ["MLP", "NETWORKS", "UNet", "fitting"]
+__all__ = ["MLP", "NETWORKS", "UNet", "adm", "fitting", "ncsnpp"]
 
 
 def fitting(
@@ -49,5 +49,11 @@ def fitting(
     return made(tuple(data_shape), num_classes=num_classes, null_class=null_class, **settings)  # type: ignore[arg-type]
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"auto": fitting, "mlp": MLP, "unet": UNet}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "auto": fitting,
+    "mlp": MLP,
+    "unet": UNet,
+    "ncsnpp": ncsnpp,
+    "adm": adm,
+}
 """Networks by the names that configs and saved models have for them."""

@@ -48,7 +48,7 @@ class PositionalEmbedding(FourierEmbedding):
 
 
 class GaussianEmbedding(nn.Module):
-    """cos and sin of a label (log sigma) at ``width``/2 random frequencies, 2 pi times normal numbers of deviation ``scale``.
+    """cos and sin of a label (log sigma) at ``width``/2 random frequencies, 2 pi ``scale`` times normal numbers.
 
     (B,) -> (B, width), in float32 at least. Song et al., 2021, arXiv:2011.13456.
     """

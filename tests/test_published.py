@@ -236,3 +236,29 @@ def test_sizes_that_the_resolutions_do_not_divide_are_refused_when_it_is_built()
     with pytest.raises(ValueError, match="inputs is 'both'; expected one of 'none', 'skip', 'residual'"):
         ncsnpp((3, 16, 16), width=8, inputs="both")
     assert adm((3, 32, 32), width=16, multipliers=(0.5, 1), blocks=1, attention=()).first.out_channels == 8
+
+
+SIZES = {
+    # Ho et al., 2020, appendix B; Dhariwal and Nichol, 2021, table 1 and appendix I; EDM's networks as released
+    "ddpm cifar10": (35.7, UNet, (3, 32, 32), {"multipliers": (1, 2, 2, 2), "attention": (1,)}),
+    "ddpm 256": (114, UNet, (3, 256, 256), {"multipliers": (1, 1, 2, 2, 4, 4), "attention": (4,)}),
+    "adm 64": (296, adm, (3, 64, 64), {}),
+    "adm 128": (422, adm, (3, 128, 128), {"multipliers": (1, 1, 2, 3, 4), "attention": (2, 3, 4)}),
+    "adm 256": (554, adm, (3, 256, 256), {"multipliers": (1, 1, 2, 2, 4, 4), "attention": (3, 4, 5)}),
+    "adm 512": (559, adm, (3, 512, 512), {"multipliers": (0.5, 1, 1, 2, 2, 4, 4), "attention": (4, 5, 6)}),
+    "edm ddpm++": (55.7, ncsnpp, (3, 32, 32), {"multipliers": (2, 2, 2), "fir": (), "inputs": "none"}),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_networks_have_as_many_millions_of_parameters_as_published(name):
+    millions, maker, shape, settings = SIZES[name]
+    if maker is adm:
+        settings = {"num_classes": 1000, **({} if "64" in name else {"width": 256, "blocks": 2}), **settings}
+    elif maker is UNet:
+        settings = {"width": 128, "embedding": "positional", "middle_attention": True, "head": 0, **settings}
+    elif "ddpm" in name:
+        settings = {"embedding": "positional", **settings}
+    with torch.device("meta"):
+        count = sum(p.numel() for p in maker(shape, **settings).parameters()) / 1e6
+    assert count == pytest.approx(millions, abs=0.5 if millions > 100 else 0.05)

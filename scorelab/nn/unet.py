@@ -60,7 +60,14 @@ def _check(config: dict[str, Any]) -> None:
             raise ValueError(f"{key} is {config[key]!r}; expected one of {', '.join(map(repr, choices))}")
     blocks, head, dropout, attention = (config[k] for k in ("blocks", "head", "dropout", "attention"))
     widths = [width * m for m in multipliers]
-    if width < 2 or width % 2 or blocks < 1 or head < 0 or not widths or any(w < 1 or w % 1 for w in widths):
+    if (
+        width < 2
+        or width % 2
+        or blocks < 1
+        or head < 0
+        or not widths
+        or any(w < 1 or w % 1 for w in (*widths, width * config["first"]))
+    ):
         raise ValueError(
             f"width = {width}, blocks = {blocks}, head = {head}, multipliers = {multipliers}; expected an even width, "
             "some multipliers that give whole numbers of channels, blocks of 1 or more and head >= 0"
@@ -88,12 +95,12 @@ class UNet(Conditional):
     resolution has none. num_classes: condition on class labels; null_class: and on none. variance: twice the channels
     come out, F and the variance between its bounds.
 
-    embedding of the label: "fourier" (None) for log sigma, "gaussian" for log sigma by random frequencies,
-    "positional" for steps, "positional_open" for steps as in ADM. classes_first: classes are added to that, else to
-    what a network of two layers makes of it. time: "added", or "adaptive" scales and shifts. resampling: "strided"
-    convolutions; those of padding "same", or filtered; or residual "block"s. fir: the kernel of its filter. inputs,
-    outputs: what the pyramid of x, or of the output, adds at each resolution, "combine" how. rescaled, group, eps,
-    project: see ``Style``.
+    embedding of the label: "fourier" (None) for log sigma, "gaussian" for log sigma by random frequencies, "positional"
+    for steps, "positional_open" for steps as in ADM. classes_first: classes are added to that, else to what a network
+    of two layers makes of it. first: a multiplier for the first convolution. time: "added", or "adaptive" scales and
+    shifts. resampling: "strided" convolutions; those of padding "same", or filtered; or residual "block"s. fir: the
+    kernel of its filter. inputs, outputs: what the pyramid of x, or of the output, adds at each resolution, "combine"
+    how. rescaled, group, eps, project: see ``Style``.
 
     Raises ValueError for settings that don't fit, and for sizes that its resolutions don't divide.
     """
@@ -124,6 +131,7 @@ class UNet(Conditional):
         group: int = 4,
         eps: float = 1e-5,
         classes_first: bool = False,
+        first: float = 1,
         variance: bool = False,
     ) -> None:
         super().__init__()
@@ -149,26 +157,27 @@ class UNet(Conditional):
             "group": group,
             "eps": eps,
             "classes_first": classes_first,
+            "first": first,
             "variance": variance,
         }
         _check(self.config)
         self.config |= {"num_classes": num_classes, "null_class": null_class}
         rank, channels, out = len(data_shape) - 1, data_shape[0], data_shape[0] * (1 + variance)
-        inner, widths = 4 * width, [int(width * m) for m in multipliers]
+        inner, widths, begun = 4 * width, [int(width * m) for m in multipliers], int(first * width)
         style = Style(rank, inner, dropout, time == "adaptive", rescaled, group, eps, tuple(fir), project)
         self.style, self.blocks, self.activation_checkpointing = style, blocks, False
         encode = _embedding(embedding or "fourier", width)
         self.embed = nn.Sequential(encode, nn.Linear(encode.width, inner), nn.SiLU(), nn.Linear(inner, inner))
         table = encode.width if classes_first else inner
         self.classes = None if num_classes is None else Classes(num_classes, table, null_class)
-        self.first = style.conv(channels, widths[0])
+        self.first = style.conv(channels, begun)
 
         def stage(at: int, into: int, to: int, last: bool = True) -> _Stage:
             attended = at in attention and (last or attention_up == "each")
             return _Stage(Residual(style, into, to), Attention(style, to, head) if attended else None)
 
         self.down, self.shrink, self.up, self.grow, self.inputs, self.outputs = (nn.ModuleList() for _ in range(6))
-        now, kept, pyramid, deepest = widths[0], [widths[0]], channels, len(widths) - 1
+        now, kept, pyramid, deepest = begun, [begun], channels, len(widths) - 1
         for i, to in enumerate(widths):
             for _ in range(blocks):
                 self.down.append(stage(i, now, to))
@@ -370,5 +379,6 @@ def adm(
         time="adaptive",
         resampling="block",
         group=group,
+        first=multipliers[0],
         variance=variance,
     )

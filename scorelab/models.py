@@ -64,11 +64,11 @@ class ScoreModel(nn.Module):
     twice the channels, F and where the log-variance of ancestral sampling lies between its bounds, from -1 to 1 (Nichol
     and Dhariwal, 2021, arXiv:2102.09672); the model has ``score_and_variance``.
 
-    A network that takes whole indices only says so by an attribute ``integer_labels = True``; it then gets int64, and
-    a level that is none of the grid's to 1e-4 is a ValueError. One that takes conditions has ``num_classes`` or
-    ``null_condition`` (see scorelab.nn.classes); where no condition is given it gets the null condition, and without
-    one that is a ValueError. ``precision``, "fp32" or "bf16", is what the network computes in (see
-    scorelab.precision.prepare).
+    A network that takes whole indices only says so by an attribute ``integer_labels = True``; it then gets int64, and a
+    level that is none of the grid's to 1e-4 is a ValueError; with ``num_levels``, so is a grid of another number. One
+    that takes conditions has ``num_classes`` or ``null_condition`` (see scorelab.nn.classes); where no condition is
+    given it gets the null condition, and without one that is a ValueError. ``precision``, "fp32" or "bf16", is what the
+    network computes in (see scorelab.precision.prepare).
     """
 
     levels: Tensor | None
@@ -118,6 +118,11 @@ class ScoreModel(nn.Module):
         grid = None if levels is None else [s for s in check_sigmas(levels) if s > 0][::-1]
         self.levels = None if grid is None else torch.tensor(grid, dtype=torch.float64)
         self._logs = None if self.levels is None else Table(self.levels.log())
+        known = getattr(unwrapped(net), "num_levels", None)
+        if label == "index" and known is not None and grid is not None and len(grid) != known:
+            raise ValueError(
+                f"the network knows {known} noise levels, and the model counts {len(grid)}; expected the same number"
+            )
         self.precision, self.variance = "fp32", variance
         self.data_mean = None if data_mean is None else torch.tensor(data_mean, dtype=torch.float64)
         if self.data_mean is not None:

@@ -24,7 +24,7 @@ from scorelab import (
 from scorelab.losses import Denoising, Implicit, Sliced, denoising_loss, implicit_loss, sliced_loss
 from scorelab.losses.denoising import posterior_mean
 from scorelab.models import Constant, LogSigma, ScoreModel
-from scorelab.nn import MLP, UNet
+from scorelab.nn import MLP, RefineNet, UNet
 from scorelab.predictions import edm
 from scorelab.processes import linear_betas
 from scorelab.samplers import (
@@ -83,6 +83,7 @@ SAMPLERS = [
 NETWORKS = {
     "mlp": (MLP((2,), width=8), (2,), {"input_scale": Constant(2.0), "label": LogSigma(0.5)}),
     "unet": (UNet((1, 5, 4), width=8, attention=(1,), head=8), (1, 5, 4), {"label": "index"}),
+    "refinenet": (RefineNet((1, 6, 4), width=8), (1, 6, 4), {}),
     "classes": (UNet((1, 5, 4), width=8, num_classes=3, null_class=True), (1, 5, 4), {"label": "index"}),
     "points of classes": (
         MLP((2,), width=8, num_classes=3, null_class=True),

@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 class _Reader:
     """Takes a release's weights one by one, so that what is left over is known."""
 
-    def __init__(self, net: UNet, state: State) -> None:
+    def __init__(self, net: nn.Module, state: State) -> None:
         self.net, self.left, self.found = net, dict(state), State()
         self.own = net.state_dict()
 

@@ -1,13 +1,14 @@
-"""Networks: a residual MLP for points, and U-Nets of several families for signals, images and volumes."""
+"""Networks: a residual MLP for points, and U-Nets of several families and RefineNets for signals, images, volumes."""
 
 from collections.abc import Callable
 
 from torch import nn
 
 from scorelab.nn.mlp import MLP
+from scorelab.nn.refinenet import RefineNet
 from scorelab.nn.unet import UNet, adm, ncsnpp
 
-__all__ = ["MLP", "NETWORKS", "UNet", "adm", "fitting", "ncsnpp"]
+__all__ = ["MLP", "NETWORKS", "RefineNet", "UNet", "adm", "fitting", "ncsnpp"]
 
 
 def fitting(
@@ -55,5 +56,6 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "unet": UNet,
     "ncsnpp": ncsnpp,
     "adm": adm,
+    "refinenet": RefineNet,
 }
 """Networks by the names that configs and saved models have for them."""

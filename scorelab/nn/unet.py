@@ -192,8 +192,8 @@ class UNet(Conditional):
                     pyramid = now
                 kept.append(now)
         attended = middle_attention or deepest in attention
-        first = _Stage(Residual(style, now, now), Attention(style, now, head) if attended else None)
-        self.middle = nn.ModuleList([first, stage(-1, now, now)])
+        between = _Stage(Residual(style, now, now), Attention(style, now, head) if attended else None)
+        self.middle = nn.ModuleList([between, stage(-1, now, now)])
         for i, to in reversed(list(enumerate(widths))):
             for k in range(blocks + 1):
                 self.up.append(stage(i, now + kept.pop(), to, k == blocks))

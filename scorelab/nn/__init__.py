@@ -1,13 +1,14 @@
-"""Networks: a residual MLP for points and DDPM's U-Net for signals, images and volumes."""
+"""Networks: a residual MLP for points; U-Nets and a transformer, DiT, for signals, images and volumes."""
 
 from collections.abc import Callable
 
 from torch import nn
 
+from scorelab.nn.dit import DiT
 from scorelab.nn.mlp import MLP
 from scorelab.nn.unet import UNet
 
-__all__ = ["MLP", "NETWORKS", "UNet", "fitting"]
+__all__ = ["MLP", "NETWORKS", "DiT", "UNet", "fitting"]
 
 
 def fitting(
@@ -49,5 +50,5 @@ def fitting(
     return made(tuple(data_shape), num_classes=num_classes, null_class=null_class, **settings)  # type: ignore[arg-type]
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"auto": fitting, "mlp": MLP, "unet": UNet}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"auto": fitting, "mlp": MLP, "unet": UNet, "dit": DiT}
 """Networks by the names that configs and saved models have for them."""

@@ -128,6 +128,7 @@ def test_adm_of_guided_diffusion():
         blocks=c["num_res_blocks"],
         attention=tuple(int(math.log2(a)) for a in c["attention_resolutions"]),
         head=c["num_head_channels"],
+        variance=True,
         num_classes=c["num_classes"],
     ).eval()
     given = [r.values[key] for key in ("x", "labels", "class_labels")]
@@ -139,12 +140,13 @@ def test_adm_of_guided_diffusion():
 
 def test_weights_of_another_network_are_refused():
     r = released("guided_diffusion_unet")
-    net = adm((3, 16, 16), width=32, multipliers=(1, 2), blocks=1, attention=(1,), head=16, num_classes=10)
+    known = {"multipliers": (1, 2), "blocks": 1, "attention": (1,), "head": 16, "num_classes": 10, "variance": True}
+    net = adm((3, 16, 16), width=32, **known)
     with pytest.raises(ValueError, match=r"there are no weights 'time_embed.0.weight'; expected those of this release"):
         from_adm(net, {})
     with pytest.raises(ValueError, match="1 are not known [(]more[)], and 0 are missing"):
         from_adm(net, {**r.state, "more": torch.zeros(1)})
-    wide = adm((3, 16, 16), width=64, multipliers=(1, 2), blocks=1, attention=(1,), head=16, num_classes=10)
+    wide = adm((3, 16, 16), width=64, **known)
     with pytest.raises(ValueError, match=r"the weights for embed.1.weight are \(128, 32\); expected \(256, 64\)"):
         from_adm(wide, r.state)
 
@@ -255,6 +257,7 @@ def test_networks_have_as_many_millions_of_parameters_as_published(name):
     millions, maker, shape, settings = SIZES[name]
     if maker is adm:
         settings = {"num_classes": 1000, **({} if "64" in name else {"width": 256, "blocks": 2}), **settings}
+        settings["variance"] = True
     elif maker is UNet:
         settings = {"width": 128, "embedding": "positional", "middle_attention": True, "head": 0, **settings}
     elif "ddpm" in name:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from scorelab.interop.unets import State, _Reader
+from scorelab.interop.reading import Reader, State
 from scorelab.nn.refinenet import RefineNet
 
 __all__ = ["from_ncsn", "from_ncsnv2"]
@@ -36,8 +36,8 @@ def from_ncsnv2(net: RefineNet, state: State) -> State:
     return read.ended()
 
 
-def _converted(net: RefineNet, state: State) -> _Reader:
-    read = _Reader(net, state)
+def _converted(net: RefineNet, state: State) -> Reader:
+    read = Reader(net, state)
 
     def norm(ours: str, theirs: str) -> None:
         if net.config["levels"]:

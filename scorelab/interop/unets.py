@@ -12,37 +12,16 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from scorelab.interop.reading import Reader, State
 from scorelab.nn.layers import Attention, Resampled
 from scorelab.nn.unet import UNet
 from scorelab.typing import Tensor
 
 __all__ = ["from_adm", "from_edm", "from_score_sde"]
 
-State = dict[str, Tensor]
 
-
-class _Reader:
-    """Takes a release's weights one by one, so that what is left over is known."""
-
-    def __init__(self, net: nn.Module, state: State) -> None:
-        self.net, self.left, self.found = net, dict(state), State()
-        self.own = net.state_dict()
-
-    def take(self, name: str) -> Tensor:
-        if name not in self.left:
-            raise ValueError(f"there are no weights {name!r}; expected those of this release, and of this size")
-        return self.left.pop(name)
-
-    def put(self, name: str, value: Tensor) -> None:
-        own = self.own[name].shape
-        if value.numel() != own.numel():
-            raise ValueError(f"the weights for {name} are {tuple(value.shape)}; expected {tuple(own)}: another size")
-        self.found[name] = value.reshape(own)
-
-    def leaf(self, ours: str, theirs: str) -> None:
-        """A convolution, matrix or norm."""
-        for kind in ("weight", "bias"):
-            self.put(f"{ours}.{kind}", self.take(f"{theirs}.{kind}"))
+class _Reader(Reader):
+    """What U-Nets besides have."""
 
     def matrix(self, ours: str, theirs: list[str]) -> None:
         """One matrix of NINs, (in, out) each, side by side."""
@@ -56,16 +35,6 @@ class _Reader:
             sizes = {"which": 3, "head": heads, "channel": len(value) // 3 // heads}
             split = value.reshape(*(sizes[part] for part in shape), -1)
             self.put(f"{ours}.{kind}", split.movedim([shape.index(k) for k in ("which", "head", "channel")], [0, 1, 2]))
-
-    def ended(self) -> State:
-        """All that was taken; ValueError if there is more."""
-        lacking = [k for k in self.own if k not in self.found]
-        if self.left or lacking:
-            raise ValueError(
-                f"these weights are of another network: {len(self.left)} are not known "
-                f"({', '.join([*self.left][:3])}), and {len(lacking)} are missing ({', '.join(lacking[:3])})"
-            )
-        return self.found
 
 
 def _walk(net: UNet) -> Iterator[tuple[str, int, int]]:

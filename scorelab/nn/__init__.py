@@ -1,14 +1,15 @@
-"""Networks: a residual MLP for points, and U-Nets of several families and RefineNets for signals, images, volumes."""
+"""Networks: a residual MLP for points; U-Nets, RefineNets and a transformer for signals, images and volumes."""
 
 from collections.abc import Callable
 
 from torch import nn
 
+from scorelab.nn.dit import DiT
 from scorelab.nn.mlp import MLP
 from scorelab.nn.refinenet import RefineNet
 from scorelab.nn.unet import UNet, adm, ncsnpp
 
-__all__ = ["MLP", "NETWORKS", "RefineNet", "UNet", "adm", "fitting", "ncsnpp"]
+__all__ = ["MLP", "NETWORKS", "DiT", "RefineNet", "UNet", "adm", "fitting", "ncsnpp"]
 
 
 def fitting(
@@ -56,6 +57,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "unet": UNet,
     "ncsnpp": ncsnpp,
     "adm": adm,
+    "dit": DiT,
     "refinenet": RefineNet,
 }
 """Networks by the names that configs and saved models have for them."""

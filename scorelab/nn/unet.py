@@ -359,7 +359,7 @@ def adm(
     head: int = 64,
     dropout: float = 0.1,
     group: int = 1,
-    variance: bool = True,
+    variance: bool = False,
     num_classes: int | None = None,
     null_class: bool = False,
 ) -> UNet:

@@ -220,6 +220,11 @@ def _network(config: ConfigDict, data: Source) -> nn.Module:
         torch.default_generator.manual_seed(config.seed)
         net: nn.Module = part(config, "model.net", **known)
     _remember(net, config.model.net, known)
+    if config.model.net.get("variance"):
+        raise ValueError(
+            "model.net.variance is True, but no objective here learns a variance; expected False: it is for weights "
+            "that others have trained"
+        )
     if config.model.conditional and getattr(net, "num_classes", None) is None:
         raise ValueError(
             f"model.conditional is True, but the network {config.model.net.name!r} has no num_classes; expected one "

@@ -24,7 +24,7 @@ from scorelab import (
 from scorelab.losses import Denoising, Implicit, Sliced, denoising_loss, implicit_loss, sliced_loss
 from scorelab.losses.denoising import posterior_mean
 from scorelab.models import Constant, LogSigma, ScoreModel
-from scorelab.nn import MLP, RefineNet, UNet
+from scorelab.nn import EDM2, MLP, RefineNet, UNet
 from scorelab.predictions import edm
 from scorelab.processes import linear_betas
 from scorelab.samplers import (
@@ -85,6 +85,11 @@ NETWORKS = {
     "unet": (UNet((1, 5, 4), width=8, attention=(1,), head=8), (1, 5, 4), {"label": "index"}),
     "refinenet": (RefineNet((1, 6, 4), width=8), (1, 6, 4), {}),
     "classes": (UNet((1, 5, 4), width=8, num_classes=3, null_class=True), (1, 5, 4), {"label": "index"}),
+    "edm2": (
+        EDM2((1, 6, 4), width=8, multipliers=(1, 2), attention=(1,), head=8, num_classes=3, null_class=True),
+        (1, 6, 4),
+        {"label": "log_sigma", "label_scale": 0.25},
+    ),
     "points of classes": (
         MLP((2,), width=8, num_classes=3, null_class=True),
         (2,),

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from torch import nn
 
 from scorelab.nn.dit import DiT
+from scorelab.nn.edm2 import EDM2
 from scorelab.nn.mlp import MLP
 from scorelab.nn.refinenet import RefineNet
 from scorelab.nn.unet import UNet, adm, ncsnpp
 
-__all__ = ["MLP", "NETWORKS", "DiT", "RefineNet", "UNet", "adm", "fitting", "ncsnpp"]
+__all__ = ["EDM2", "MLP", "NETWORKS", "DiT", "RefineNet", "UNet", "adm", "fitting", "ncsnpp"]
 
 
 def fitting(
@@ -57,6 +58,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "unet": UNet,
     "ncsnpp": ncsnpp,
     "adm": adm,
+    "edm2": EDM2,
     "dit": DiT,
     "refinenet": RefineNet,
 }

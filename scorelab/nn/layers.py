@@ -169,11 +169,11 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, with heads of ``head`` channels (0: one head)."""
+    """Self-attention over all positions, with so many ``heads``, or as many as have ``head`` channels (0: one head)."""
 
-    def __init__(self, style: Style, channels: int, head: int) -> None:
+    def __init__(self, style: Style, channels: int, head: int, heads: int = 0) -> None:
         super().__init__()
-        self.style, self.heads = style, max(1, channels // head) if head else 1
+        self.style, self.heads = style, heads or (max(1, channels // head) if head else 1)
         self.norm = style.norm(channels)
         self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
         nn.init.zeros_(self.out.weight)

@@ -76,7 +76,10 @@ def _check(config: dict[str, Any]) -> None:
         raise ValueError(f"dropout is {dropout:g}; expected 0 <= dropout < 1")
     if any(a not in range(len(widths)) for a in attention):
         raise ValueError(f"attention is {attention}; expected resolutions from 0 to {len(widths) - 1}")
-    if head and any(w % head and w > head for i, w in enumerate(widths) if i in attention):
+    heads = config["heads"]
+    if heads < 0 or (heads and any(w % heads for i, w in enumerate(widths) if i in attention)):
+        raise ValueError(f"heads = {heads} does not divide the attention widths; expected a divisor of {width}, or 0")
+    if head and not heads and any(w % head and w > head for i, w in enumerate(widths) if i in attention):
         raise ValueError(f"head = {head} does not divide the attention widths; expected a divisor of {width}")
     multiple = 2 ** (len(widths) - 1)
     whole = config["resampling"] == "strided" and config["inputs"] == config["outputs"] == "none"
@@ -91,9 +94,9 @@ class UNet(Conditional):
 
     data_shape: (C, *sizes) with one to three sizes. width: channels at full resolution; multipliers: one each. blocks:
     residual ones at each. attention: which resolutions (0 is full) have self-attention, with heads of ``head`` channels
-    (0: one head); "each" block that goes up has it, or the "last". middle_attention: in the middle also where the last
-    resolution has none. num_classes: condition on class labels; null_class: and on none. variance: twice the channels
-    come out, F and the variance between its bounds.
+    (0: one head) or so many ``heads``; "each" block that goes up has it, or the "last". middle_attention: in the middle
+    also where the last resolution has none. num_classes: condition on class labels; null_class: and on none. variance:
+    twice the channels come out, F and the variance between its bounds.
 
     embedding of the label: "fourier" (None) for log sigma, "gaussian" for log sigma by random frequencies, "positional"
     for steps, "positional_open" for steps as in ADM. classes_first: classes are added to that, else to what a network
@@ -114,6 +117,7 @@ class UNet(Conditional):
         blocks: int = 2,
         attention: tuple[int, ...] = (),
         head: int = 64,
+        heads: int = 0,
         dropout: float = 0.0,
         embedding: str | None = None,
         num_classes: int | None = None,
@@ -142,6 +146,7 @@ class UNet(Conditional):
             "blocks": blocks,
             "attention": tuple(attention),
             "head": head,
+            "heads": heads,
             "dropout": dropout,
             "embedding": embedding or "fourier",
             "middle_attention": middle_attention,
@@ -174,7 +179,7 @@ class UNet(Conditional):
 
         def stage(at: int, into: int, to: int, last: bool = True) -> _Stage:
             attended = at in attention and (last or attention_up == "each")
-            return _Stage(Residual(style, into, to), Attention(style, to, head) if attended else None)
+            return _Stage(Residual(style, into, to), Attention(style, to, head, heads) if attended else None)
 
         self.down, self.shrink, self.up, self.grow, self.inputs, self.outputs = (nn.ModuleList() for _ in range(6))
         now, kept, pyramid, deepest = begun, [begun], channels, len(widths) - 1
@@ -192,7 +197,7 @@ class UNet(Conditional):
                     pyramid = now
                 kept.append(now)
         attended = middle_attention or deepest in attention
-        between = _Stage(Residual(style, now, now), Attention(style, now, head) if attended else None)
+        between = _Stage(Residual(style, now, now), Attention(style, now, head, heads) if attended else None)
         self.middle = nn.ModuleList([between, stage(-1, now, now)])
         for i, to in reversed(list(enumerate(widths))):
             for k in range(blocks + 1):

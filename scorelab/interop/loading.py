@@ -1,0 +1,338 @@
+"""Checkpoints of public releases as score models: ``load(file, release)``.
+
+What a file does not say, and most hold no settings, is read off the shapes of its weights or asked for by name, and
+what was assumed is printed. x is data in [-1, 1] with noise, whatever the release scales its data to: one that takes
+data from 0 to 1 has noise levels twice as large here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from scorelab.checks import nearest_name
+from scorelab.interop.magnitude import from_edm2
+from scorelab.interop.reading import Record, State, read_file, state_of
+from scorelab.interop.refinenets import from_ncsn, from_ncsnv2
+from scorelab.interop.transformers import from_dit
+from scorelab.interop.unets import from_adm, from_edm, from_score_sde
+from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
+from scorelab.nn import EDM2, DiT, RefineNet, UNet, adm, ncsnpp
+from scorelab.nn.dit import SIZES
+from scorelab.predictions import EPS, SCORE, edm
+from scorelab.processes import VE, VP, DiscreteVP, SubVP, cosine_betas, linear_betas
+from scorelab.typing import Tensor
+
+__all__ = ["RELEASES", "load"]
+
+_PIXELS = (0.0, 255.0)
+
+
+def load(path: str | Path, release: str, **options: Any) -> ScoreModel:
+    """The model of a checkpoint file of a public release, in evaluation mode, with its averaged weights.
+
+    release: one of ``RELEASES``; options: what its file does not say, see there. What was assumed is printed on
+    standard error. Nothing in the file is executed. Raises ValueError for a file that is damaged or of another release
+    or size, and for options that the release does not have.
+    """
+    if release not in RELEASES:
+        raise ValueError(f"release is {release!r}; {nearest_name(release, RELEASES)}")
+    maker = RELEASES[release]
+    known = [name for name in inspect.signature(maker).parameters if name != "found"]
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                f"{release} has no option {name!r}; {nearest_name(name, known) if known else 'it has none'}"
+            )
+    found = read_file(path)
+    try:
+        model = maker(found, **options)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        said = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path} can't be loaded as release={release!r} ({said}): check the release and options"
+        ) from error
+    bound = inspect.signature(maker).bind(found, **options)
+    bound.apply_defaults()
+    assumed = {k: v for k, v in bound.arguments.items() if k != "found" and k not in options and v is not None}
+    if assumed:
+        said = ", ".join(f"{k}={v!r}" for k, v in assumed.items())
+        print(f"{Path(path).name}: assumed {said}", file=sys.stderr)
+    return model.requires_grad_(False).eval()
+
+
+def _filled(net: nn.Module, state: State) -> Any:
+    net.load_state_dict({k: v.float() for k, v in state.items()})
+    return net
+
+
+def _plain(state: Any) -> State:
+    """A state dict without what DataParallel puts before its names."""
+    return {k.removeprefix("module."): v for k, v in state_of(state).items()}
+
+
+def _negated(net: UNet) -> UNet:
+    """Of a score times sigma the noise."""
+    with torch.no_grad():
+        for parameter in net.last.parameters():
+            parameter.neg_()
+    return net
+
+
+def _levels(sizes: list[int], size: int, count: int) -> tuple[int, ...]:
+    """Resolutions by their place."""
+    return tuple(i for i in range(count) if size >> i in sizes)
+
+
+def _edm(found: Any) -> ScoreModel:
+    """EDM's pickles of any of its four preconditionings; they say all."""
+    ema = found["ema"]
+    inner = ema.fields["_modules"]["model"]
+    c, size, channels = inner.fields["_init_kwargs"], int(ema.fields["img_resolution"]), int(ema.fields["img_channels"])
+    multipliers, label_dim = tuple(c["channel_mult"]), int(c.get("label_dim", 0))
+    blocks, sizes = (3, [32, 16, 8]) if inner.kind == "DhariwalUNet" else (4, [16])
+    known: dict[str, Any] = {
+        "width": int(c["model_channels"]),
+        "multipliers": multipliers,
+        "blocks": int(c.get("num_blocks", blocks)),
+        "dropout": float(c.get("dropout", 0.1)),
+        "attention": _levels(list(c.get("attn_resolutions", sizes)), size, len(multipliers)),
+    }
+    if label_dim:
+        known |= {"num_classes": label_dim, "null_class": True}
+    shape = (channels, size, size)
+    if inner.kind == "DhariwalUNet":
+        net = adm(shape, group=4, **known)
+    else:
+        taps = tuple(float(v) for v in c.get("resample_filter", [1, 1]))
+        known["inputs"] = {"standard": "none"}.get(c.get("encoder_type", "standard"), c.get("encoder_type", "none"))
+        known["outputs"] = {"standard": "none"}.get(c.get("decoder_type", "standard"), c.get("decoder_type", "none"))
+        known["embedding"] = "gaussian" if c.get("embedding_type") == "fourier" else "positional"
+        net = ncsnpp(shape, fir=() if taps == (1.0, 1.0) else taps, **known)
+    # augmentation is without effect outside of training
+    state = {k: v for k, v in state_of(inner).items() if "resample_filter" not in k and "map_augment" not in k}
+    _filled(net, from_edm(net, state))
+    return _preconditioned(ema, net, shape)
+
+
+def _preconditioned(ema: Record, net: Any, shape: tuple[int, ...]) -> ScoreModel:
+    """A network of EDM's or EDM2's in the preconditioning that its file names."""
+    f = ema.fields
+    if ema.kind in ("EDMPrecond", "Precond"):
+        scale = float(f.get("sigma_data", 0.5))
+        options: dict[str, Any] = {"label": "log_sigma", "label_scale": 0.25, "input_scale": UnitVariance(scale)}
+        return ScoreModel(net, VE(0.002, 80.0), edm(scale), data_shape=shape, data_range=_PIXELS, **options)
+    if ema.kind == "VPPrecond":
+        least, most = float(f.get("beta_min", 0.1)), float(f.get("beta_min", 0.1)) + float(f.get("beta_d", 19.9))
+        steps = float(f.get("M", 1000)) - 1
+        return ScoreModel(net, VP(least, most), data_shape=shape, data_range=_PIXELS, label_scale=steps)
+    if ema.kind == "VEPrecond":
+        options = {"label": LogSigma(2.0), "input_scale": Constant(1.0)}
+        return ScoreModel(_negated(net), VE(0.02, 100.0), data_shape=shape, data_range=_PIXELS, **options)
+    raise ValueError(f"its preconditioning is {ema.kind!r}; expected EDMPrecond, VPPrecond, VEPrecond or Precond")
+
+
+def _edm2(found: Any) -> ScoreModel:
+    """EDM2's pickles; those of 512 px score latents, which the encoder named inside decodes."""
+    ema = found["ema"]
+    unet = ema.fields["_modules"]["unet"]
+    c, size, channels = unet.fields["_init_kwargs"], int(ema.fields["img_resolution"]), int(ema.fields["img_channels"])
+    multipliers, label_dim = tuple(c.get("channel_mult", [1, 2, 3, 4])), int(ema.fields.get("label_dim", 0))
+    state = state_of(ema)
+    head = state.get("logvar_linear.weight")
+    shape = (channels, size, size)
+    net = EDM2(
+        shape,
+        width=int(c.get("model_channels", 192)),
+        multipliers=multipliers,
+        blocks=int(c.get("num_blocks", 3)),
+        attention=_levels(list(c.get("attn_resolutions", [16, 8])), size, len(multipliers)),
+        head=int(c.get("channels_per_head", 64)),
+        uncertainty=0 if head is None else head.shape[1],
+        num_classes=label_dim or None,
+        null_class=label_dim > 0,
+    )
+    known = {k: v for k, v in state.items() if "resample_filter" not in k}
+    return _preconditioned(ema, _filled(net, from_edm2(net, known)), shape)
+
+
+def _adm(
+    found: Any,
+    image_size: int = 64,
+    head: int = 64,
+    heads: int = 0,
+    legacy: bool = False,
+    schedule: str = "cosine",
+    steps: int = 1000,
+) -> ScoreModel:
+    """guided-diffusion's state dicts, by default ADM's for ImageNet at 64 px. head: channels of an attention head, or
+    heads: their number; legacy: queries, keys and values lie within the heads, as in all but that; schedule: "linear",
+    as in all but that, or "cosine", of so many steps.
+    """
+    state = _plain(found)
+    width, first = state["time_embed.0.weight"].shape[1], state["input_blocks.0.0.weight"]
+    count = len({k.split(".")[1] for k in state if k.startswith("output_blocks.")})
+    raised = [k for k in state if re.fullmatch(r"output_blocks\.\d+\.[12]\.(in_layers\.2|conv)\.weight", k)]
+    levels = len(raised) + 1
+    each = count // levels
+    starts = [f"input_blocks.{1 + level * each}" for level in range(levels)]
+    widths = [len(state[f"{name}.0.in_layers.2.weight"]) for name in starts]
+    block, channels = f"{starts[0]}.0", first.shape[1]
+    betas = {"linear": linear_betas, "cosine": cosine_betas}[schedule](steps)
+    variance = state["out.2.weight"].shape[0] == 2 * channels
+    net = UNet(
+        (channels, *(image_size,) * (first.ndim - 2)),
+        width=width,
+        multipliers=tuple(w / width for w in widths),
+        blocks=each - 1,
+        attention=tuple(i for i, name in enumerate(starts) if f"{name}.1.qkv.weight" in state),
+        head=head,
+        heads=heads,
+        embedding="positional_open",
+        num_classes=state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None,
+        middle_attention=True,
+        time="adaptive"
+        if len(state[f"{block}.emb_layers.1.weight"]) > len(state[f"{block}.in_layers.2.weight"])
+        else "added",
+        resampling="strided" if any(k.endswith(".0.op.weight") for k in state) else "block",
+        group=1,
+        first=first.shape[0] / width,
+        variance=variance,
+    )
+    _filled(net, from_adm(net, state, legacy=legacy))
+    options: dict[str, Any] = {"label": "index", "variance": variance, "data_range": _PIXELS}
+    return ScoreModel(net, DiscreteVP(betas), data_shape=net.config["data_shape"], **options)
+
+
+def _improved(
+    found: Any, image_size: int = 64, heads: int = 4, legacy: bool = True, schedule: str = "cosine", steps: int = 4000
+) -> ScoreModel:
+    """improved-diffusion's state dicts, likewise; their networks are told steps as if there were 1,000."""
+    model = _adm(found, image_size, 0, heads, legacy, schedule, steps)
+    model.label_scale = 1000 / steps
+    return model
+
+
+def _dit(found: Any, heads: int = 0, steps: int = 1000) -> ScoreModel:
+    """DiT's state dicts, alone or with an average beside; heads: 0 for those of the published width."""
+    state = _plain(found.get("ema", found))
+    weight, table = state["x_embedder.proj.weight"], state.get("y_embedder.embedding_table.weight")
+    width, channels, patch = weight.shape[:3]
+    depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+    side = math.isqrt(state["pos_embed"].shape[1]) * patch
+    published = {sizes["width"]: sizes["heads"] for sizes in SIZES.values()}
+    if not heads and width not in published:
+        raise ValueError(f"a width of {width} is none of the published; expected heads=...")
+    variance = len(state["final_layer.linear.weight"]) == 2 * channels * patch**2
+    net = DiT(
+        (channels, side, side),
+        patch=patch,
+        width=width,
+        depth=depth,
+        heads=heads or published[width],
+        mlp=len(state["blocks.0.mlp.fc1.weight"]) / width,
+        variance=variance,
+        num_classes=None if table is None else len(table) - 1,
+        null_class=table is not None,
+    )
+    _filled(net, from_dit(net, state))
+    process, shape = DiscreteVP(linear_betas(steps)), (channels, side, side)
+    return ScoreModel(net, process, data_shape=shape, label="index", variance=variance)
+
+
+def _refine(found: Any, image_size: int, state: State, levels: Tensor) -> ScoreModel:
+    depth = 6 if "res31.0.conv1.weight" in state else 5 if "res5.0.conv1.weight" in state else 4
+    weight, conditional = state["begin_conv.weight"], "normalizer.embed.weight" in state
+    shape = (weight.shape[1], *(image_size,) * (weight.ndim - 2))
+    net = RefineNet(shape, width=len(weight), depth=depth, levels=len(levels) if conditional else 0)
+    _filled(net, (from_ncsn if conditional else from_ncsnv2)(net, state))
+    # in [-1, 1] noise is twice as large, and a score half as large: the scale of eps is kept
+    grid = 2 * levels.double()
+    process = VE(float(grid[-1]), float(grid[0]))
+    options: dict[str, Any] = {"data_shape": shape, "data_range": _PIXELS, "levels": grid, "input_scale": Constant(1.0)}
+    if conditional:
+        with torch.no_grad():
+            for parameter in net.last.parameters():
+                parameter.mul_(0.5)
+        return ScoreModel(net, process, SCORE, label="index", index_order="descending", **options)
+    return ScoreModel(net, process, EPS, label="log_sigma", **options)
+
+
+def _ncsn(found: Any, image_size: int = 32, sigma_max: float = 1.0, sigma_min: float = 0.01) -> ScoreModel:
+    """NCSN's lists [model, optimiser]; its levels are geometric."""
+    state = _plain(found[0] if isinstance(found, list) else found)
+    count = len(state["normalizer.embed.weight"])
+    levels = torch.from_numpy(np.geomspace(sigma_max, sigma_min, count))
+    return _refine(found, image_size, state, levels)
+
+
+def _ncsnv2(found: Any, image_size: int = 32, averaged: bool = True) -> ScoreModel:
+    """NCSNv2's lists [model, optimiser, epoch, step, average]; its levels are inside. averaged: take the average."""
+    state = _plain(found[0] if isinstance(found, list) else found)
+    if isinstance(found, list) and averaged:
+        if len(found) < 5:
+            raise ValueError("this run had no average; expected averaged=False")
+        state |= _plain(found[4])
+    return _refine(found, image_size, state, state["sigmas"])
+
+
+def _score_sde(
+    found: Any,
+    sde: str = "ve",
+    image_size: int = 32,
+    net: dict[str, Any] | None = None,
+    continuous: bool = True,
+    centered: bool = False,
+    sigma_max: float = 50.0,
+    averaged: bool = True,
+) -> ScoreModel:
+    """score_sde's {optimizer, model, ema, step} of ``ncsnpp``. net: settings other than CIFAR-10's of ``ncsnpp``; sde:
+    "ve", "vp" or "subvp"; centered: the release's data is in [-1, 1], else in [0, 1].
+    """
+    state = _plain(found["model"])
+    state.pop("sigmas", None)
+    if averaged:
+        # averages of what was trained, in its order: the random frequencies are not
+        trained = [k for k in state if not k.endswith(".W") or "NIN" in k]
+        shadow = found["ema"]["shadow_params"]
+        if len(shadow) != len(trained):
+            raise ValueError(f"it has averages of {len(shadow)} weights, and {len(trained)} weights; expected as many")
+        state |= dict(zip(trained, shadow, strict=True))
+    fixed: dict[str, Any] = {} if sde == "ve" else {"embedding": "positional", "fir": (), "inputs": "none"}
+    channels = next(v.shape[1] for v in state.values() if v.ndim == 4)
+    made = ncsnpp((channels, image_size, image_size), **{**fixed, **(net or {})})
+    _filled(made, from_score_sde(made, state))
+    shape = made.config["data_shape"]
+    if sde == "ve":
+        # the release's network takes 2x - 1 of data in [0, 1]; it divides by sigma, in its units
+        scale = 1.0 if centered else 2.0
+        options: dict[str, Any] = {"label": LogSigma(scale), "input_scale": Constant(1.0)}
+        process: Any = VE(0.01 * scale, sigma_max * scale)
+        return ScoreModel(_negated(made), process, data_shape=shape, data_range=_PIXELS, **options)
+    if continuous:
+        process = {"vp": VP(0.1, 20.0), "subvp": SubVP(0.1, 20.0)}[sde]
+        return ScoreModel(made, process, data_shape=shape, data_range=_PIXELS, label_scale=999.0)
+    process = DiscreteVP(linear_betas(1000))
+    return ScoreModel(made, process, data_shape=shape, data_range=_PIXELS, label="index")
+
+
+RELEASES: dict[str, Callable[..., ScoreModel]] = {
+    "score_sde": _score_sde,
+    "ncsn": _ncsn,
+    "ncsnv2": _ncsnv2,
+    "guided_diffusion": _adm,
+    "improved_diffusion": _improved,
+    "edm": _edm,
+    "edm2": _edm2,
+    "dit": _dit,
+}
+"""Releases by name, and what makes a model of what their files hold."""

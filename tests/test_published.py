@@ -7,17 +7,21 @@ import math
 import numpy as np
 import pytest
 import torch
+from ml_collections import ConfigDict
 from problems import F64, randn
 from published import difference, released
+from test_training import small
 from torch import nn
 from torch.nn import functional
 
-from scorelab import VE, VP, DiscreteVP, ScoreModel
+from scorelab import VE, VP, DiscreteVP, PerSampleNoise, ScoreModel, precision, sample
 from scorelab.interop.unets import from_adm, from_edm, from_score_sde
 from scorelab.models import Constant, LogSigma, UnitVariance
 from scorelab.nn import UNet, adm, ncsnpp
 from scorelab.nn.layers import Resampled, Style, resampled
 from scorelab.predictions import EPS, edm
+from scorelab.samplers import Heun
+from scorelab.training import Trainer, build, resolve
 
 PARITY = 2e-5
 BETAS = np.linspace(1e-4, 0.02, 1000).tolist()
@@ -265,3 +269,59 @@ def test_networks_have_as_many_millions_of_parameters_as_published(name):
     with torch.device("meta"):
         count = sum(p.numel() for p in maker(shape, **settings).parameters()) / 1e6
     assert count == pytest.approx(millions, abs=0.5 if millions > 100 else 0.05)
+
+
+FAMILIES = {
+    "unet": {"width": 8, "blocks": 1, "attention": (1,), "middle_attention": True},
+    "ncsnpp": {"width": 8, "multipliers": (1, 2), "blocks": 1},
+    "adm": {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (1,), "head": 8},
+    "edm2": {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (1,), "head": 8},
+    "dit": {"width": 16, "depth": 1, "heads": 2},
+    "refinenet": {"width": 8},
+}
+
+
+def family(name: str, **changes) -> Trainer:
+    """Two steps of a small network of a family on the digits."""
+    c = small(2, training__batch_size=8, training__precision="fp32")
+    c.model.net = ConfigDict({"name": name, **FAMILIES[name]})
+    c.model.net.unlock()
+    if name != "refinenet":
+        c.model.conditional, c.training.label_dropout = True, 0.5
+    if "dropout" in resolve(c).model.net:
+        c.model.net.dropout = 0.1
+    for key, value in changes.items():
+        c.training[key] = value
+    trainer = Trainer(build(c), c)
+    for _ in range(2):
+        trainer.advance()
+    return trainer
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_trains_in_every_way_and_is_sampled(name, tmp_path, monkeypatch):
+    """In bf16, with activations computed again, in parts, and compiled: traced and differentiated, then run eagerly."""
+    monkeypatch.setattr(precision, "multiplies_in_bf16", lambda device: True)
+    plain = family(name)
+    weights = dict(plain.model.named_weights())
+    assert all(torch.isfinite(p).all() for p in weights.values())
+
+    def gap(other: Trainer) -> float:
+        return max(float((weights[k] - p).detach().abs().max()) for k, p in other.model.named_weights())
+
+    half = family(name, precision="bf16")
+    assert all(p.dtype == torch.float32 for p in half.model.parameters())
+    assert 0 < gap(half) < 5e-3
+    assert gap(family(name, activation_checkpointing=True)) < 1e-6
+    assert gap(family(name, accumulate=2)) < 1e-4
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **k: compiled_eagerly(self))
+    assert gap(family(name, compile=True)) < 1e-4
+    monkeypatch.undo()
+    plain.save(tmp_path)
+    model = ScoreModel.load(tmp_path / "step_00000002")
+    assert sample(model, (3, 1, 8, 8), sampler=Heun(), generator=PerSampleNoise(0)).shape == (3, 1, 8, 8)
+
+
+def compiled_eagerly(module: nn.Module) -> None:
+    """torch.compile's tracing and its derivative, without the minutes that code generation takes."""
+    module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")

@@ -143,6 +143,10 @@ class ScoreModel(nn.Module):
             self.codec.eval()
         return self
 
+    def encode(self, x0: Tensor) -> Tensor:
+        """Codes (B, *data_shape) of data, in which scores and densities are: itself, for a model without a codec."""
+        return x0 if self.codec is None else self.codec.encode(x0)
+
     def decode(self, z: Tensor) -> Tensor:
         """The data that codes (B, *data_shape) stand for: themselves, for a model without a codec."""
         return z if self.codec is None else self.codec.decode(z)
@@ -392,6 +396,8 @@ class ScoreModel(nn.Module):
         for weights that do not fit, with the differences summarised.
         """
         folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"there is no directory {folder}; expected one written by ScoreModel.save, or of a run")
         if (folder / "checkpoints").is_dir() and not (folder / "model.json").is_file():
             saved = sorted(place.parent for place in folder.glob("checkpoints/step_*/model.json"))
             if not saved:
@@ -455,6 +461,8 @@ class Conditioned:
     """A model's score with a condition bound to it."""
 
     def __init__(self, model: ScoreModel, condition: Tensor | None) -> None:
+        if not model.conditional:
+            raise ValueError("this model knows no conditions; expected it as it is: score = model")
         if condition is None:
             condition = model._null(1)
         elif not isinstance(condition, Tensor) or condition.ndim < 1:

@@ -52,8 +52,8 @@ class Kind:
             raise ValueError(f"{where}.name is not set; expected one of {', '.join(self.table)}")
         if not isinstance(name, str) or ":" not in name:
             raise ValueError(
-                f"{where}.name is {name!r}; {nearest_name(str(name), self.table)}, or package.module:Class for one of "
-                "your own"
+                f"{where}.name is {name!r}; {nearest_name(str(name), self.table)} One of your own is named "
+                "package.module:Class"
             )
         module, _, attribute = name.partition(":")
         try:

@@ -54,7 +54,9 @@ def data_mean(score: ScoreFn, like: Tensor) -> Tensor | float:
     directions of deviation s: for the common brightness of D pixels s is sqrt(D) times that of an image's mean.
     """
     found: Tensor | None = getattr(score, "data_mean", None)
-    return 0.0 if found is None else found.to(like)
+    # samples of a wrong shape are left to the score, which refuses them
+    fits = found is not None and found.ndim == like.ndim - 1 and len(found) == like.shape[1]
+    return found.to(like) if found is not None and fits else 0.0
 
 
 def device_of(score: ScoreFn) -> torch.device | None:

@@ -121,7 +121,7 @@ def test_the_command_line_refuses_unknown_classes(tmp_path, capsys):
         ("with", ["--condition=nnone"], "did you mean 'none'?"),
         ("with", ["--guidance=x"], "--guidance=x: expected a number"),
         ("with", ["--guidance=2", "--guidance_interval=3"], "--guidance_interval is '3'; expected two noise levels"),
-        ("with", ["--guidance=2", "--guidance_interval=3,1"], "interval is (3.0, 1.0)"),
+        ("with", ["--guidance=2", "--guidance_interval=3,1"], "is '3,1'; expected the lower noise level first"),
         ("with", ["--condition=none", "--guidance=2"], "--guidance needs a class to guide to"),
         ("all", ["--condition=none"], "none that stands for no class; expected a condition"),
         ("all", ["--guidance=2"], "trained with training.label_dropout=0"),

@@ -24,6 +24,7 @@ from scorelab import (
     check_score,
     from_eps,
     from_time_score,
+    log_likelihood,
     predictions,
     sample,
     sigmas,
@@ -506,3 +507,44 @@ def test_names_are_imported_when_they_are_asked_for():
         "assert set(scorelab.__all__) <= set(dir(scorelab)) and all(hasattr(scorelab, n) for n in dir(scorelab))\n"
     )
     subprocess.run([sys.executable, "-c", told], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("c.training.steps = '100'", "line 4: steps is 100 (str); expected a whole number"),
+        ("c.data.size = 32", "line 4: size is 32 (int); expected a tuple: (32, 32)"),
+        ("c.optim.ema = 0.999", "line 4: ema is 0.999 (float); expected a tuple: (0.999,)"),
+        ("c.training.step = 100", "line 4: there is no setting 'step'; did you mean 'steps'?"),
+        ("c.training.ema = 1", "line 4: there is no setting 'ema'; did you mean c.optim.ema?"),
+        ("c.training.sample_evry = 1", "line 4: there is no setting 'sample_evry'; did you mean 'sample_every'?"),
+    ],
+)
+def test_what_a_config_file_sets_wrongly_is_said_in_our_words(line, said, tmp_path, capsys):
+    text = f"from scorelab.training import default_config\ndef get_config():\n    c = default_config()\n    {line}\n"
+    (tmp_path / "c.py").write_text(text + "    return c\n")
+    assert main(["train", f"--config={tmp_path / 'c.py'}", "--dry_run"]) == 2
+    found = capsys.readouterr().err
+    assert said in found
+    assert (found.count("\n"), found.count("line 4")) == (1, 1)
+
+
+def test_a_density_of_points_of_ones_own_is_that_of_their_codes(tmp_path):
+    """model.encode, and the codec's log_scale, as the how-to has it: it integrates to 1 in the data's units."""
+    c = defaults(tmp_path, spiral(), steps=1, sample_every=0, validate_every=0)
+    train(c, tmp_path / "run", progress=False)
+    model, points = ScoreModel.load(tmp_path / "run"), torch.from_numpy(spiral()).float()
+    torch.testing.assert_close(model.decode(model.encode(points)), points, rtol=0, atol=1e-3)
+    assert model.encode(points).std(0).tolist() == pytest.approx([1, 1], rel=1e-3)
+    # an untrained network is about the identity's score, so a density near N(mean, cov) of the data
+    exact = torch.distributions.Normal(points.mean(0), points.std(0)).log_prob(points[:50]).sum(1)
+    low, high = model.sigma_range
+    found = log_likelihood(model, model.encode(points[:50]), low, high, rtol=1e-3, atol=1e-3).log_prob
+    assert float((found - model.codec.log_scale - exact).mean()) == pytest.approx(0, abs=0.5)
+    # of points in their own units it is none
+    assert float(log_likelihood(model, points[:5], low, high, rtol=1e-2, atol=1e-2).log_prob.max()) < -100
+
+
+def test_data_that_lies_on_its_side_is_warned_of(tmp_path):
+    with pytest.warns(RuntimeWarning, match="2 samples of 500 dimensions are fewer than dimensions; .* transposed"):
+        build(defaults(tmp_path, spiral(500).T.copy(), batch_size=2))

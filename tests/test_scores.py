@@ -362,3 +362,10 @@ def test_a_model_knows_the_mean_of_its_data(tmp_path):
     assert float(again.data_mean) == pytest.approx(wanted, abs=1e-5)
     assert again.conditioned is not None
     assert float(clipped(again, -1, 1).data_mean) == float(again.data_mean)
+    # another shape is refused as by any model: the mean does not broadcast it into shape
+    with pytest.raises(ValueError, match=r"x has shape \(2, 3, 8, 8\); expected \(B, 1, 8, 8\)"):
+        sample(again, (2, 3, 8, 8))
+    colour = ScoreModel(model.net, VE(), data_shape=(3, 8, 8), data_mean=(0.1, 0.2, 0.3))
+    for shape in ((2, 1, 8, 8), (5, 1), (2, 8, 8, 3)):
+        with pytest.raises(ValueError, match=r"expected \(B, 3, 8, 8\)"):
+            sample(colour, shape)

@@ -17,6 +17,7 @@ from scorelab.cli.report import report_run
 from scorelab.data import Arrays, Drawn, digits
 from scorelab.distributions import target
 from scorelab.training import Trainer, build, train
+from scorelab.training import watch as watch_module
 from scorelab.training.engine import BINS
 from scorelab.training.watch import Watch
 
@@ -125,7 +126,8 @@ class Slow(Arrays):
         return super().batch(seed, step, size, rows)
 
 
-def test_slow_data_is_said(tmp_path, capsys):
+def test_slow_data_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(watch_module, "_WORTH_TELLING", 0.0)
     c = small(3)
     parts = build(c)
     parts.data = Slow(digits().reference())
@@ -139,7 +141,7 @@ def test_slow_data_is_said(tmp_path, capsys):
     watch.close()
     assert rows(tmp_path, "loss")[1]["data_share"] > 0.25
     said = capsys.readouterr()
-    assert "of the time: raise data.workers or use a faster disk" in said.out + said.err
+    assert "of the time: raise data.workers, or read from a faster disk" in said.out + said.err
 
 
 def test_report(tmp_path, capsys):

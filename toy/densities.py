@@ -1,6 +1,6 @@
 """For every target the exact density, the learnt density by the probability-flow ODE, and samples; with KL in nats.
 
-``--data points.npy --steps 2000`` learns points of one's own, an array (N, 2), instead.
+``--data points.npy --steps 2000`` learns points of one's own, an array (N, 2), instead; from the clone's folder.
 """
 
 from __future__ import annotations
@@ -75,11 +75,12 @@ def draw(gallery: Gallery, names: tuple[str, ...] = TARGETS) -> None:
 def own(data: Path, steps: int, out: Path) -> str:
     """Learn points (N, 2) of one's own with the default settings, a run in ``out``, and draw what was learnt."""
     config = default_config()
-    config.data.source, config.data.path, config.training.steps = "arrays", str(data), steps
+    config.data.source, config.data.path = "arrays", str(data.expanduser().resolve())
+    config.training.steps, config.training.batch_size = steps, 256
     if (shape := load_data(config).data_shape) != (2,):
         raise ValueError(f"--data: {data} holds samples of shape {shape}; expected points (N, 2)")
-    run = out / data.stem
-    train(config, run)
+    run = out / f"{data.resolve().parent.name}_{data.stem}"
+    train(config, run, spare_threads=True)
     return density_run(run, run / "density.png", n=GRID)
 
 

@@ -30,7 +30,7 @@ __all__ = ["calibrate_run", "likelihood_run"]
 def _spacing(values: Values | None, levels: int) -> float:
     """The distance, in the model's units, of neighbouring values of data that takes ``levels`` of them, -1: its own."""
     if values is None or not values.step:
-        raise ValueError(f"--levels={levels}, but the data is continuous; expected no --levels, for its log-density")
+        raise ValueError("--bits or --levels, but the data is continuous; expected neither, for its log-density")
     count = round((values.most - values.least) / values.step) + 1
     if levels not in (count, -1):
         raise ValueError(
@@ -138,7 +138,9 @@ def _likelihoods(
     data, score = batch.x0, model.conditioned(batch.condition) if model.conditional else model
     low, high = model.sigma_range
     known = {"data_std": float(data.square().mean().sqrt()), **options}
-    statement = f"{'data' if model.codec is None else 'codes'} noised by sigma_min; mean, error"
+    statement = (
+        f"log-density of {'the data' if model.codec is None else 'codes of the data'} with noise of sigma_min added"
+    )
 
     def measured(rows: range, generator: torch.Generator = generator) -> Tensor:
         nonlocal statement

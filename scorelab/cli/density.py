@@ -27,10 +27,10 @@ def density_run(workdir: Path, out: Path, *, n: int = 200, step: int = 0, seed: 
     Raises ValueError for a run of other than 2-D data, or whose codec has no density.
     """
     config, model, found = load_run(workdir, step=step)
-    if model.data_shape != (2,) or n < 2:
-        raise ValueError(
-            f"{workdir} was trained on data of shape {model.data_shape}, n = {n}; expected (2,) and n >= 2"
-        )
+    if model.data_shape != (2,):
+        raise ValueError(f"{workdir} was trained on data of shape {model.data_shape}; expected points, of shape (2,)")
+    if n < 2:
+        raise ValueError(f"--n is {n}; expected 2 or more points in each direction")
     codec, scale = model.codec, 0.0 if model.codec is None else model.codec.log_scale
     if scale is None:
         raise ValueError(f"{workdir} has a {type(codec).__name__}, by which codes have no density in the data's units")

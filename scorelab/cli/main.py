@@ -38,7 +38,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab report --workdir runs/x
        scorelab density --workdir runs/x [--n 200] [--out FILE.png]  (2-D data)
        scorelab settings  (every setting of a config)
-       scorelab new images|points runs/my.py --path DATA [--size 32,32]
+       scorelab new images|points runs/my.py --path DATA [--size 32,32] [--layout channels_last]
        scorelab likelihood --workdir runs/x [--n 64] [--bits] [--divergence hutchinson] [--probes 1]"""
 
 
@@ -99,7 +99,8 @@ def _own_place(error: BaseException) -> str:
     while cause is not None:
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
             if Path(frame.filename).is_file() and not frame.filename.startswith(tuple(others)):
-                return f" ({frame.filename}, line {frame.lineno})"
+                said = f" ({frame.filename}, line {frame.lineno})"
+                return "" if frame.filename in str(error) else said
         cause = cause.__cause__
     return ""
 
@@ -163,7 +164,7 @@ def _sample(arguments: list[str]) -> None:
     given = [a for a in arguments if a.startswith("--config.")]
     arguments = [a for a in arguments if not a.startswith("--config.")]
     values = _run_flags(
-        {"n": None, "nfe": 0, "batch_size": 0},
+        {"n": None, "nfe": None, "batch_size": None},
         {"out": None, "sampler": None, "grid": None, "weights": "ema", "precision": "fp32", "device": "", **_GUIDED},
     )
     flags.DEFINE_float("guidance", None, "scale of classifier-free guidance", flag_values=values)
@@ -180,7 +181,11 @@ def _sample(arguments: list[str]) -> None:
         raise ValueError(f"--n is {n}; expected a positive number of samples, or none for the experiment's own")
     name, nfe, batch_size = values["sampler"].value or "", int(values["nfe"].value or 0), values["batch_size"].value
     sampler = Path(name).expanduser() if name.endswith(".json") or Path(name).expanduser().is_file() else None
-    if nfe < 0 or (sampler is not None and (nfe or given or values["grid"].value)):
+    if batch_size is not None and int(batch_size) < 1:
+        raise ValueError(f"--batch_size is {batch_size}; expected 1 or more")
+    if (values["nfe"].value is not None and nfe < 1) or (
+        sampler is not None and (nfe or given or values["grid"].value)
+    ):
         raise ValueError(f"--nfe is {nfe}, --sampler {name!r}; expected nfe > 0, and no other settings beside a file's")
     if name and sampler is None:
         given.append(f"--config.sampling.sampler.name={name}")
@@ -285,6 +290,7 @@ def _new(arguments: list[str]) -> None:
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     flags.DEFINE_string("path", None, "the data", flag_values=values)
     flags.DEFINE_string("size", "", "height,width", flag_values=values)
+    flags.DEFINE_string("layout", "", "of an array's images, as data.layout", flag_values=values)
     named = [a for a in arguments[1:] if not a.startswith("-")][:2]
     parse([a for a in arguments if a not in named], values)
     if len(named) < 2 or not values["path"].value:
@@ -297,7 +303,11 @@ def _new(arguments: list[str]) -> None:
         size = tuple(int(s) for s in str(values["size"].value or "").split(",") if s)
     except ValueError as error:
         raise ValueError(f"--size is {values['size'].value}; expected height,width, such as 32,32") from error
-    print(new_config(named[0], Path(named[1]).expanduser(), Path(str(values["path"].value)), size))
+    print(
+        new_config(
+            named[0], Path(named[1]).expanduser(), Path(str(values["path"].value)), size, str(values["layout"].value)
+        )
+    )
 
 
 def _density(arguments: list[str]) -> None:

@@ -21,10 +21,11 @@ def source_of(path: Path) -> str:
     return "zip" if path.suffix == ".zip" else "arrays" if path.suffix in _ARRAYS else "idx"
 
 
-def new_config(kind: str, target: Path, data: Path, size: tuple[int, ...] = ()) -> str:
+def new_config(kind: str, target: Path, data: Path, size: tuple[int, ...] = (), layout: str = "") -> str:
     """Write a config for the data in ``data`` to ``target``; says what was found and what to do next.
 
-    kind: "images" or "points". size: what images are scaled to, (height, width). Raises ValueError for a file that is
+    kind: "images" or "points". size: what images are scaled to, (height, width). layout: of an array's images, as
+    data.layout. Raises ValueError for a file that is
     there already, for data that can't be read, and for another kind of data than was said.
     """
     if kind not in ("images", "points"):
@@ -36,7 +37,7 @@ def new_config(kind: str, target: Path, data: Path, size: tuple[int, ...] = ()) 
         raise ValueError(f"the config is {target}, {said}; expected a new name that ends in .py")
     check_writable(target)
     data, source = data.expanduser().resolve(), source_of(data.expanduser())
-    found = load(source, Files(str(data), size))
+    found = load(source, Files(str(data), size, layout=layout))
     images = are_images(found.data_shape)
     if images != (kind == "images"):
         shape = "x".join(map(str, found.data_shape))
@@ -46,7 +47,7 @@ def new_config(kind: str, target: Path, data: Path, size: tuple[int, ...] = ()) 
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole(target) as aside:
-        aside.write_text(_text(found, source, data, size, target))
+        aside.write_text(_text(found, source, data, size, layout, target))
     return (
         f"{target}: {_said(found)}\nsee what training costs: scorelab train --config {target} --dry_run\n"
         f"train: scorelab train --config {target} --workdir {target.with_suffix('')}"
@@ -59,7 +60,7 @@ def _said(found: Source) -> str:
     return f"{count}samples of shape {found.data_shape}" + (classes if found.classes else "")
 
 
-def _text(found: Source, source: str, data: Path, size: tuple[int, ...], target: Path) -> str:
+def _text(found: Source, source: str, data: Path, size: tuple[int, ...], layout: str, target: Path) -> str:
     count = len(found) if isinstance(found, Sized) else 0
     vectors = len(found.data_shape) == 1
     lines = [
@@ -79,6 +80,8 @@ def _text(found: Source, source: str, data: Path, size: tuple[int, ...], target:
     ]
     if size:
         lines += [f"    c.data.size = {size}  # (height, width): images are scaled to cover it, and cropped"]
+    if layout:
+        lines += [f"    c.data.layout = {layout!r}"]
     if count >= 50:
         lines += [
             f"    c.data.validation = {min(500, count // 10)}  # samples kept apart, on which the loss is measured"

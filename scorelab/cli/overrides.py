@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import runpy
 import sys
 import traceback
@@ -18,6 +19,21 @@ from scorelab.checks import nearest_name
 __all__ = ["check_keys", "config_file", "literal", "parse", "sampling_changed", "settings_of", "with_parts"]
 
 
+_MEANT = {
+    "steps": ("nfe",),  # a sampler may take several evaluations a step
+    "class": ("condition",),
+    "label": ("condition",),
+    "number": ("n",),
+    "num": ("n",),
+    "samples": ("n",),
+    "data": ("path",),
+    "output": ("out",),
+}
+"""Options by other names that people try."""
+_KEYS = {"learning_rate": "optim.lr", "ema": "optim.ema", "epochs": "training.steps", "batch": "training.batch_size"}
+"""Settings likewise."""
+
+
 def config_file(arguments: list[str]) -> tuple[ConfigDict, list[str]]:
     """The experiment of the file that --config names, as it stands there, and the other arguments."""
     name, rest, given = "", [], iter(arguments)
@@ -29,7 +45,10 @@ def config_file(arguments: list[str]) -> tuple[ConfigDict, list[str]]:
         else:
             rest.append(argument)
     if not name:
-        raise ValueError("--config is missing; expected a config file, e.g. --config configs/digits/ncsn.py")
+        raise ValueError(
+            "--config is missing; expected a config file, e.g. --config configs/digits/ncsn.py; scorelab new writes "
+            "one for data of your own"
+        )
     path, wanted = Path(name).expanduser(), []
     if not path.is_file() and ":" in name:
         # file.py:word hands the word to get_config
@@ -47,9 +66,9 @@ def config_file(arguments: list[str]) -> tuple[ConfigDict, list[str]]:
         line = next(
             (f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), 0
         )
-        said = error.args[0] if isinstance(error, KeyError) and error.args else error
+        said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         where = f"{path}, line {line}" if line else path
-        raise ValueError(f"--config: {where}: {type(error).__name__}: {said}{_advice(str(said))}") from error
+        raise ValueError(f"--config: {where}: {_refused(said) or f'{type(error).__name__}: {said}'}") from error
     if not isinstance(config, ConfigDict):
         got = "has no get_config() or it returns None" if config is None else f"gives {type(config).__name__}"
         raise ValueError(
@@ -59,15 +78,36 @@ def config_file(arguments: list[str]) -> tuple[ConfigDict, list[str]]:
     return config, rest
 
 
-def _advice(said: str) -> str:
-    """What to do about a setting that stands with a part now."""
-    from scorelab.training.settings import PARTS
+def _refused(said: str) -> str:
+    """What ml_collections refuses, in our words; nothing for other errors."""
+    from scorelab.training.settings import PARTS, default_config
 
-    if "cannot be casted to type" in said and "ConfigDict" in said:
-        return "; a part is chosen by its name, as in c.model.net.name = 'unet'"
-    key = said.partition('Key "')[2].partition('"')[0]
+    wrong = re.match(r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '(\w+)", said)
+    if wrong:
+        key, value, got = wrong.groups()
+        kind = said.rpartition("<class '")[2].rpartition("'>")[0].rpartition(".")[2]
+        if kind == "ConfigDict":
+            return f"{key} is {value}; a part is chosen by its name, as in c.model.net.name = 'unet'"
+        wanted = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a text"}.get(
+            kind, kind
+        )
+        if kind == "tuple":
+            wanted = f"a tuple: ({value}, {value})" if key == "size" else f"a tuple: ({value},)"
+        return f"{key} is {value} ({got}); expected {wanted}"
+    missing = re.search(r'Key "(\w+)" does not exist', said)
+    if not missing:
+        return ""
+    key = missing[1]
     owners = [path for path, kind in PARTS.items() if any(key in kind.settings(made) for made in kind.table.values())]
-    return f"; a part has that key: {', '.join(f'c.{path}.{key}' for path in owners)}" if key and owners else ""
+    if owners:
+        return f"there is no setting {key!r}; a part has that key: {', '.join(f'c.{path}.{key}' for path in owners)}"
+    known = list(settings_of(default_config()))
+    alike = [_KEYS[key]] if key in _KEYS else _keys_ending(key, known)
+    # the group's own, as ml_collections lists them, before all others
+    near = re.search(r'Did you mean "(\w+)"', said)
+    return f"there is no setting {key!r}; " + (
+        f"did you mean c.{alike[0]}?" if alike else f"did you mean {near[1]!r}?" if near else nearest_name(key, known)
+    )
 
 
 def with_parts(config: ConfigDict, arguments: list[str]) -> tuple[ConfigDict, list[str]]:
@@ -109,7 +149,7 @@ def check_keys(config: ConfigDict, arguments: list[str]) -> None:
             if name not in known:
                 group, _, last = name.rpartition(".")
                 beside = [k.removeprefix(f"{group}.") for k in known if k.startswith(f"{group}.")]
-                alike = _keys_ending(name, known)
+                alike = [_KEYS[last]] if last in _KEYS else _keys_ending(name, known)
                 near = nearest_name(last, beside) if group.count(".") and beside else nearest_name(name, known)
                 near = f"did you mean {alike[0]!r}?" if alike else near
                 raise ValueError(f"unknown config key {name!r}; {near}")
@@ -168,8 +208,10 @@ def parse(arguments: list[str], values: flags.FlagValues) -> None:
         name = error.flagname
         config = values["config"].value if "config" in values else None
         settings = [f"config.{k}" for k in _keys_ending(name, settings_of(config) if config else {})]
-        # evaluations are what a number of steps is asked for by, where a sampler may take several each
-        alike = ["nfe"] if name == "steps" and "nfe" in values else settings
+        alike = [other for other in _MEANT.get(name, ()) if other in values]
+        if config and name in settings_of(config):
+            alike.append(f"config.{name}")
+        alike += settings
         near = f"did you mean --{alike[0]}?" if alike else nearest_name(name, list(values))
         raise ValueError(f"unknown option --{name}; {near}") from error
     except flags.IllegalFlagValueError as error:

@@ -90,7 +90,7 @@ def _health(trained: list[Row]) -> bytes:
     axes[0, 1].plot(steps, [r["lr"] for r in trained], lw=0.8)
     axes[0, 1].set(xlabel="step", title="learning rate")
     axes[0, 2].plot(steps, [r["images_per_second"] for r in trained], lw=0.8)
-    axes[0, 2].set(xlabel="step", title="images a second", ylim=(0, None))
+    axes[0, 2].set(xlabel="step", title="samples a second", ylim=(0, None))
     for ax in axes.flat:
         ax.title.set_fontsize(9)
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -130,7 +130,7 @@ def _write(workdir: Path, rows: list[Row]) -> Path:
         raise ValueError(f"{workdir} has no measured step yet; expected training.log_every steps at least")
     last, config = trained[-1], recorded_config(workdir) or {}
     stable = bool(config.get("training", {}).get("objective", {}).get("reference", 0))
-    summary: Row = {"step": last["step"], "loss": last["loss"], "images a second": last["images_per_second"]}
+    summary: Row = {"step": last["step"], "loss": last["loss"], "samples a second": last["images_per_second"]}
     summary |= {"share of the time waiting for data": last["data_share"]}
     summary |= {f"initial weights left in {k}": v for k, v in last["initial_share"].items()}
     if validated:

@@ -135,6 +135,10 @@ def guide(config: ConfigDict, scale: float | None, interval: str | None) -> None
             low, high = (float(part) for part in interval.split(","))
         except ValueError as error:
             raise ValueError(f"--guidance_interval is {interval!r}; expected two noise levels such as 0.2,5") from error
+        if not 0 <= low < high:
+            raise ValueError(
+                f"--guidance_interval is {interval!r}; expected the lower noise level first, such as 0.2,5"
+            )
         config.sampling.guidance_interval = (low, high)
 
 
@@ -167,7 +171,8 @@ def condition_of(text: str, model: ScoreModel, workdir: Path, n: int) -> Tensor 
     # by its place only where no class is called by a number
     if text.isascii() and text.isdigit() and int(text) < model.num_classes and not any(n.isdigit() for n in names):
         return torch.full((n,), int(text))
-    raise ValueError(f"--condition is {text!r}; {nearest_name(text, [*names, 'each', 'none'])}")
+    numbers = "" if any(n.isdigit() for n in names) else f", or a number from 0 to {len(names) - 1}"
+    raise ValueError(f"--condition is {text!r}; {nearest_name(text, [*names, 'each', 'none'])}{numbers}")
 
 
 def sample_run(

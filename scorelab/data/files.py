@@ -71,7 +71,10 @@ def read_idx(path: Path) -> np.ndarray:
         raise ValueError(f"{path} can't be read ({error}); it is truncated or damaged: fetch it again") from error
     kind, rank = (data[2], data[3]) if len(data) >= 4 and data[:2] == b"\0\0" else (0, 0)
     if kind not in _IDX_TYPES or rank == 0 or len(data) < 4 + 4 * rank:
-        raise ValueError(f"{path} is no IDX file (it begins with {data[:4].hex()}); expected 0000, a type and a rank")
+        raise ValueError(
+            f"{path} is no IDX file (it begins with {data[:4].hex()}); expected 0000, a type and a rank, or arrays in "
+            "a .npy or .npz: np.save('data.npy', np.loadtxt('data.csv', delimiter=',')) for a table"
+        )
     shape = np.frombuffer(data, ">u4", rank, 4).astype(int)
     dtype = _IDX_TYPES[kind]
     expected = 4 + 4 * rank + int(shape.prod()) * dtype.itemsize

@@ -39,6 +39,13 @@ _READINGS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "flow, x0 - eps": lambda out, x, sigma: (x - out) / (1 + sigma),
 }
 """eps_hat if the output is what the name says."""
+_REMEDIES = {
+    "minus the score": "lambda x, sigma: -fn(x, sigma)",
+    "eps": "lambda x, sigma: -fn(x, sigma) / scorelab.broadcast(sigma, x)",
+    "minus eps": "lambda x, sigma: fn(x, sigma) / scorelab.broadcast(sigma, x)",
+    "the denoised sample x0_hat": "scorelab.from_denoiser(fn)",
+    "sigma^2 * score": "lambda x, sigma: fn(x, sigma) / scorelab.broadcast(sigma, x) ** 2",
+}
 
 
 def _inputs() -> dict[str, Inputs]:
@@ -78,13 +85,20 @@ class Report:
     def __str__(self) -> str:
         verdict = f"it looks like {self.best}" if self.best != "score" else "it is not the score of this data"
         if not self.best:
-            verdict = "it is none of these: check what it takes, its scale, and that this is the data it was trained on"
+            verdict = (
+                "it is none of these: check what it takes, its scale, and that this is the data it was trained on (of "
+                "a model with a codec, model.encode(data))"
+            )
+        elif self.best in _REMEDIES and not self.called:
+            verdict += f": {_REMEDIES[self.best]} makes it a score"
         if self.called:
             verdict += f" where it is called with ({self.called}): see scorelab.from_eps, from_time_score, ScoreModel"
         lines = [f"check_score: {'it is the score' if self.ok else verdict}"]
         lines += [f"  {name:<28} relative error {error:.3g}" for name, error in self.errors.items()]
-        lines += ["  (1 is the least error that can be reached on these points, 0 is never reached)"]
-        return "\n".join([*lines, *(f"  at sigma = {sigma:.3g} {said}" for sigma, said in self.faults.items())])
+        lines += ["  (about 1 is the least error that can be reached on these points, 0 is never reached)"]
+        # of another reading they would be faults of a score that it is not
+        faults = self.faults if self.best in ("score", "") and not self.called else {}
+        return "\n".join([*lines, *(f"  at sigma = {sigma:.3g} {said}" for sigma, said in faults.items())])
 
 
 def check_score(

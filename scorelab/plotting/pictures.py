@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from scorelab.data import Values
@@ -44,9 +45,17 @@ def tiled(x: Tensor, values: Values | None = None, columns: int = 0) -> np.ndarr
     return page
 
 
-def scatter(x: Tensor, most: int = 4) -> Figure:
-    """Points (N, D): a histogram of one dimension, a scatter plot of two, of more the pairs of the first ``most``."""
+def scatter(x: Tensor, most: int = 4, within: Tensor | None = None) -> Figure:
+    """Points (N, D): a histogram of one dimension, a scatter plot of two, of more the pairs of the first ``most``.
+
+    within: points (M, D) whose place sets the axes, by default the points themselves.
+    """
     x, dims = x.detach().cpu(), x.shape[1]
+    size = min(5.0, max(1.5, 60 / max(len(x), 1) ** 0.5))
+    ends = None
+    if within is not None and dims > 1:
+        low, high = within.detach().cpu().amin(0), within.detach().cpu().amax(0)
+        ends = torch.stack([low - 0.15 * (high - low), high + 0.15 * (high - low)]).tolist()
     pairs = list(combinations(range(min(dims, most)), 2)) if dims > 1 else [(0, 0)]
     columns = min(3, len(pairs))
     drawn, axes = figure(columns, -(-len(pairs) // columns), 5.0 if len(pairs) == 1 else 3.2)
@@ -55,7 +64,9 @@ def scatter(x: Tensor, most: int = 4) -> Figure:
             ax.hist(x[:, 0].numpy(), 60, color="#274c77")
             ax.set(xlabel="dimension 0", ylabel=f"of {len(x):,} samples")
         else:
-            ax.plot(x[:, i].numpy(), x[:, k].numpy(), ".", ms=2, color="#274c77", alpha=0.5, mew=0)
+            ax.plot(x[:, i].numpy(), x[:, k].numpy(), ".", ms=size, color="#274c77", alpha=0.6, mew=0)
+            if ends is not None:
+                ax.set(xlim=(ends[0][i], ends[1][i]), ylim=(ends[0][k], ends[1][k]))
             ax.set(xlabel=f"dimension {i}", ylabel=f"dimension {k}", aspect="equal" if dims == 2 else "auto")
         ax.tick_params(labelsize=8)
     for ax in axes.flat[len(pairs) :]:

@@ -82,7 +82,7 @@ class Experiment:
         return "\n".join(
             [
                 f"data: {config.data.source}, {count} of shape {data.data_shape}{classes}{span}",
-                f"noise: {type(model.process).__name__}, sigma from {low:.4g} to {high:.4g} beside a root mean "
+                f"noise: {type(model.process).__name__}, sigma from {low:.6g} to {high:.6g} beside a root mean "
                 f"square of {scales.sigma_data:.4g}" + "".join(f"; {why[k]}" for k in chosen),
                 f"model: {type(model.net).__name__}, {parameters:,} parameters, prediction {model.prediction.name}, "
                 f"in {settled_precision(t.precision, model)}",
@@ -199,6 +199,13 @@ def _warn_of_scale(x0: Tensor, model: ScoreModel, sigma_data: float) -> None:
             f"the network's inputs grow with the noise, up to {high:.4g}, beside a scale of {sigma_data:.4g} of the "
             "data, from which few networks learn; expected model.input_scale='unit_variance', best with "
             "model.prediction='edm'",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    if x0.ndim == 2 and len(x0) < x0.shape[1]:
+        warnings.warn(
+            f"{len(x0)} samples of {x0.shape[1]} dimensions are fewer than dimensions; expected an array (samples, "
+            "dimensions): is it transposed?",
             RuntimeWarning,
             stacklevel=3,
         )

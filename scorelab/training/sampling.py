@@ -122,7 +122,7 @@ def check_sampling(config: ConfigDict, model: ScoreModel) -> None:
     except _EnoughError:
         return
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"config.sampling can't be sampled with: {error}") from error
+        raise ValueError(f"the first step of config.sampling can't be sampled with: {error}") from error
     finally:
         model.train(training)
 

@@ -51,6 +51,10 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     return rows
 
 
+_WORTH_TELLING = 5.0
+"""Seconds of making batches, below which their share says nothing."""
+
+
 class Watch:
     """What is written and shown of a run, by the first process; all of them evaluate."""
 
@@ -93,10 +97,10 @@ class Watch:
         size, waited = self.trainer.config.training.batch_size, self.trainer.batches.waited
         speed, share = self._steps * size / max(self._spent, 1e-9), waited / max(self._spent, 1e-9)
         self._write({**asdict(metrics), "images_per_second": speed, "data_share": share})
-        shown = {"loss": f"{metrics.loss:.4f}", "images/s": f"{speed:.0f}"}
+        shown = {"loss": f"{metrics.loss:.4f}", "samples/s": f"{speed:.0f}"}
         self._bar.set_postfix(shown | ({"data": f"{share:.0%}"} if share > 0.1 else {}), refresh=False)
-        if share > 0.25 and not self._told and self._steps > 1:
-            said = f"making batches takes {share:.0%} of the time: raise data.workers or use a faster disk"
+        if share > 0.25 and not self._told and waited > _WORTH_TELLING:
+            said = f"making batches takes {share:.0%} of the time: raise data.workers, or read from a faster disk"
             self._bar.write(said, file=sys.stderr)
             self._told = True
         self._spent, self._steps, self.trainer.batches.waited = 0.0, 0, 0.0
@@ -148,7 +152,9 @@ class Watch:
                 np.savez_compressed(file, samples=x.cpu().numpy())
             if x.ndim == 2:
                 with whole(folder / f"{name}.png") as aside:
-                    scatter(x).savefig(aside, format="png")
+                    # every step's axes are those of the data
+                    data = self.trainer.experiment.data.first(4000).x0.to(x.device)
+                    scatter(x, within=self.trainer.model.decode(data)).savefig(aside, format="png")
             return
         picture = tiled(x, self.trainer.experiment.data.values)
         with whole(folder / f"{name}.png") as aside:

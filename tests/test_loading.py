@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from scorelab import ScoreModel
+from scorelab.cli.main import main
 from scorelab.interop.loading import load
 from scorelab.interop.reading import Record, read_file, state_of
 
@@ -287,3 +288,42 @@ def test_what_was_loaded_is_saved_as_our_own(tmp_path):
     model.save(tmp_path / "saved")
     again, x = ScoreModel.load(tmp_path / "saved"), torch.randn(2, 4, 8, 8)
     assert torch.equal(again(x, torch.tensor(1.0)), model(x, torch.tensor(1.0)))
+
+
+def test_the_command_line_converts_and_samples(tmp_path, persistence, capsys):
+    r = released("edm_ddpmpp")
+    c = dict(r.config)
+    fields, kinds = {"img_resolution": 16, "img_channels": 3}, {"model": c.pop("model_type")}
+    network = record(c.pop("cls"), r.state, fields, kinds)
+    network._modules["model"]._init_kwargs = c
+    path, out = tmp_path / "edm.pkl", tmp_path / "models" / "edm"
+    with path.open("wb") as file:
+        pickle.dump({"ema": network}, file)
+    assert main(["convert", str(path), "--release", "edm", f"--out={out}"]) == 0
+    assert "UNet, " in capsys.readouterr().out
+    few = ["--n=2", "--nfe=3", "--condition=1", "--guidance=2"]
+    assert main(["sample", f"--workdir={out}", *few, f"--out={tmp_path / 'x.npz'}"]) == 0
+    assert np.load(tmp_path / "x.npz")["samples"].shape == (2, 16, 16, 3)
+    capsys.readouterr()
+    for command, said in (
+        (["convert", str(path), "--release=edm", f"--out={out}"], "not empty; expected a new directory"),
+        (["convert", str(path), "--release=edmm", f"--out={tmp_path / 'y'}"], "did you mean 'edm'"),
+        (
+            ["convert", str(path), "--release=edm", f"--out={tmp_path / 'y'}", "--size=3"],
+            "has no option 'size'; it has",
+        ),
+        (["convert", str(path), "--out=y"], "expected scorelab convert FILE --release=NAME"),
+        (["likelihood", f"--workdir={out}"], "which has no data; expected the directory of a run"),
+        (["sample", f"--workdir={out}", "--step=3"], "holds one model and no checkpoints"),
+    ):
+        assert main(command) == 2
+        found = capsys.readouterr().err
+        assert said in found
+        assert found.count("\n") == 1
+    torch.save(released("guided_diffusion_unet").state, tmp_path / "adm.pt")
+    known = ["--image_size=16", "--head=16", "--legacy=True", "--schedule", "linear"]
+    assert (
+        main(["convert", str(tmp_path / "adm.pt"), "--release=guided_diffusion", f"--out={tmp_path / 'adm'}", *known])
+        == 0
+    )
+    assert main(["sample", f"--workdir={tmp_path / 'adm'}", "--n=2", "--nfe=3", "--condition=1"]) == 0

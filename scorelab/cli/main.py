@@ -38,6 +38,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab report --workdir runs/x
        scorelab density --workdir runs/x [--n 200] [--out FILE.png]  (2-D data)
        scorelab settings  (every setting of a config)
+       scorelab convert FILE --release edm --out models/x [--image_size=64 ...]  (a published checkpoint)
        scorelab new images|points runs/my.py --path DATA [--size 32,32] [--layout channels_last]
        scorelab likelihood --workdir runs/x [--n 64] [--bits] [--divergence hutchinson] [--probes 1]"""
 
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         "density": _density,
         "new": _new,
         "settings": _settings,
+        "convert": _convert,
     }
     if not arguments or arguments[0] == "help" or not {"-h", "--help"}.isdisjoint(arguments):
         print(_USAGE)
@@ -284,6 +286,23 @@ def _settings(arguments: list[str]) -> None:
     from scorelab.cli.reference import reference
 
     print(reference(), end="")
+
+
+def _convert(arguments: list[str]) -> None:
+    named = [a for a in arguments[1:] if not a.startswith("--")]
+    given = dict(a[2:].partition("=")[::2] for a in arguments[1:] if a.startswith("--"))
+    # an option and its value may stand apart
+    for i, argument in enumerate(arguments[1:-1], 1):
+        if argument.startswith("--") and "=" not in argument and not arguments[i + 1].startswith("--"):
+            given[argument[2:]] = arguments[i + 1]
+            named.remove(arguments[i + 1])
+    release, out = given.pop("release", ""), given.pop("out", "")
+    if len(named) != 1 or not release or not out:
+        raise ValueError("expected scorelab convert FILE --release=NAME --out=DIRECTORY, and the release's own options")
+    from scorelab.cli.convert import convert
+
+    options = {key: literal(text) for key, text in given.items()}
+    print(convert(Path(named[0]).expanduser(), release, Path(out).expanduser(), options))
 
 
 def _new(arguments: list[str]) -> None:

@@ -67,7 +67,11 @@ def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[Con
 
     ``weights``: "model" for the raw ones, "ema" for the first average, "ema_0.9999" or "ema_power_0.1" for another; a
     power-function average of a width that is not stored is made from those that are, in all checkpoints up to the step.
+
+    A directory of a saved model alone is one of step 0, with the default settings of sampling, and without data.
     """
+    if (workdir / "model.json").is_file():
+        return _saved(workdir, step, weights)
     folder, recorded = workdir / "checkpoints", recorded_config(workdir) if workdir.is_dir() else None
     if recorded is None:
         raise ValueError(f"{workdir} holds no config.json; expected the directory of a run: scorelab train makes one")
@@ -103,6 +107,18 @@ def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[Con
         )
     model.load_weights(averages)
     return config, model, found
+
+
+def _saved(folder: Path, step: int, weights: str) -> tuple[ConfigDict, ScoreModel, int]:
+    if step or weights not in ("ema", "model"):
+        raise ValueError(f"{folder} holds one model and no checkpoints; expected neither --step nor --weights")
+    model, config = ScoreModel.load(folder), default_config()
+    config.data.source, config.model.conditional = "none", model.conditional
+    if model.null_condition is not None:
+        config.training.label_dropout = 0.1
+    if model.variance:
+        config.sampling.sampler = ConfigDict({"name": "ancestral", "variance": "learned"})
+    return config, model, 0
 
 
 def _as_width(text: str) -> float:
@@ -218,7 +234,11 @@ def sample_run(
 def _values(workdir: Path, model: ScoreModel) -> Values | None:
     """What a run's numbers mean; of one that did not record it, by the model's range."""
     found = recorded_values(workdir)
-    return found if found or model.data_range is None else Values(*model.data_range, ends=model.data_range)
+    if found or model.data_range is None:
+        return found
+    least, most = model.data_range
+    # images of bytes are whole numbers
+    return Values(least, most, 1.0 if model.data_range == (0.0, 255.0) else 0.0, model.data_range)
 
 
 def check_out(out: Path) -> None:

@@ -51,7 +51,7 @@ def with_nfe(config: ConfigDict, model: ScoreModel, nfe: int) -> ConfigDict:
     def takes(n: int) -> int:
         grid[key] = n
         levels, sampler = build_sampling(config, model)
-        return list(trajectory(_gaussian, (1, 2), levels, sampler, generator=PerSampleNoise(0)))[-1].nfe
+        return list(trajectory(_Gaussian(), (1, 2), levels, sampler, generator=PerSampleNoise(0)))[-1].nfe
 
     if takes(2) == takes(6):
         raise ValueError(
@@ -67,9 +67,14 @@ def with_nfe(config: ConfigDict, model: ScoreModel, nfe: int) -> ConfigDict:
     return config
 
 
-def _gaussian(x: Tensor, sigma: Tensor) -> Tensor:
-    """The score of a unit normal distribution."""
-    return -x / (1 + broadcast(sigma, x) ** 2)
+class _Gaussian:
+    """The score of a unit normal distribution, and a variance in the middle of its bounds."""
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return -x / (1 + broadcast(sigma, x) ** 2)
+
+    def score_and_variance(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return self(x, sigma), torch.full_like(x, 0.5)
 
 
 class _EnoughError(Exception):

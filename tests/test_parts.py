@@ -623,7 +623,12 @@ def test_published_experiments_are_configs_and_train(name, tmp_path):
         assert sampler.predictor == samplers.ReverseDiffusion(processes.VE())
         assert (sampler.corrector, sampler.corrector_first) == (samplers.LangevinCorrector(0.16), True)
         assert (grid.name, grid.n, config.optim.ema, config.training.batch_size) == ("process", 1000, (0.999,), 128)
-    config.model.net.width, config.model.net.blocks, config.model.net.head = 8, 1, 8
+    with torch.device("meta"):
+        net = PARTS["model.net"].make(config.model.net.to_dict(), "model.net", {"data_shape": (3, 32, 32)})
+    if name == "edm":
+        # the release's number, without what it is told of augmentation
+        assert sum(p.numel() for p in net.parameters()) == 55_733_891 - 9 * 128
+    config.model.net.width, config.model.net.blocks = 8, 1
     config.training.steps, config.training.batch_size, config.training.precision = 2, 4, "fp32"
     config.sampling.grid.n, config.sampling.samples, config.training.sample_every = 4, 2, 2
     warned = [pytest.warns(RuntimeWarning, match=m) for m in ("leave noise", "inputs grow with the noise")]

@@ -1,4 +1,4 @@
-"""CIFAR-10 by EDM's published settings, but for its network (here DDPM's U-Net, of its size) and its augmentation.
+"""CIFAR-10 by EDM's published settings and its DDPM++, but for its augmentation.
 
 data.path is the folder of the binary version. Karras et al., Elucidating the Design Space of Diffusion-Based Generative
 Models, 2022, arXiv:2206.00364.
@@ -14,8 +14,9 @@ def get_config() -> ConfigDict:
     c.data.source, c.data.flip = "cifar10", True
     c.process.name, c.process.sigma_min, c.process.sigma_max = "ve", 0.002, 80.0
     c.model.prediction, c.model.input_scale, c.model.sigma_data = "edm", "unit_variance", 0.5
-    c.model.net.width, c.model.net.multipliers, c.model.net.blocks = 128, (2, 2, 2), 4
-    c.model.net.attention, c.model.net.head, c.model.net.dropout = (1,), 256, 0.13
+    c.model.label, c.model.label_scale = "log_sigma", 0.25
+    c.model.net.name, c.model.net.embedding, c.model.net.fir, c.model.net.inputs = "ncsnpp", "positional", (), "none"
+    c.model.net.width, c.model.net.multipliers, c.model.net.blocks, c.model.net.dropout = 128, (2, 2, 2), 4, 0.13
     c.training.sigmas.name, c.training.sigmas.mean, c.training.sigmas.std = "log_normal", -1.2, 1.2
     c.training.weighting.name = "edm"
     # 200 million images

@@ -1,4 +1,4 @@
-"""CIFAR-10 by score_sde's continuous VE settings, predictor-corrector sampling, but with DDPM's U-Net.
+"""CIFAR-10 by score_sde's continuous VE settings: NCSN++, predictor-corrector sampling.
 
 The release's loss is half a sum over dimensions, here it is their mean, so its clipping at 1 acts on gradients that are
 1,536 times as large: it clips nearly always, here only at first. The release has data in [0, 1], here it is in [-1, 1]:
@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
     c.data.source, c.data.flip = "cifar10", True
     c.process.name, c.process.sigma_min, c.process.sigma_max = "ve", 2 * 0.01, 2 * 50.0
     c.model.prediction, c.training.sigmas.name = "eps", "process"
-    c.model.net.width, c.model.net.multipliers, c.model.net.blocks = 128, (1, 2, 2, 2), 4
-    c.model.net.attention, c.model.net.head, c.model.net.dropout = (1,), 256, 0.1
+    # its own settings are those of the release; c.model.net.blocks = 8 is the deep one
+    c.model.net.name = "ncsnpp"
     c.training.steps, c.training.batch_size = 1_300_001, 128
     c.training.checkpoint_every, c.training.sample_every = 10_000, 50_000
     c.optim.lr, c.optim.warmup, c.optim.clip, c.optim.ema = 2e-4, 5000, 1.0, (0.999,)

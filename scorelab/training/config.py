@@ -322,7 +322,7 @@ def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
         data_range=None if data.values is None or codec is not None else data.values.ends,
         input_scale=input_scales[_choice(config, "input_scale", net, _INPUT_SCALES, usual)],
         label=LogSigma(sigma_data) if label == "relative_log_sigma" else label,
-        label_scale=getattr(net, "label_scale", 1.0),
+        label_scale=m.label_scale or getattr(net, "label_scale", 1.0),
         levels=None if isinstance(process, DiscreteVP) else levels,
         codec=codec,
         data_mean=reference.double().transpose(0, 1).flatten(1).mean(1).tolist(),

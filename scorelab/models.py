@@ -462,7 +462,10 @@ class Conditioned:
 
     def __init__(self, model: ScoreModel, condition: Tensor | None) -> None:
         if not model.conditional:
-            raise ValueError("this model knows no conditions; expected it as it is: score = model")
+            raise ValueError(
+                "this model knows no conditions, as one whose network has num_classes does; expected it as it is: "
+                "score = model"
+            )
         if condition is None:
             condition = model._null(1)
         elif not isinstance(condition, Tensor) or condition.ndim < 1:

@@ -216,7 +216,7 @@ def test_models_without_conditions_are_what_they_were():
     net = UNet((1, 4, 4), width=8, multipliers=(1,), blocks=1)
     model = ScoreModel(net, VE(LOW, HIGH), data_shape=(1, 4, 4), label="log_sigma")
     assert (model.num_classes, model.null_condition, model.conditional) == (None, None, False)
-    with pytest.raises(ValueError, match="a condition was given to a UNet without classes"):
+    with pytest.raises(ValueError, match="this model knows no conditions, as one whose network has num_classes"):
         model.conditioned(torch.tensor([1]))(torch.zeros(2, 1, 4, 4), torch.tensor(1.0))
 
 

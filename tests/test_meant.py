@@ -567,7 +567,7 @@ def test_continuous_data_has_no_levels(tmp_path, capsys):
     config.data.source = "arrays"
     train(config, tmp_path / "run", progress=False)
     assert main(["likelihood", f"--workdir={tmp_path / 'run'}", "--levels=16"]) == 2
-    assert "the data is continuous; expected no --levels" in capsys.readouterr().err
+    assert "the data is continuous; expected neither" in capsys.readouterr().err
 
 
 def test_a_run_of_floats_draws_its_pictures_in_their_range(tmp_path):

@@ -208,7 +208,7 @@ def test_class_conditions_and_their_rows():
         (lambda: ScoreModel(Spy(), VP(), data_shape=(2,))(torch.zeros(3, 4), torch.tensor(1.0)), r"expected \(B, 2\)"),
         (lambda: ScoreModel(Spy(), VP(), data_shape=(2,))(torch.zeros(3, 2), torch.ones(2)), "sigma has shape"),
         (lambda: sample(ScoreModel(Spy(), VP(), data_shape=(2,)), (3, 2), [500.0, 1.0]), "sigma_range"),
-        (lambda: ScoreModel.load("nowhere"), "no model.json"),
+        (lambda: ScoreModel.load("nowhere"), "there is no directory nowhere"),
     ],
 )
 def test_bad_input_is_refused(make, message):

@@ -307,6 +307,10 @@ def train(
         _resume(trainer, workdir, accept_changes, held, step)
         if progress and trainer.rank == 0:
             print(experiment.summary(config), file=sys.stderr, flush=True)
+            busy, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+            if spare_threads and device.type == "cpu" and busy > 0.5 * cores and torch.get_num_threads() > 1:
+                advice = "with OMP_NUM_THREADS=1 training may be several times as fast"
+                print(f"this machine is busy (load {busy:.1f} of {cores} cores): {advice}", file=sys.stderr, flush=True)
         watch = Watch(trainer, workdir, progress)
         try:
             _loop(trainer, watch, workdir / "checkpoints", signals)

@@ -202,6 +202,7 @@ def sampling_changed(config: ConfigDict, arguments: list[str]) -> ConfigDict:
 
 
 def parse(arguments: list[str], values: flags.FlagValues) -> None:
+    """Read the flags of a command (its name first) into ``values``; ValueError for what is none, naming the nearest."""
     try:
         rest = values(["scorelab", *arguments[1:]])[1:]
     except flags.UnrecognizedFlagError as error:

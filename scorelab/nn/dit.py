@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scorelab.nn.classes import Classes, Conditional
 from scorelab.nn.embedding import PositionalEmbedding
-from scorelab.nn.layers import CONV
+from scorelab.nn.layers import CONV, given
 from scorelab.typing import Tensor
 
 __all__ = ["SIZES", "DiT"]
@@ -140,18 +140,10 @@ class DiT(Conditional):
         num_classes: int | None = None,
         null_class: bool = False,
     ) -> None:
+        config = given(locals())
         super().__init__()
-        self.config: dict[str, Any] = {
-            "data_shape": tuple(data_shape),
-            "patch": patch,
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            "mlp": mlp,
-            "variance": variance,
-        }
-        _check(self.config)
-        self.config |= {"num_classes": num_classes, "null_class": null_class}
+        self.config = config
+        _check(config)
         rank, channels = len(data_shape) - 1, data_shape[0]
         self.data_shape, self.patch, self.activation_checkpointing = tuple(data_shape), patch, False
         self.grid = tuple(n // patch for n in data_shape[1:])

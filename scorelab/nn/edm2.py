@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from scorelab.checks import widened
 from scorelab.nn.classes import Conditional
 from scorelab.nn.dropout import Dropout
-from scorelab.nn.layers import CONV, resampled
+from scorelab.nn.layers import CONV, given, resampled
 from scorelab.typing import Tensor
 
 __all__ = ["EDM2"]
@@ -243,20 +243,10 @@ class EDM2(Conditional):
         num_classes: int | None = None,
         null_class: bool = False,
     ) -> None:
+        config = given(locals())
         super().__init__()
-        self.config: dict[str, Any] = {
-            "data_shape": tuple(data_shape),
-            "width": width,
-            "multipliers": tuple(multipliers),
-            "blocks": blocks,
-            "attention": tuple(attention),
-            "head": head,
-            "dropout": dropout,
-            "uncertainty": uncertainty,
-            "num_classes": num_classes,
-            "null_class": null_class,
-        }
-        _check(self.config)
+        self.config = config
+        _check(config)
         rank, channels, widths = len(data_shape) - 1, data_shape[0], [width * m for m in multipliers]
         inner, deepest, self.blocks, self.activation_checkpointing = max(widths), len(widths) - 1, blocks, False
         self.fourier, self.embed = _Fourier(widths[0]), _Conv(0, widths[0], inner)

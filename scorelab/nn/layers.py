@@ -17,7 +17,7 @@ from torch.nn import functional
 from scorelab.nn.dropout import Dropout
 from scorelab.typing import Tensor
 
-__all__ = ["CONV", "Attention", "Resampled", "Residual", "Style", "group_norm", "grown", "halved", "resampled"]
+__all__ = ["CONV", "Attention", "Resampled", "Residual", "Style", "given", "group_norm", "grown", "halved", "resampled"]
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
@@ -56,6 +56,12 @@ class Style:
     def sum(self, x: Tensor, y: Tensor) -> Tensor:
         """Of two branches."""
         return (x + y) * 0.5**0.5 if self.rescaled else x + y
+
+
+def given(scope: dict[str, Any]) -> dict[str, Any]:
+    """What a constructor was called with, of its ``locals()``, as a network's ``config`` holds it."""
+    known = {k: v for k, v in scope.items() if k not in ("self", "__class__")}
+    return {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in known.items()}
 
 
 def group_norm(channels: int, least: int = 4, eps: float = 1e-5) -> nn.GroupNorm:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scorelab.nn.classes import Classes, Conditional
 from scorelab.nn.embedding import FourierEmbedding, GaussianEmbedding, PositionalEmbedding
-from scorelab.nn.layers import CONV, Attention, Resampled, Residual, Style, grown, halved, resampled
+from scorelab.nn.layers import CONV, Attention, Resampled, Residual, Style, given, grown, halved, resampled
 from scorelab.typing import Tensor
 
 __all__ = ["UNet", "adm", "ncsnpp"]
@@ -138,35 +138,10 @@ class UNet(Conditional):
         first: float = 1,
         variance: bool = False,
     ) -> None:
+        config = given(locals()) | {"embedding": embedding or "fourier"}
         super().__init__()
-        self.config: dict[str, Any] = {
-            "data_shape": tuple(data_shape),
-            "width": width,
-            "multipliers": tuple(multipliers),
-            "blocks": blocks,
-            "attention": tuple(attention),
-            "head": head,
-            "heads": heads,
-            "dropout": dropout,
-            "embedding": embedding or "fourier",
-            "middle_attention": middle_attention,
-            "attention_up": attention_up,
-            "time": time,
-            "resampling": resampling,
-            "fir": tuple(fir),
-            "inputs": inputs,
-            "outputs": outputs,
-            "combine": combine,
-            "rescaled": rescaled,
-            "project": project,
-            "group": group,
-            "eps": eps,
-            "classes_first": classes_first,
-            "first": first,
-            "variance": variance,
-        }
-        _check(self.config)
-        self.config |= {"num_classes": num_classes, "null_class": null_class}
+        self.config = config
+        _check(config)
         rank, channels, out = len(data_shape) - 1, data_shape[0], data_shape[0] * (1 + variance)
         inner, widths, begun = 4 * width, [int(width * m) for m in multipliers], int(first * width)
         style = Style(rank, inner, dropout, time == "adaptive", rescaled, group, eps, tuple(fir), project)

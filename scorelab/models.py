@@ -314,6 +314,17 @@ class ScoreModel(nn.Module):
             )
         return nearest.long()
 
+    def uncertainty(self, sigma: Tensor) -> Tensor:
+        """log u (B,) of sigma (B,), u being the training loss that is expected there.
+
+        Raises ValueError for a network without such a head, as ``EDM2`` has by default.
+        """
+        head = getattr(unwrapped(self.net), "uncertainty", None)
+        if head is None:
+            raise ValueError(f"{type(unwrapped(self.net)).__name__} estimates no uncertainty; expected an EDM2")
+        found: Tensor = head(self._label(sigma))
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """All settings but the weights, as JSON can hold them; ValueError for a callable or prediction of one's own."""
         return {

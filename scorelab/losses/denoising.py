@@ -137,11 +137,15 @@ class Denoising(Objective):
     whose expectation tends to E[x0 | x], with far less variance, as they grow in number. A sample with a condition
     averages over those that have the same, one whose condition none of them has, such as "none", over all. Xu et al.,
     Stable Target Field for Reduced Variance Score Estimation in Diffusion Models, 2023, arXiv:2302.00670.
+
+    With ``uncertainty``, log u (B,) of sigma (B,), every level's gradient is divided by the loss that is expected
+    there, and u learns it: Karras et al., 2024, arXiv:2312.02696, appendix B.4. The losses keep their values.
     """
 
     sigmas: SigmaDistribution
     weight: Weighting = torch.ones_like
     reference: int = 0
+    uncertainty: Callable[[Tensor], Tensor] | None = None
 
     def levels(self, u: Tensor) -> Tensor:
         return self.sigmas(u)
@@ -154,11 +158,18 @@ class Denoising(Objective):
             # the loss rebuilds x from both: x0 + sigma noise is unchanged
             clean = posterior_mean(x, sigma, batch.reference.x0, _others(batch, batch.reference))
             noise = (x - clean) / level
-        return denoising_loss(conditioned(score, batch.condition), clean, sigma, noise, self.weight)
+        loss = denoising_loss(conditioned(score, batch.condition), clean, sigma, noise, self.weight)
+        return loss if self.uncertainty is None else _balanced(loss, self.uncertainty(sigma))
 
     def zero(self, batch: Batch, u: Tensor, noise: Tensor) -> Tensor:
         """That of the plain target, for the stable one too."""
         return self.weight(self.levels(u).to(widened(batch.x0))) * noise.flatten(1).square().mean(1)
+
+
+def _balanced(loss: Tensor, log_u: Tensor) -> Tensor:
+    """The losses (B,), with the gradients of loss / u + log u, which is least where u is the loss expected there."""
+    found = loss * torch.exp(-log_u) + log_u
+    return loss.detach() + (found - found.detach())
 
 
 def _others(batch: Batch, reference: Batch) -> Tensor | None:

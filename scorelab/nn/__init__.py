@@ -8,9 +8,9 @@ from scorelab.nn.dit import DiT
 from scorelab.nn.edm2 import EDM2
 from scorelab.nn.mlp import MLP
 from scorelab.nn.refinenet import RefineNet
-from scorelab.nn.unet import UNet, adm, ncsnpp
+from scorelab.nn.unet import UNet, adm, ddpm, ncsnpp
 
-__all__ = ["EDM2", "MLP", "NETWORKS", "DiT", "RefineNet", "UNet", "adm", "fitting", "ncsnpp"]
+__all__ = ["EDM2", "MLP", "NETWORKS", "DiT", "RefineNet", "UNet", "adm", "ddpm", "fitting", "ncsnpp"]
 
 
 def fitting(
@@ -56,6 +56,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "auto": fitting,
     "mlp": MLP,
     "unet": UNet,
+    "ddpm": ddpm,
     "ncsnpp": ncsnpp,
     "adm": adm,
     "edm2": EDM2,

@@ -22,7 +22,7 @@ from scorelab.nn.embedding import FourierEmbedding, GaussianEmbedding, Positiona
 from scorelab.nn.layers import CONV, Attention, Resampled, Residual, Style, given, grown, halved, resampled
 from scorelab.typing import Tensor
 
-__all__ = ["UNet", "adm", "ncsnpp"]
+__all__ = ["UNet", "adm", "ddpm", "ncsnpp"]
 
 
 class _Stage(nn.Module):
@@ -285,6 +285,39 @@ def _embedding(kind: str, width: int) -> Any:
     return GaussianEmbedding(2 * width) if kind == "gaussian" else PositionalEmbedding(width, kind == "positional")
 
 
+def ddpm(
+    data_shape: tuple[int, ...],
+    *,
+    width: int = 128,
+    multipliers: tuple[float, ...] = (1, 2, 2, 2),
+    blocks: int = 2,
+    attention: tuple[int, ...] = (1,),
+    dropout: float = 0.1,
+    embedding: str = "positional",
+    attention_up: str = "each",
+    num_classes: int | None = None,
+    null_class: bool = False,
+) -> UNet:
+    """DDPM's, by default as for CIFAR-10; score_sde's version of it has attention_up="last"."""
+    return UNet(
+        data_shape,
+        width=width,
+        multipliers=multipliers,
+        blocks=blocks,
+        attention=attention,
+        head=0,
+        dropout=dropout,
+        embedding=embedding,
+        num_classes=num_classes,
+        null_class=null_class,
+        middle_attention=True,
+        attention_up=attention_up,
+        resampling="same",
+        group=1,
+        eps=1e-6,
+    )
+
+
 def ncsnpp(
     data_shape: tuple[int, ...],
     *,
@@ -337,6 +370,7 @@ def adm(
     blocks: int = 3,
     attention: tuple[int, ...] = (1, 2, 3),
     head: int = 64,
+    heads: int = 0,
     dropout: float = 0.1,
     group: int = 1,
     variance: bool = False,
@@ -351,6 +385,7 @@ def adm(
         blocks=blocks,
         attention=attention,
         head=head,
+        heads=heads,
         dropout=dropout,
         embedding="positional_open",
         num_classes=num_classes,

@@ -6,11 +6,9 @@ import json
 import math
 import os
 import re
-import runpy
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -594,56 +592,6 @@ def test_optimisers_and_schedules_are_made_from_their_settings():
     made = part(config, "optim", parameters=[weight])
     assert made.defaults["betas"] == (0.5, 0.999)
     assert made.defaults["lr"] == 0.25
-
-
-def tiny_cifar(folder: Path) -> None:
-    rng = np.random.default_rng(0)
-    rng.integers(0, 256, (12, 3073), dtype=np.uint8).tofile(folder / "data_batch_1.bin")
-
-
-@pytest.mark.parametrize("name", ["edm", "score_sde"])
-def test_published_experiments_are_configs_and_train(name, tmp_path):
-    """As they are they are checked against the published constants; they train here with a small network."""
-    tiny_cifar(tmp_path)
-    config = runpy.run_path(str(ROOT / "configs" / "cifar10" / f"{name}.py"))["get_config"]()
-    config.data.path = str(tmp_path)
-    config = resolve(config)
-    sampler, grid = part(config, "sampling.sampler", process=processes.VE()), config.sampling.grid
-    if name == "edm":
-        assert (config.training.sigmas.mean, config.training.sigmas.std) == (-1.2, 1.2)
-        assert (grid.name, grid.n, grid.rho, config.process.sigma_min, config.process.sigma_max) == (
-            *("karras", 18, 7.0),
-            *(0.002, 80.0),
-        )
-        assert sampler == samplers.Heun()
-        # half of what was 500,000 images ago
-        assert config.optim.ema[0] ** (500_000 / config.training.batch_size) == pytest.approx(0.5)
-        assert config.training.steps * config.training.batch_size == 200_000_000
-    else:
-        assert sampler.predictor == samplers.ReverseDiffusion(processes.VE())
-        assert (sampler.corrector, sampler.corrector_first) == (samplers.LangevinCorrector(0.16), True)
-        assert (grid.name, grid.n, config.optim.ema, config.training.batch_size) == ("process", 1000, (0.999,), 128)
-    with torch.device("meta"):
-        net = PARTS["model.net"].make(config.model.net.to_dict(), "model.net", {"data_shape": (3, 32, 32)})
-    if name == "edm":
-        # the release's number, without what it is told of augmentation
-        assert sum(p.numel() for p in net.parameters()) == 55_733_891 - 9 * 128
-    config.model.net.width, config.model.net.blocks = 8, 1
-    config.training.steps, config.training.batch_size, config.training.precision = 2, 4, "fp32"
-    config.sampling.grid.n, config.sampling.samples, config.training.sample_every = 4, 2, 2
-    warned = [pytest.warns(RuntimeWarning, match=m) for m in ("leave noise", "inputs grow with the noise")]
-    with ExitStack() as stack:
-        for each in warned if name == "score_sde" else []:
-            stack.enter_context(each)
-        model = train(config, tmp_path / "run", progress=False)
-    assert (tmp_path / "run" / "samples" / "step_00000002.png").is_file()
-    if name == "edm":
-        # EDM's weight of the error of x0_hat is (sigma^2 + sd^2)/(sigma sd)^2, which is sigma^-2 times the eps-MSE's
-        parts = build(config)
-        sigma = torch.tensor([0.1, 1.0, 10.0])
-        expected = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
-        torch.testing.assert_close(parts.objective.weight(sigma) / sigma**2, expected)
-        assert model.prediction.name == "edm(0.5)"
 
 
 EVALUATION = '''

@@ -1,6 +1,6 @@
 """Training: configuration, engine, averages of weights, run directories and checkpoints."""
 
-from scorelab.training.config import Experiment, build, load_data
+from scorelab.training.config import Experiment, build, load_data, network
 from scorelab.training.ema import EMA, Snapshot, reconstruct
 from scorelab.training.engine import NonFiniteError, Trainer
 from scorelab.training.run import Interrupted, train
@@ -19,6 +19,7 @@ __all__ = [
     "default_config",
     "in_turn",
     "load_data",
+    "network",
     "own_score",
     "reconstruct",
     "resolve",

@@ -26,7 +26,7 @@ from scorelab.sigmas import FromSigmas
 from scorelab.training.settings import check_types, check_used, part, plain, resolve
 from scorelab.typing import Batch, Tensor
 
-__all__ = ["Experiment", "Scales", "build", "choose", "load_data", "scales_of", "sigma_data_of"]
+__all__ = ["Experiment", "Scales", "build", "choose", "load_data", "network", "scales_of", "sigma_data_of"]
 
 _PREDICTIONS = {"x0": X0, "eps": EPS, "score": SCORE, "v": V, "flow": FLOW}
 _LABELS = ("log_sigma", "relative_log_sigma", "time", "index")
@@ -218,15 +218,23 @@ def _warn_of_scale(x0: Tensor, model: ScoreModel, sigma_data: float) -> None:
         )
 
 
-def _network(config: ConfigDict, data: Source) -> nn.Module:
-    """The network of ``config.model``, with weights drawn from ``config.seed``."""
-    known = {"data_shape": data.data_shape, **_classes(config, data)}
+def network(config: ConfigDict, data_shape: tuple[int, ...], **classes: Any) -> nn.Module:
+    """The network of ``config.model`` for data of a shape, with weights drawn from ``config.seed``.
+
+    classes: num_classes, and null_class, whether it knows no class too, of a network with conditions.
+    """
+    known: dict[str, Any] = {"data_shape": tuple(data_shape), **classes}
     if config.model.label == "index":
         known["embedding"] = "positional"
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        net: nn.Module = part(config, "model.net", **known)
+        net: nn.Module = part(resolve(config), "model.net", **known)
     _remember(net, config.model.net, known)
+    return net
+
+
+def _trained_network(config: ConfigDict, data: Source) -> nn.Module:
+    net = network(config, data.data_shape, **_classes(config, data))
     if config.model.net.get("variance"):
         raise ValueError(
             "model.net.variance is True, but no objective here learns a variance; expected False: it is for weights "
@@ -292,7 +300,7 @@ def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
     process: Process = part(config, "process", sigma_min=scales.sigma_min, sigma_max=scales.sigma_max)
     if isinstance(process, nn.Module):
         _remember(process, config.process, {})
-    net = _network(config, data)
+    net = _trained_network(config, data)
     low, high = process.sigma_range
     known = {"process": process, "sigma_min": low, "sigma_max": high, "sigma_data": sigma_data, "knee": 2 * sigma_data}
     sigmas = part(config, "training.sigmas", **known)
@@ -323,12 +331,14 @@ def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
         input_scale=input_scales[_choice(config, "input_scale", net, _INPUT_SCALES, usual)],
         label=LogSigma(sigma_data) if label == "relative_log_sigma" else label,
         label_scale=m.label_scale or getattr(net, "label_scale", 1.0),
+        index_order=m.index_order,
         levels=None if isinstance(process, DiscreteVP) else levels,
         codec=codec,
         data_mean=reference.double().transpose(0, 1).flatten(1).mean(1).tolist(),
     )
     _warn_of_scale(reference, model, sigma_data)
     weight = part(config, "training.weighting", sigmas=sigmas, prediction=prediction, **known)
-    objective = part(config, "training.objective", sigmas=sigmas, weight=weight, **known)
+    uncertainty = model.uncertainty if getattr(net, "last_uncertainty", None) is not None else None
+    objective = part(config, "training.objective", sigmas=sigmas, weight=weight, uncertainty=uncertainty, **known)
     held_out = data.hold_out(config.data.validation) if config.data.validation else None
     return Experiment(data, model, objective, held_out, scales._replace(sigma_data=sigma_data))

@@ -91,6 +91,7 @@ def default_config() -> ConfigDict:
                 # log_sigma | relative_log_sigma (log sigma/sigma_data) | time | index (of a sequence's or of DDPM's
                 # levels); "": what the network wants
                 "label": "",
+                "index_order": "ascending",  # of label=index: 0 is the least noise, or the most with "descending"
                 "label_scale": 0.0,  # what the label is multiplied by; 0: what the network wants, if it says so, else 1
                 # process | unit_variance | unit_data (over sigma_data); "": what the network wants, if it says so, else
                 # unit_variance for edm, process for all others

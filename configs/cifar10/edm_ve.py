@@ -1,0 +1,16 @@
+"""CIFAR-10 by EDM's NCSN++ in VE's preconditioning: Karras et al., 2022, arXiv:2206.00364.
+
+data.path is the folder of the binary version.
+"""
+
+from ml_collections import ConfigDict
+
+from scorelab.experiments import edm
+
+
+def get_config() -> ConfigDict:
+    c = edm(3 * 32 * 32, preconditioning="ve")
+    c.data.source, c.data.flip = "cifar10", True
+    c.model.net.name = "ncsnpp"
+    c.model.net.multipliers, c.model.net.dropout = (2, 2, 2), 0.13
+    return c

@@ -1,0 +1,16 @@
+"""CIFAR-10, DDPM's network and steps: score_sde's configs/vp/ddpm/cifar10_unconditional.py.
+
+It means a network that is not told the step, and the PyTorch release tells it all the same: so does this.
+data.path is the folder of the binary version.
+"""
+
+from ml_collections import ConfigDict
+
+from scorelab.experiments import score_sde_vp
+
+
+def get_config() -> ConfigDict:
+    c = score_sde_vp(continuous=False)
+    c.data.source, c.data.flip = "cifar10", True
+    c.model.net.name, c.model.net.attention_up = "ddpm", "last"
+    return c

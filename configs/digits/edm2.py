@@ -1,0 +1,15 @@
+"""Digits by class, by EDM2: magnitudes are kept, and the loss weighs by its own uncertainty."""
+
+from ml_collections import ConfigDict
+
+from scorelab.experiments import edm2
+
+
+def get_config() -> ConfigDict:
+    c = edm2(64, width=32, lr=0.01, decay_from=500, images=1, mean=-0.4, std=1.2)
+    c.data.source = "digits"
+    c.model.net.multipliers, c.model.net.blocks, c.model.net.attention, c.model.net.head = (1, 2), 1, (1,), 16
+    c.training.steps, c.training.batch_size = 2000, 64
+    c.training.checkpoint_every = c.training.sample_every = 1000
+    c.optim.lr, c.optim.warmup, c.optim.ema = 0.01, 100, (0.995,)
+    return c

@@ -1,0 +1,19 @@
+"""Fashion-MNIST by class, by DiT on DDPM's steps; its learned variance comes with another objective.
+
+The images come from Debian's package dataset-fashion-mnist, or from data.path, a folder with the four files.
+"""
+
+from ml_collections import ConfigDict
+
+from scorelab.experiments import dit
+
+
+def get_config() -> ConfigDict:
+    c = dit("S", patch=4)
+    c.data.source, c.data.validation = "fashion_mnist", 500
+    c.model.net.width, c.model.net.depth, c.model.net.heads, c.model.net.variance = 96, 6, 4, False
+    c.sampling.sampler.variance = "posterior"
+    c.training.steps, c.training.batch_size = 2400, 64
+    c.training.checkpoint_every = c.training.sample_every = 600
+    c.optim.lr, c.optim.warmup, c.optim.schedule.name, c.optim.ema = 1e-3, 100, "cosine", (0.995,)
+    return c

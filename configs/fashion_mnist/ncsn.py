@@ -1,0 +1,19 @@
+"""Fashion-MNIST by NCSN: a RefineNet that is told the noise level, and annealed Langevin dynamics.
+
+The images come from Debian's package dataset-fashion-mnist, or from data.path, a folder with the four files.
+"""
+
+from ml_collections import ConfigDict
+
+from scorelab.experiments import ncsn
+
+
+def get_config() -> ConfigDict:
+    c = ncsn(28 * 28, sigma_max=5.0, levels=20, steps=30)
+    c.data.source, c.data.validation = "fashion_mnist", 500
+    c.model.net.width = 16
+    c.data.dequantise = False
+    c.training.steps, c.training.batch_size = 2400, 64
+    c.training.checkpoint_every = c.training.sample_every = 600
+    c.optim.lr, c.optim.warmup, c.optim.schedule.name, c.optim.ema = 1e-3, 100, "cosine", (0.995,)
+    return c

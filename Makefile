@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow bench models lint clean
 .venv/.ready: setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "scorelab needs Python 3.11 or newer"'
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,9 @@ bench: .venv-bench/.ready
 	.venv-bench/bin/python -m benchmarks.large
 	.venv-bench/bin/python -m benchmarks.training
 	.venv-bench/bin/python -m benchmarks.report
+
+models: .venv/.ready
+	$(BIN)/python -m benchmarks.pretrained
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

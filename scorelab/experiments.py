@@ -105,7 +105,7 @@ def score_sde_vp(process: str = "vp", *, continuous: bool = True, sampler: str =
     c = default_config()
     c.process.name, c.model.prediction = process if continuous else "ddpm", "eps"
     c.training.sigmas.name, c.training.weighting.name = "process", "sigma2"
-    # steps 1 to 1000 are labels 0 to 999
+
     c.model.label, c.model.label_scale = ("time", 999.0) if continuous else ("index", 1.0)
     _adam(c, lr, 1.0, 5000, 0.9999)
     _every(c, 1_300_001, 128, 10_000)

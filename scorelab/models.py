@@ -382,11 +382,12 @@ class ScoreModel(nn.Module):
         # a network's names have no colon
         unwrapped(self.net).load_state_dict({k: v for k, v in state.items() if ":" not in k})
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write ``model.json`` and ``model.safetensors`` into the directory ``path``.
 
         The network is saved without what torch.compile or DataParallel wrap around it, shared weights under each of
-        their names. Raises ValueError for a process, prediction or function of one's own.
+        their names. dtype: of the numbers in the file, by default their own; torch.float16 halves it, and ``load``
+        gives what is left in single precision. Raises ValueError for a process, prediction or function of one's own.
         """
         folder = Path(path)
         settings, state = json.dumps(self.to_dict(), indent=1), self.weights()
@@ -394,7 +395,7 @@ class ScoreModel(nn.Module):
         with whole(folder / "model.safetensors") as aside:
             # shared weights are written under each of their names
             apart = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
-            save_file(apart, aside)
+            save_file({k: v.to(dtype or v.dtype) if v.is_floating_point() else v for k, v in apart.items()}, aside)
         with whole(folder / "model.json") as aside:
             aside.write_text(settings + "\n")
 

@@ -253,7 +253,9 @@ def test_lists_of_ncsn(tmp_path, name):
     assert model.sigma_range == pytest.approx((0.02, 2.0), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["score_sde_ncsnpp_ve_continuous", "score_sde_ddpmpp_vp_continuous"])
+@pytest.mark.parametrize(
+    "name", ["score_sde_ncsnpp_ve_continuous", "score_sde_ddpmpp_vp_continuous", "score_sde_ddpm_vp"]
+)
 def test_checkpoints_of_score_sde(tmp_path, name):
     """Their averages are a list in the order of what was trained, without the random frequencies."""
     r = released(name)
@@ -262,15 +264,16 @@ def test_checkpoints_of_score_sde(tmp_path, name):
     whole = {"optimizer": {}, "model": raw, "ema": {"decay": 0.999, "shadow_params": list(trained.values())}, "step": 7}
     torch.save(whole, tmp_path / "checkpoint_7.pth")
     ve = "ve" in name
-    net = {"width": 16, "multipliers": (1, 2), "blocks": 1}
-    options = {"sde": "ve" if ve else "vp", "image_size": 16, "net": net}
+    raw["module.sigmas"] = r.state["sigmas"]
+    options = {"sde": "ve" if ve else "vp", "image_size": 16, "continuous": "continuous" in name}
     model = load(tmp_path / "checkpoint_7.pth", "score_sde", **options)
     x, label = r.values["x"], r.values["labels"]
     with torch.no_grad():
         if ve:
             found = 2 * model(2 * x - 1, 2 * label)
         else:
-            sigma = model.process.sigma(label / 999)
+            process, continuous = model.process, options["continuous"]
+            sigma = process.sigma(label / 999) if continuous else process.step_sigmas[label.long()].float()
             found = model.eps(x * (1 + sigma**2).sqrt().reshape(-1, 1, 1, 1), sigma)
     # the label 999 t of VP is found from sigma
     assert difference(found, r.values["output"]) < (PARITY if ve else 1e-3)
@@ -278,8 +281,10 @@ def test_checkpoints_of_score_sde(tmp_path, name):
     torch.save(whole, tmp_path / "checkpoint_8.pth")
     with pytest.raises(ValueError, match=r"it has averages of \d+ weights, and \d+ weights; expected as many"):
         load(tmp_path / "checkpoint_8.pth", "score_sde", **options)
-    with pytest.raises(ValueError, match="another size|there are no weights"):
-        load(tmp_path / "checkpoint_7.pth", "score_sde", **{**options, "net": {**net, "width": 32}})
+    with pytest.raises(ValueError, match="another size|there are no weights|are not known"):
+        load(tmp_path / "checkpoint_7.pth", "score_sde", **{**options, "net": {"width": 64}})
+    with pytest.raises(ValueError, match="sde is 'vpsde'; did you mean 'vp'"):
+        load(tmp_path / "checkpoint_7.pth", "score_sde", **{**options, "sde": "vpsde"})
 
 
 def test_what_was_loaded_is_saved_as_our_own(tmp_path):

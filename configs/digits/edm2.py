@@ -10,6 +10,6 @@ def get_config() -> ConfigDict:
     c.data.source = "digits"
     c.model.net.multipliers, c.model.net.blocks, c.model.net.attention, c.model.net.head = (1, 2), 1, (1,), 16
     c.training.steps, c.training.batch_size = 2000, 64
-    c.training.checkpoint_every = c.training.sample_every = 1000
+    c.training.checkpoint_every = c.training.keep_every = c.training.sample_every = 1000
     c.optim.lr, c.optim.warmup, c.optim.ema = 0.01, 100, (0.995,)
     return c

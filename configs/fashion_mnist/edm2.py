@@ -13,6 +13,6 @@ def get_config() -> ConfigDict:
     c.data.source, c.data.validation = "fashion_mnist", 500
     c.model.net.multipliers, c.model.net.blocks, c.model.net.attention, c.model.net.head = (1, 2, 4), 1, (2,), 16
     c.training.steps, c.training.batch_size = 2400, 64
-    c.training.checkpoint_every = c.training.sample_every = 600
+    c.training.checkpoint_every = c.training.keep_every = c.training.sample_every = 600
     c.optim.lr, c.optim.warmup, c.optim.ema = 0.01, 100, (0.995,)
     return c

@@ -33,6 +33,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
                        [--step STEP] [--weights ema|model|ema_0.9999|ema_power_0.1] [--batch_size 256] [--device cuda]
                        [--condition each|none|CLASS] [--guidance 2] [--guidance_interval 0.2,5]
                        [--precision fp32|bf16|auto] [--compile]
+       scorelab sample --model digits|fashion_mnist [--n 64] ...  (comes with scorelab)
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
                        [--condition ...] [--guidance ...] [--guidance_interval ...]
        scorelab report --workdir runs/x
@@ -167,16 +168,25 @@ def _sample(arguments: list[str]) -> None:
     arguments = [a for a in arguments if not a.startswith("--config.")]
     values = _run_flags(
         {"n": None, "nfe": None, "batch_size": None},
-        {"out": None, "sampler": None, "grid": None, "weights": "ema", "precision": "fp32", "device": "", **_GUIDED},
+        {"out": None, "sampler": None, "grid": None, "weights": "ema", "precision": "fp32", "device": "", **_GUIDED}
+        | {"model": None},
     )
     flags.DEFINE_float("guidance", None, "scale of classifier-free guidance", flag_values=values)
     flags.DEFINE_bool("compile", False, "compile the network: faster samples after a slow start", flag_values=values)
     # torchrun takes --n for one of its own options
     flags.DEFINE_alias("samples", "n", flag_values=values)
     parse(arguments, values)
-    workdir = _workdir(values)
     from scorelab import parallel
     from scorelab.cli.sampling import check_out, sample_run, write_samples
+    from scorelab.interop.loading import PRETRAINED, pretrained
+
+    named = values["model"].value
+    if named and values["workdir"].value:
+        raise ValueError("got --model and --workdir; expected one of them")
+    workdir = pretrained(named) if named else _workdir(values)
+    if named and not workdir.is_dir():
+        raise ValueError(f"--model is {named!r}; {nearest_name(named, PRETRAINED)}, or the directory of a saved model")
+    place = Path("samples") / workdir.name if named else workdir / "samples"
 
     n, seed, step = (int(values[name].value or 0) for name in ("n", "seed", "step"))
     if n < 0 or values["n"].value == 0:
@@ -206,7 +216,7 @@ def _sample(arguments: list[str]) -> None:
     parts = [f"drawn_{run.step:08d}", weights if weights != "ema" else "", sampler.stem if sampler else name]
     parts += [f"nfe_{nfe}" if nfe else "", str(values["grid"].value or "")]
     parts += _guided_names(values)
-    out = out or workdir / "samples" / f"{'_'.join(filter(None, parts))}{'.png' if run.shown else '.npz'}"
+    out = out or place / f"{'_'.join(filter(None, parts))}{'.png' if run.shown else '.npz'}"
     if parallel.world()[0] == 0:
         print(write_samples(run, out))
 

@@ -24,26 +24,41 @@ from scorelab.interop.magnitude import from_edm2
 from scorelab.interop.reading import Record, State, read_file, state_of
 from scorelab.interop.refinenets import from_ncsn, from_ncsnv2
 from scorelab.interop.transformers import from_dit
-from scorelab.interop.unets import from_adm, from_edm, from_score_sde
+from scorelab.interop.unets import from_adm, from_edm, from_score_sde, score_sde_settings
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
-from scorelab.nn import EDM2, DiT, RefineNet, UNet, adm, ncsnpp
+from scorelab.nn import EDM2, DiT, RefineNet, UNet, adm, ddpm, ncsnpp
 from scorelab.nn.dit import SIZES
 from scorelab.predictions import EPS, SCORE, edm
 from scorelab.processes import VE, VP, DiscreteVP, SubVP, cosine_betas, linear_betas
+from scorelab.sigmas import geometric
 from scorelab.typing import Tensor
 
-__all__ = ["RELEASES", "load"]
+__all__ = ["PRETRAINED", "RELEASES", "load", "pretrained"]
 
 _PIXELS = (0.0, 255.0)
+_OWN = Path(__file__).parents[1] / "pretrained"
+PRETRAINED = ("digits", "fashion_mnist")
+"""Models that come with the package, each with a card beside it."""
 
 
-def load(path: str | Path, release: str, **options: Any) -> ScoreModel:
-    """The model of a checkpoint file of a public release, in evaluation mode, with its averaged weights.
+def load(path: str | Path, release: str = "", **options: Any) -> ScoreModel:
+    """A trained model, in evaluation mode, with its averaged weights: one that comes with the package, "digits" or
+    "fashion_mnist"; a run's directory, or one that ``ScoreModel.save`` wrote; or a public release's checkpoint.
 
     release: one of ``RELEASES``; options: what its file does not say, see there. What was assumed is printed on
-    standard error. Nothing in the file is executed. Raises ValueError for a file that is damaged or of another release
-    or size, and for options that the release does not have.
+    standard error. Nothing in a file is executed. Raises ValueError for a file that is damaged or of another release or
+    size, and for options that the release does not have.
     """
+    if not release:
+        if options:
+            raise ValueError(f"options {', '.join(options)} are a release's; expected release=..., one of {_names()}")
+        folder = pretrained(path)
+        if not folder.is_dir():
+            raise ValueError(
+                f"{path} is no directory of a model, nor one that comes with scorelab ({', '.join(PRETRAINED)}); "
+                f"expected release=... for a file, one of {_names()}"
+            )
+        return ScoreModel.load(folder).requires_grad_(False)
     if release not in RELEASES:
         raise ValueError(f"release is {release!r}; {nearest_name(release, RELEASES)}")
     maker = RELEASES[release]
@@ -70,6 +85,16 @@ def load(path: str | Path, release: str, **options: Any) -> ScoreModel:
     return model.requires_grad_(False).eval()
 
 
+def pretrained(name: str | Path) -> Path:
+    """The directory of a model that comes with the package; any other name is that of a directory itself."""
+    found = Path(name).expanduser()
+    return _OWN / str(name) if str(name) in PRETRAINED and not found.exists() else found
+
+
+def _names() -> str:
+    return ", ".join(RELEASES)
+
+
 def _filled(net: nn.Module, state: State) -> Any:
     net.load_state_dict({k: v.float() for k, v in state.items()})
     return net
@@ -82,8 +107,9 @@ def _plain(state: Any) -> State:
 
 def _negated(net: UNet) -> UNet:
     """Of a score times sigma the noise."""
+    ends = [stage[-1] for stage in net.outputs] if net.config["outputs"] == "skip" else [net.last]  # type: ignore[index]
     with torch.no_grad():
-        for parameter in net.last.parameters():
+        for parameter in (p for end in ends for p in end.parameters()):
             parameter.neg_()
     return net
 
@@ -292,14 +318,16 @@ def _score_sde(
     net: dict[str, Any] | None = None,
     continuous: bool = True,
     centered: bool = False,
-    sigma_max: float = 50.0,
     averaged: bool = True,
 ) -> ScoreModel:
-    """score_sde's {optimizer, model, ema, step} of ``ncsnpp``. net: settings other than CIFAR-10's of ``ncsnpp``; sde:
-    "ve", "vp" or "subvp"; centered: the release's data is in [-1, 1], else in [0, 1].
+    """score_sde's {optimizer, model, ema, step} of ``ncsnpp`` and ``ddpm``. sde: "ve", "vp" or "subvp"; continuous: of
+    "vp", else its steps; net: settings other than those that the shapes tell, as a filter; centered: the release's data
+    is in [-1, 1], which its VE has in [0, 1].
     """
+    if sde not in ("ve", "vp", "subvp"):
+        raise ValueError(f"sde is {sde!r}; {nearest_name(sde, ('ve', 'vp', 'subvp'))}")
     state = _plain(found["model"])
-    state.pop("sigmas", None)
+    levels = state.pop("sigmas", None)
     if averaged:
         # averages of what was trained, in its order: the random frequencies are not
         trained = [k for k in state if not k.endswith(".W") or "NIN" in k]
@@ -307,22 +335,28 @@ def _score_sde(
         if len(shadow) != len(trained):
             raise ValueError(f"it has averages of {len(shadow)} weights, and {len(trained)} weights; expected as many")
         state |= dict(zip(trained, shadow, strict=True))
-    fixed: dict[str, Any] = {} if sde == "ve" else {"embedding": "positional", "fir": (), "inputs": "none"}
+    name, settings = score_sde_settings(state)
     channels = next(v.shape[1] for v in state.values() if v.ndim == 4)
-    made = ncsnpp((channels, image_size, image_size), **{**fixed, **(net or {})})
+    maker: Any = {"ddpm": ddpm, "ncsnpp": ncsnpp}[name]
+    made = maker((channels, image_size, image_size), **{**settings, **(net or {})})
     _filled(made, from_score_sde(made, state))
-    shape = made.config["data_shape"]
+    options: dict[str, Any] = {"data_shape": made.config["data_shape"], "data_range": _PIXELS}
     if sde == "ve":
-        # the release's network takes 2x - 1 of data in [0, 1]; it divides by sigma, in its units
+        if levels is None:
+            raise ValueError("it has no sigmas, the noise levels of VE; expected the whole checkpoint")
+        # the release's network takes 2x - 1 of data in [0, 1]; its output, over sigma, is the score
         scale = 1.0 if centered else 2.0
-        options: dict[str, Any] = {"label": LogSigma(scale), "input_scale": Constant(1.0)}
-        process: Any = VE(0.01 * scale, sigma_max * scale)
-        return ScoreModel(_negated(made), process, data_shape=shape, data_range=_PIXELS, **options)
+        process, options["input_scale"] = VE(scale * float(levels.min()), scale * float(levels.max())), Constant(1.0)
+        if made.config["embedding"] == "gaussian":
+            return ScoreModel(_negated(made), process, label=LogSigma(scale), **options)
+        grid = geometric(len(levels), sigma_min=process.sigma_min, sigma_max=process.sigma_max)
+        options |= {"label": "index", "index_order": "descending", "levels": grid}
+        return ScoreModel(_negated(made), process, **options)
     if continuous:
-        process = {"vp": VP(0.1, 20.0), "subvp": SubVP(0.1, 20.0)}[sde]
-        return ScoreModel(made, process, data_shape=shape, data_range=_PIXELS, label_scale=999.0)
-    process = DiscreteVP(linear_betas(1000))
-    return ScoreModel(made, process, data_shape=shape, data_range=_PIXELS, label="index")
+        return ScoreModel(made, {"vp": VP, "subvp": SubVP}[sde](0.1, 20.0), label_scale=999.0, **options)
+    if sde == "subvp":
+        raise ValueError("the release has no sub-VP in steps; expected continuous=True")
+    return ScoreModel(made, DiscreteVP(linear_betas(1000)), label="index", **options)
 
 
 RELEASES: dict[str, Callable[..., ScoreModel]] = {

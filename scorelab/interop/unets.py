@@ -8,6 +8,7 @@ in Song's embeddings.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from scorelab.nn.layers import Attention, Resampled
 from scorelab.nn.unet import UNet
 from scorelab.typing import Tensor
 
-__all__ = ["from_adm", "from_edm", "from_score_sde"]
+__all__ = ["from_adm", "from_edm", "from_score_sde", "score_sde_settings"]
 
 
 class _Reader(Reader):
@@ -106,12 +107,19 @@ def from_score_sde(net: UNet, state: State) -> State:
             if f"{name}.attention.norm.weight" in read.own:
                 attention(f"{name}.attention")
         elif name.startswith("outputs") and isinstance(module, nn.Sequential):
+            if name != "outputs.0":
+                # what enlarges the pyramid has a number and no weights
+                following()
             read.leaf(f"{name}.0", following())
             read.leaf(f"{name}.2", following())
         elif f"{name}.norm1.weight" in read.own:
             residual(name)
         elif name == "first":
             read.leaf(name, following())
+        elif name.startswith("inputs") and not isinstance(module, Resampled):
+            # so does what halves it
+            following()
+            read.leaf(name, f"{following()}.Conv")
         else:
             theirs = following()
             inner = "Conv2d_0" if f"{theirs}.Conv2d_0.weight" in read.left else "Conv_0"
@@ -120,6 +128,63 @@ def from_score_sde(net: UNet, state: State) -> State:
         for name in ("norm", "last"):
             read.leaf(name, following())
     return read.ended()
+
+
+def score_sde_settings(state: State) -> tuple[str, dict[str, Any]]:
+    """Whether weights of score_sde are of "ddpm" or "ncsnpp", and what their shapes say of its settings.
+
+    A filter has no weights: one is assumed where NCSN++ has a pyramid of the input. Raises ValueError for weights that
+    are no such network's.
+    """
+    parts: dict[int, dict[str, tuple[int, ...]]] = {}
+    for key, value in state.items():
+        _, number, rest = key.split(".", 2)
+        parts.setdefault(int(number), {})[rest] = tuple(value.shape)
+    rows = [parts.get(i, {}) for i in range(max(parts) + 1)]
+    gaussian = "W" in rows[0]
+    rows = rows[gaussian + 2 :]
+    width, now = rows[0]["weight"][0], 0
+    place = 1
+
+    def residual(row: dict[str, tuple[int, ...]], same: bool | None = None) -> bool:
+        """Whether it is a residual block, at the same size or at another."""
+        if "Dense_0.weight" not in row:
+            return False
+        shrinks = "Conv_2.weight" in row and row["GroupNorm_0.weight"][0] == row["Conv_1.weight"][0]
+        return same is None or shrinks != same
+
+    def shrinks(row: dict[str, tuple[int, ...]]) -> bool:
+        return residual(row, same=False) or (bool(row) and {k.split(".")[0] for k in row} <= {"Conv_0", "Conv2d_0"})
+
+    widths: list[int] = []
+    attention: list[int] = []
+    blocks, inputs, combine = 0, "none", "sum"
+    while True:
+        count = 0
+        while residual(rows[place], same=True) and not (blocks and count == blocks):
+            now = rows[place]["Conv_0.weight"][0]
+            place, count = place + 1, count + 1
+            if "NIN_0.W" in rows[place]:
+                place, attention = place + 1, [*attention, len(widths)]
+        widths, blocks = [*widths, now], blocks or count
+        if not shrinks(rows[place]):
+            break
+        place += 1
+        # what halves the pyramid has a number, and weights only in residual ones
+        if not rows[place]:
+            inputs, place = "skip", place + 2
+        elif residual(rows[place - 1]) and shrinks(rows[place]) and not residual(rows[place]):
+            inputs, place = "residual", place + 1
+        if rows[place]["GroupNorm_0.weight"][0] == 2 * now:
+            combine = "cat"
+    convs = [row["weight"] for row in rows[place:] if len(row.get("weight", ())) == 4]
+    outputs = "none" if len(convs) == 1 else "skip" if convs[0][0] == rows[0]["weight"][1] else "residual"
+    found: dict[str, Any] = {"width": width, "multipliers": tuple(w / width for w in widths), "blocks": blocks}
+    found["attention"] = tuple(sorted(set(attention)))
+    if any("NIN_0.W" in row and "Dense_0.weight" in row for row in rows):
+        return "ddpm", {**found, "attention_up": "last"}
+    found |= {"embedding": "gaussian" if gaussian else "positional", "inputs": inputs, "outputs": outputs}
+    return "ncsnpp", {**found, "combine": combine, **({"fir": ()} if inputs == outputs == "none" else {})}
 
 
 _EDM = {"norm1": "norm0", "conv1": "conv0", "embed": "affine", "norm2": "norm1", "conv2": "conv1", "skip": "skip"}

@@ -1,0 +1,114 @@
+"""Makes the models that come with the package: trains them, judges them, and writes each beside its card.
+
+python -m benchmarks.pretrained [digits fashion_mnist]
+
+A run that is there already is gone on with, or taken as it is when it is done. The judge is a network of one hidden layer
+(scikit-learn) that learnt from the training images; it is judged in turn on images that it has not seen.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.neural_network import MLPClassifier
+
+from scorelab import PerSampleNoise, ScoreModel
+from scorelab.cli.sampling import load_run
+from scorelab.data import Files, load
+from scorelab.evaluation import nearest_distances
+from scorelab.interop.loading import PRETRAINED
+from scorelab.training import sample_model
+
+ROOT = Path(__file__).parents[1]
+COUNT = 1000
+
+
+def cpu() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor())
+
+
+def judged(name: str, model: ScoreModel, workdir: Path) -> dict[str, float]:
+    """What samples of each class in turn are worth, beside images that the judge has not seen."""
+    data = load(name, Files("", (), False, False, False, False, "", "white", ""))
+    images, labels = data.reference().flatten(1), data.labels
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(images)))
+    seen, held = order[: min(20_000, len(order) * 2 // 3)], order[-min(5000, len(order) // 3) :]
+    judge = MLPClassifier((128,), alpha=1e-2, max_iter=100, early_stopping=True, random_state=0)
+    judge.fit(images[seen].numpy(), labels[seen].numpy())
+    config, _, _ = load_run(workdir)
+    asked = torch.arange(COUNT) % model.num_classes
+    begun = time.perf_counter()
+    sample_model(model, config, 64, PerSampleNoise(1), condition=asked[:64], progress=False)
+    seconds = time.perf_counter() - begun
+    x = sample_model(model, config, COUNT, PerSampleNoise(0), condition=asked, progress=False).clamp(-1, 1).flatten(1)
+    near, _ = nearest_distances(x, images)
+    own, _ = nearest_distances(images[seen[:COUNT]], images[held])
+    return {
+        "seconds for 64": seconds,
+        "right class, samples": float((judge.predict(x.numpy()) == asked.numpy()).mean()),
+        "right class, unseen images": float((judge.predict(images[held].numpy()) == labels[held].numpy()).mean()),
+        "mean, samples": float(x.mean()),
+        "mean, images": float(images.mean()),
+        "deviation, samples": float(x.std()),
+        "deviation, images": float(images.std()),
+        "distance to the nearest image, samples": float(near.median()),
+        "distance to the nearest other image, images": float(own.median()),
+    }
+
+
+def main() -> None:
+    """Make those that are named, or all."""
+    for name in sys.argv[1:] or PRETRAINED:
+        config, workdir, out = f"configs/{name}/edm.py", ROOT / "runs" / f"pretrained_{name}", ROOT / "scorelab"
+        out = out / "pretrained" / name
+        command = [sys.executable, "-m", "scorelab.cli", "train", "--config", config, "--workdir", str(workdir)]
+        subprocess.run(command, cwd=ROOT, check=True)
+        shutil.rmtree(out, ignore_errors=True)
+        ScoreModel.load(workdir).save(out, dtype=torch.float16)
+        shutil.copy(workdir / "data.json", out)
+        # what is judged is what comes with the package
+        model = ScoreModel.load(out)
+        found = judged(name, model, workdir)
+        recorded = json.loads((workdir / "config.json").read_text())
+        last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+        t, count = recorded["training"], sum(p.numel() for p in model.parameters())
+        lines = [
+            f"# {name}",
+            "",
+            f"`scorelab.load(\"{name}\")`, `scorelab sample --model {name}`. Images by class, and by none, for guidance.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| data | {recorded['data']['source']}, {model.data_shape}, {model.num_classes} classes |",
+            f"| config | `{config}`, seed {recorded['seed']} |",
+            f"| network | {count:,} parameters, stored in half precision |",
+            f"| training | {t['steps']:,} steps of {t['batch_size']}, {last['seconds']:.0f} s, {model_precision(workdir)} |",
+            f"| machine | {cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__} |",
+            f"| made by | `make models` (`python -m benchmarks.pretrained {name}`) |",
+            *(f"| {key} | {value:.3g} |" for key, value in found.items()),
+            "",
+            f"Quality is that of {COUNT:,} samples without guidance by the config's own sampler; the judge is a network of",
+            "one hidden layer that learnt from training images.",
+        ]
+        (out / "card.md").write_text("\n".join(lines) + "\n")
+        print("\n".join(lines))
+
+
+def model_precision(workdir: Path) -> str:
+    """How its network computed."""
+    return str(json.loads((workdir / "config.json").read_text())["training"]["precision"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""score_sde's checkpoints: what their shapes tell, in the order in which the release builds its modules."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from scorelab.interop.loading import load
+from scorelab.interop.unets import from_score_sde, score_sde_settings
+from scorelab.nn import ddpm, ncsnpp
+
+SHAPE = (3, 16, 16)
+
+
+def conv(name: str, channels: int, out: int, kernel: int = 3) -> dict[str, tuple[int, ...]]:
+    return {f"{name}weight": (out, channels, kernel, kernel), f"{name}bias": (out,)}
+
+
+def norm(name: str, channels: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}weight": (channels,), f"{name}bias": (channels,)}
+
+
+def linear(name: str, channels: int, out: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}weight": (out, channels), f"{name}bias": (out,)}
+
+
+def nin(name: str, channels: int, out: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}W": (channels, out), f"{name}b": (out,)}
+
+
+def checkpoint(
+    *,
+    width: int,
+    multipliers: tuple[int, ...],
+    blocks: int,
+    attention: tuple[int, ...],
+    plain: bool = False,
+    gaussian: bool = True,
+    inputs: str = "none",
+    outputs: str = "none",
+    combine: str = "sum",
+    fir: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Weights of score_sde's NCSNpp, or with ``plain`` of its DDPM, by the order and the names of its constructor.
+
+    Modules without weights have a number, too.
+    """
+    modules: list[dict[str, tuple[int, ...]]] = []
+    inner, channels, resampling = 4 * width, SHAPE[0], "Conv2d_0." if fir and not plain else "Conv_0."
+
+    def residual(into: int, out: int, moved: bool = False) -> None:
+        skip = nin("NIN_0.", into, out) if plain else conv("Conv_2.", into, out, 1)
+        made = norm("GroupNorm_0.", into) | conv("Conv_0.", into, out) | linear("Dense_0.", inner, out)
+        made |= norm("GroupNorm_1.", out) | conv("Conv_1.", out, out)
+        modules.append(made | (skip if into != out or moved else {}))
+
+    def attend(now: int) -> None:
+        modules.append(
+            norm("GroupNorm_0.", now) | {k: v for i in range(4) for k, v in nin(f"NIN_{i}.", now, now).items()}
+        )
+
+    if gaussian:
+        modules.append({"W": (width,)})
+    modules.append(linear("", width * (1 + gaussian), inner))
+    modules.append(linear("", inner, inner))
+    modules.append(conv("", channels, width))
+    now, kept, pyramid, deepest = width, [width], channels, len(multipliers) - 1
+    for i, m in enumerate(multipliers):
+        for _ in range(blocks):
+            residual(now, width * m)
+            now = width * m
+            if i in attention:
+                attend(now)
+            kept.append(now)
+        if i < deepest:
+            if plain:
+                modules.append(conv("Conv_0.", now, now))
+            else:
+                residual(now, now, moved=True)
+            if inputs == "skip":
+                modules.append({})
+                modules.append(conv("Conv.", channels, now, 1))
+                now *= 1 + (combine == "cat")
+            elif inputs == "residual":
+                modules.append(conv(resampling, pyramid, now))
+                pyramid = now
+            kept.append(now)
+    residual(now, now)
+    attend(now)
+    residual(now, now)
+    for i in reversed(range(deepest + 1)):
+        for _ in range(blocks + 1):
+            residual(now + kept.pop(), width * multipliers[i])
+            now = width * multipliers[i]
+        if i in attention:
+            attend(now)
+        if outputs == "skip":
+            modules.extend([{}] if i < deepest else [])
+            modules.extend([norm("", now), conv("", now, channels)])
+        elif outputs == "residual":
+            modules.extend([norm("", now), conv("", now, now)] if i == deepest else [conv(resampling, pyramid, now)])
+            pyramid = now
+        if i and plain:
+            modules.append(conv("Conv_0.", now, now))
+        elif i:
+            residual(now, now, moved=True)
+    if outputs != "skip":
+        modules.extend([norm("", now), conv("", now, channels)])
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"all_modules.{n}.{k}": torch.randn(shape, generator=generator) * 0.1
+        for n, module in enumerate(modules)
+        for k, shape in module.items()
+    }
+
+
+SIZES = [
+    {"width": 8, "multipliers": (1, 2, 2), "blocks": 1, "attention": (1,)},
+    {"width": 8, "multipliers": (1, 1, 3), "blocks": 3, "attention": (0, 2)},
+    {"width": 12, "multipliers": (2, 1), "blocks": 2, "attention": ()},
+]
+KINDS = ("none", "skip", "residual")
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_settings_of_ncsnpp_are_found_in_the_shapes(sizes):
+    for gaussian, inputs, outputs, combine, fir in product((True, False), KINDS, KINDS, ("sum", "cat"), (True, False)):
+        if combine == "cat" and inputs != "skip":
+            continue
+        state = checkpoint(**sizes, gaussian=gaussian, inputs=inputs, outputs=outputs, combine=combine, fir=fir)
+        name, found = score_sde_settings(state)
+        expected = {"embedding": "gaussian" if gaussian else "positional", "inputs": inputs, "outputs": outputs}
+        assert name == "ncsnpp"
+        assert {k: v for k, v in found.items() if k != "fir"} == {**sizes, **expected, "combine": combine}
+        # and all of its weights have a place
+        net = ncsnpp(SHAPE, **{**found, "fir": (1.0, 3.0, 3.0, 1.0) if fir else ()})
+        net.load_state_dict(from_score_sde(net, state))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_settings_of_ddpm_are_found_in_the_shapes(sizes):
+    state = checkpoint(**sizes, plain=True, gaussian=False)
+    name, found = score_sde_settings(state)
+    assert name == "ddpm"
+    assert {k: v for k, v in found.items() if k != "attention_up"} == sizes
+    net = ddpm(SHAPE, **found)
+    net.load_state_dict(from_score_sde(net, state))
+
+
+def test_a_checkpoint_of_256_px_needs_no_settings(tmp_path):
+    """Its network has both pyramids; its levels are inside."""
+    state = checkpoint(**SIZES[0], inputs="skip", outputs="skip")
+    trained = [v for k, v in state.items() if not k.endswith("modules.0.W")]
+    sigmas = torch.logspace(2, -2, 50)
+    whole = {"optimizer": {}, "ema": {"shadow_params": trained}, "step": 1}
+    whole["model"] = {f"module.{k}": v for k, v in state.items()} | {"module.sigmas": sigmas}
+    torch.save(whole, tmp_path / "checkpoint_1.pth")
+    model = load(tmp_path / "checkpoint_1.pth", "score_sde", image_size=32)
+    # twice the release's, whose data is in [0, 1]
+    assert model.sigma_range == pytest.approx((0.02, 200), rel=1e-5)
+    assert model.data_shape == (3, 32, 32)
+    assert (model.net.config["inputs"], model.net.config["outputs"]) == ("skip", "skip")
+    # the release's output is the score of its data, of half the range: with 2x - 1 for x, and sigma doubled, half of it
+    net = ncsnpp((3, 32, 32), **score_sde_settings(state)[1])
+    net.load_state_dict(from_score_sde(net, state))
+    x, sigma = torch.rand(2, 3, 32, 32), torch.tensor([0.5, 25.0])
+    with torch.no_grad():
+        expected = net.eval()(2 * x - 1, sigma.log()) / sigma.reshape(-1, 1, 1, 1)
+        torch.testing.assert_close(2 * model(2 * x - 1, 2 * sigma), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_discrete_noise_levels_are_labels_from_the_largest_on(tmp_path):
+    state = checkpoint(**SIZES[2], plain=True, gaussian=False)
+    whole = {"ema": {"shadow_params": list(state.values())}, "step": 1}
+    whole["model"] = {f"module.{k}": v for k, v in state.items()} | {"module.sigmas": torch.logspace(1, -2, 4)}
+    torch.save(whole, tmp_path / "checkpoint_1.pth")
+    model = load(tmp_path / "checkpoint_1.pth", "score_sde")
+    seen = []
+    model.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    model(torch.randn(4, 3, 32, 32), 2 * torch.logspace(1, -2, 4))
+    torch.testing.assert_close(seen[0], torch.arange(4.0), rtol=0, atol=1e-4)

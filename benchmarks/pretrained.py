@@ -86,7 +86,7 @@ def main() -> None:
         lines = [
             f"# {name}",
             "",
-            f"`scorelab.load(\"{name}\")`, `scorelab sample --model {name}`. Images by class, and by none, for guidance.",
+            f'`scorelab.load("{name}")`, `scorelab sample --model {name}`. Images by class, and by none, for guidance.',
             "",
             "| | |",
             "|---|---|",

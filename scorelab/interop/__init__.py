@@ -1,1 +1,5 @@
-"""What others have trained, as a ``ScoreModel``."""
+"""What others have trained."""
+
+from scorelab.interop.loading import PRETRAINED, RELEASES, load, load_classifier
+
+__all__ = ["PRETRAINED", "RELEASES", "load", "load_classifier"]

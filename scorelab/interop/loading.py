@@ -20,20 +20,21 @@ import torch
 from torch import nn
 
 from scorelab.checks import nearest_name
+from scorelab.classifiers import ClassifierModel
 from scorelab.interop.magnitude import from_edm2
 from scorelab.interop.reading import Record, State, read_file, state_of
 from scorelab.interop.refinenets import from_ncsn, from_ncsnv2
 from scorelab.interop.transformers import from_dit
 from scorelab.interop.unets import from_adm, from_edm, from_score_sde, score_sde_settings
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
-from scorelab.nn import EDM2, DiT, RefineNet, UNet, adm, ddpm, ncsnpp
+from scorelab.nn import EDM2, Classifier, DiT, RefineNet, UNet, adm, ddpm, ncsnpp
 from scorelab.nn.dit import SIZES
 from scorelab.predictions import EPS, SCORE, edm
 from scorelab.processes import VE, VP, DiscreteVP, SubVP, cosine_betas, linear_betas
 from scorelab.sigmas import geometric
 from scorelab.typing import Tensor
 
-__all__ = ["PRETRAINED", "RELEASES", "load", "pretrained"]
+__all__ = ["PRETRAINED", "RELEASES", "load", "load_classifier", "pretrained"]
 
 _PIXELS = (0.0, 255.0)
 _OWN = Path(__file__).parents[1] / "pretrained"
@@ -191,6 +192,64 @@ def _edm2(found: Any) -> ScoreModel:
     return _preconditioned(ema, _filled(net, from_edm2(net, known)), shape)
 
 
+_GROWS = re.compile(r"output_blocks\.\d+\.[12]\.(in_layers\.2|conv)\.weight")
+
+
+def _descent(state: State, levels: int) -> tuple[dict[str, Any], Tensor]:
+    """Width, multipliers, blocks and attention of so many levels of an ADM network, and its first convolution."""
+    width, first = state["time_embed.0.weight"].shape[1], state["input_blocks.0.0.weight"]
+    count = len({k.split(".")[1] for k in state if k.startswith("input_blocks.")})
+    if count % levels:
+        raise ValueError(f"it has {count} parts on its way down, which are no {levels} resolutions of as many each")
+    starts = [f"input_blocks.{1 + level * (count // levels)}" for level in range(levels)]
+    widths = [len(state[f"{name}.0.in_layers.2.weight"]) for name in starts]
+    attention = tuple(i for i, name in enumerate(starts) if f"{name}.1.qkv.weight" in state)
+    known = {"width": width, "multipliers": tuple(w / width for w in widths), "blocks": count // levels - 1}
+    return {**known, "attention": attention}, first
+
+
+def load_classifier(
+    path: str | Path, image_size: int = 64, *, levels: int = 0, head: int = 64, schedule: str = "", steps: int = 1000
+) -> ClassifierModel:
+    """guided-diffusion's classifier of noisy images, in evaluation mode: (x, sigma) -> logits.
+
+    levels: its resolutions, by default those of the published one for this size (64, 128, 256 or 512); head: channels
+    of an attention head; schedule: of its betas, by default "cosine" at 64 px and "linear" else. Raises ValueError for a
+    file that is damaged or no such classifier's, and as ``load`` does.
+    """
+    state = _plain(read_file(path))
+    if "out.2.positional_embedding" not in state:
+        raise ValueError(
+            f"{path} holds no weights of a classifier with attention that pools; expected guided-diffusion's"
+        )
+    if not levels and image_size not in _LEVELS:
+        raise ValueError(
+            f"image_size is {image_size}, of which none is published; expected levels=..., its resolutions"
+        )
+    try:
+        known, first = _descent(state, levels or _LEVELS[image_size])
+        shape = (first.shape[1], image_size, image_size)
+        net = Classifier(shape, len(state["out.2.c_proj.weight"]), head=head, **known)
+        _filled(net, from_adm(net, state))
+    except (ValueError, KeyError) as error:
+        said = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path} can't be loaded as a classifier at {image_size} px ({said}): check the size"
+        ) from error
+    process = _steps(schedule or ("cosine" if image_size == 64 else "linear"), steps)
+    return ClassifierModel(net, process).requires_grad_(False).eval()
+
+
+_LEVELS = {64: 4, 128: 5, 256: 6, 512: 7}
+
+
+def _steps(schedule: str, steps: int) -> DiscreteVP:
+    betas = {"linear": linear_betas, "cosine": cosine_betas}
+    if schedule not in betas:
+        raise ValueError(f"schedule is {schedule!r}; {nearest_name(schedule, betas)}")
+    return DiscreteVP(betas[schedule](steps))
+
+
 def _adm(
     found: Any,
     image_size: int = 64,
@@ -205,22 +264,14 @@ def _adm(
     as in all but that, or "cosine", of so many steps.
     """
     state = _plain(found)
-    width, first = state["time_embed.0.weight"].shape[1], state["input_blocks.0.0.weight"]
-    count = len({k.split(".")[1] for k in state if k.startswith("output_blocks.")})
-    raised = [k for k in state if re.fullmatch(r"output_blocks\.\d+\.[12]\.(in_layers\.2|conv)\.weight", k)]
-    levels = len(raised) + 1
-    each = count // levels
-    starts = [f"input_blocks.{1 + level * each}" for level in range(levels)]
-    widths = [len(state[f"{name}.0.in_layers.2.weight"]) for name in starts]
-    block, channels = f"{starts[0]}.0", first.shape[1]
-    betas = {"linear": linear_betas, "cosine": cosine_betas}[schedule](steps)
+    if "out.2.positional_embedding" in state:
+        raise ValueError("these are a classifier's weights; expected scorelab.interop.load_classifier(file)")
+    known, first = _descent(state, len([k for k in state if _GROWS.fullmatch(k)]) + 1)
+    block, channels = "input_blocks.1.0", first.shape[1]
     variance = state["out.2.weight"].shape[0] == 2 * channels
     net = UNet(
         (channels, *(image_size,) * (first.ndim - 2)),
-        width=width,
-        multipliers=tuple(w / width for w in widths),
-        blocks=each - 1,
-        attention=tuple(i for i, name in enumerate(starts) if f"{name}.1.qkv.weight" in state),
+        **known,
         head=head,
         heads=heads,
         embedding="positional_open",
@@ -231,12 +282,12 @@ def _adm(
         else "added",
         resampling="strided" if any(k.endswith(".0.op.weight") for k in state) else "block",
         group=1,
-        first=first.shape[0] / width,
+        first=first.shape[0] / known["width"],
         variance=variance,
     )
     _filled(net, from_adm(net, state, legacy=legacy))
     options: dict[str, Any] = {"label": "index", "variance": variance, "data_range": _PIXELS}
-    return ScoreModel(net, DiscreteVP(betas), data_shape=net.config["data_shape"], **options)
+    return ScoreModel(net, _steps(schedule, steps), data_shape=net.config["data_shape"], **options)
 
 
 def _improved(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from scorelab.interop.reading import Reader, State
+from scorelab.nn.classifier import Classifier
 from scorelab.nn.layers import Attention, Resampled
 from scorelab.nn.unet import UNet
 from scorelab.typing import Tensor
@@ -250,7 +251,9 @@ _ADM = {
 
 
 def from_adm(net: UNet, state: State, *, legacy: bool = True) -> State:
-    """Of guided- and improved-diffusion's ``UNetModel``; ``legacy``: queries, keys and values lie within the heads."""
+    """Of guided- and improved-diffusion's ``UNetModel``, and of the former's classifiers; ``legacy``: queries, keys and
+    values lie within the heads, but for the attention that pools.
+    """
     read = _Reader(net, state)
     order = ("head", "which", "channel") if legacy else ("which", "head", "channel")
     read.leaf("embed.1", "time_embed.0")
@@ -298,5 +301,10 @@ def from_adm(net: UNet, state: State, *, legacy: bool = True) -> State:
             else:
                 residual(name, theirs)
     read.leaf("norm", "out.0")
-    read.leaf("last", "out.2")
+    if isinstance(net, Classifier):
+        read.put("pool.positions", read.take("out.2.positional_embedding").T)
+        read.leaf("pool.qkv", "out.2.qkv_proj")
+        read.leaf("pool.out", "out.2.c_proj")
+    else:
+        read.leaf("last", "out.2")
     return read.ended()

@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 from torch import nn
 
+from scorelab.nn.classifier import Classifier
 from scorelab.nn.dit import DiT
 from scorelab.nn.edm2 import EDM2
 from scorelab.nn.mlp import MLP
 from scorelab.nn.refinenet import RefineNet
 from scorelab.nn.unet import UNet, adm, ddpm, ncsnpp
 
-__all__ = ["EDM2", "MLP", "NETWORKS", "DiT", "RefineNet", "UNet", "adm", "ddpm", "fitting", "ncsnpp"]
+__all__ = ["EDM2", "MLP", "NETWORKS", "Classifier", "DiT", "RefineNet", "UNet", "adm", "ddpm", "fitting", "ncsnpp"]
 
 
 def fitting(

@@ -10,6 +10,7 @@ Models Beat GANs on Image Synthesis, 2021, arXiv:2105.05233.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ class UNet(Conditional):
         super().__init__()
         self.config = config
         _check(config)
-        rank, channels, out = len(data_shape) - 1, data_shape[0], data_shape[0] * (1 + variance)
+        rank, channels = len(data_shape) - 1, data_shape[0]
         inner, widths, begun = 4 * width, [int(width * m) for m in multipliers], int(first * width)
         style = Style(rank, inner, dropout, time == "adaptive", rescaled, group, eps, tuple(fir), project)
         self.style, self.blocks, self.activation_checkpointing = style, blocks, False
@@ -174,9 +175,16 @@ class UNet(Conditional):
         attended = middle_attention or deepest in attention
         between = _Stage(Residual(style, now, now), Attention(style, now, head, heads) if attended else None)
         self.middle = nn.ModuleList([between, stage(-1, now, now)])
-        for i, to in reversed(list(enumerate(widths))):
-            for k in range(blocks + 1):
-                self.up.append(stage(i, now + kept.pop(), to, k == blocks))
+        self._build_up(now, kept, stage)
+
+    def _build_up(self, now: int, kept: list[int], stage: Callable[..., _Stage]) -> None:
+        """The way up, from so many channels and what is kept of the way down."""
+        c, style = self.config, self.style
+        out, outputs, widths = c["data_shape"][0] * (1 + c["variance"]), c["outputs"], c["multipliers"]
+        pyramid, deepest = now, len(widths) - 1
+        for i, to in reversed([(i, int(c["width"] * m)) for i, m in enumerate(widths)]):
+            for k in range(self.blocks + 1):
+                self.up.append(stage(i, now + kept.pop(), to, k == self.blocks))
                 now = to
             if outputs == "skip":
                 self.outputs.append(nn.Sequential(style.norm(now), nn.SiLU(), style.conv(now, out)))
@@ -245,8 +253,8 @@ class UNet(Conditional):
         h = self.style.sum(module(pyramid), h)
         return h, h
 
-    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
-        embedding = self._embedded(x, label, condition)
+    def _descended(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What comes out of the middle, and what is kept of the way there."""
         h, pyramid = self.first(x), x
         kept = [h]
         for i, stage in enumerate(self.down):
@@ -258,6 +266,11 @@ class UNet(Conditional):
                 kept.append(h)
         for stage in self.middle:
             h = self._run(stage, h, embedding)
+        return h, kept
+
+    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
+        embedding = self._embedded(x, label, condition)
+        h, kept = self._descended(x, embedding)
         made: Tensor | None = None
         for i, stage in enumerate(self.up):
             h = self._run(stage, torch.cat([h, kept.pop()], 1), embedding)

@@ -2,13 +2,14 @@
 
 python -m benchmarks.pretrained [digits fashion_mnist]
 
-A run that is there already is gone on with, or taken as it is when it is done. The judge is a network of one hidden layer
-(scikit-learn) that learnt from the training images; it is judged in turn on images that it has not seen.
+A run that is there already is gone on with, or taken as it is when it is done. The judge is a network of one hidden
+layer (scikit-learn) that learnt from training images; it is judged in turn on images that it has not seen.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -83,31 +84,29 @@ def main() -> None:
         recorded = json.loads((workdir / "config.json").read_text())
         last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
         t, count = recorded["training"], sum(p.numel() for p in model.parameters())
+        told = {
+            "data": f"{name}, {model.data_shape}, {model.num_classes} classes",
+            "config": f"`{config}`, seed {recorded['seed']}",
+            "network": f"{count:,} parameters, stored in half precision",
+            "training": f"{t['steps']:,} steps of {t['batch_size']}, {last['seconds']:.0f} s, {t['precision']}",
+            "machine": f"{cpu()}, {os.cpu_count()} cores, torch {torch.__version__}",
+            "made by": f"`make models` (`python -m benchmarks.pretrained {name}`)",
+        }
+        told |= {key: f"{value:.3g}" for key, value in found.items()}
         lines = [
             f"# {name}",
             "",
-            f'`scorelab.load("{name}")`, `scorelab sample --model {name}`. Images by class, and by none, for guidance.',
+            f'`scorelab.load("{name}")`, `scorelab sample --model {name}`: images by class, or of none, for guidance.',
             "",
             "| | |",
             "|---|---|",
-            f"| data | {recorded['data']['source']}, {model.data_shape}, {model.num_classes} classes |",
-            f"| config | `{config}`, seed {recorded['seed']} |",
-            f"| network | {count:,} parameters, stored in half precision |",
-            f"| training | {t['steps']:,} steps of {t['batch_size']}, {last['seconds']:.0f} s, {model_precision(workdir)} |",
-            f"| machine | {cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__} |",
-            f"| made by | `make models` (`python -m benchmarks.pretrained {name}`) |",
-            *(f"| {key} | {value:.3g} |" for key, value in found.items()),
+            *(f"| {key} | {value} |" for key, value in told.items()),
             "",
-            f"Quality is that of {COUNT:,} samples without guidance by the config's own sampler; the judge is a network of",
+            f"Quality: {COUNT:,} samples without guidance by the config's own sampler; the judge is a network of",
             "one hidden layer that learnt from training images.",
         ]
         (out / "card.md").write_text("\n".join(lines) + "\n")
         print("\n".join(lines))
-
-
-def model_precision(workdir: Path) -> str:
-    """How its network computed."""
-    return str(json.loads((workdir / "config.json").read_text())["training"]["precision"])
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def _sample(arguments: list[str]) -> None:
         raise ValueError("got --model and --workdir; expected one of them")
     workdir = pretrained(named) if named else _workdir(values)
     if named and not workdir.is_dir():
-        raise ValueError(f"--model is {named!r}; {nearest_name(named, PRETRAINED)}, or the directory of a saved model")
+        raise ValueError(f"--model is {named!r}, no directory of a saved model; {nearest_name(named, PRETRAINED)}")
     place = Path("samples") / workdir.name if named else workdir / "samples"
 
     n, seed, step = (int(values[name].value or 0) for name in ("n", "seed", "step"))
@@ -213,7 +213,11 @@ def _sample(arguments: list[str]) -> None:
     numbers: dict[str, Any] = {"precision": str(values["precision"].value), "compile": bool(values["compile"].value)}
     numbers |= {"device": str(values["device"].value), "nfe": nfe, "changes": lambda c: sampling_changed(c, given)}
     run = sample_run(workdir, n=n, seed=seed, step=step, weights=weights, sampler=sampler, **numbers, **guided)
-    parts = [f"drawn_{run.step:08d}", weights if weights != "ema" else "", sampler.stem if sampler else name]
+    parts = [
+        f"drawn_{run.step:08d}" if run.step else "drawn",
+        weights if weights != "ema" else "",
+        sampler.stem if sampler else name,
+    ]
     parts += [f"nfe_{nfe}" if nfe else "", str(values["grid"].value or "")]
     parts += _guided_names(values)
     out = out or place / f"{'_'.join(filter(None, parts))}{'.png' if run.shown else '.npz'}"

@@ -283,4 +283,4 @@ def write_samples(run: RunSamples, out: Path) -> str:
         for i, picture in enumerate(picture_bytes(run.x, run.values)):
             with whole(out / f"{i:06d}.png") as aside:
                 Image.fromarray(picture).save(aside, "PNG")
-    return f"{len(run.x)} samples of step {run.step}: {out}"
+    return f"{len(run.x)} samples{f' of step {run.step}' if run.step else ''}: {out}"

@@ -214,8 +214,8 @@ def load_classifier(
     """guided-diffusion's classifier of noisy images, in evaluation mode: (x, sigma) -> logits.
 
     levels: its resolutions, by default those of the published one for this size (64, 128, 256 or 512); head: channels
-    of an attention head; schedule: of its betas, by default "cosine" at 64 px and "linear" else. Raises ValueError for a
-    file that is damaged or no such classifier's, and as ``load`` does.
+    of an attention head; schedule: of its betas, by default "cosine" at 64 px and "linear" else. Raises ValueError for
+    a file that is damaged or no such classifier's, and as ``load`` does.
     """
     state = _plain(read_file(path))
     if "out.2.positional_embedding" not in state:

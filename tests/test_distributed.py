@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from scorelab import ScoreModel
-from scorelab.training import checkpoint, train
+from scorelab.training import Trainer, build, checkpoint, train
 from scorelab.training.watch import TIMINGS
 
 ROOT = Path(__file__).parent.parent
@@ -104,3 +104,61 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, processes):
     for file in sorted((whole / "checkpoints" / "step_00000012").glob("*.safetensors")):
         assert file.read_bytes() == (killed / "checkpoints" / "step_00000012" / file.name).read_bytes(), file.name
     assert rows(whole) == rows(killed)
+
+
+FAMILIES = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from scorelab import parallel
+from scorelab.training import Trainer, build
+from test_distributed import family
+
+parallel.join()
+found = {{}}
+for name in {names!r}:
+    for fsdp in (False, True):
+        c = family(name)
+        c.training.fsdp = fsdp
+        trainer = Trainer(build(c), c)
+        found[f"{{name}} {{fsdp}}"] = [trainer.advance().loss for _ in range(3)]
+if parallel.world()[0] == 0:
+    print(json.dumps(found))
+"""
+NAMES = (
+    "cifar10/score_sde_ve_ncsnpp_continuous",
+    "cifar10/ncsn",
+    "cifar10/ddpm",
+    "imagenet_64/adm",
+    "imagenet_64/edm2_s",
+)
+NAMES += ("imagenet_256/dit_b_4",)
+
+
+def family(name: str):
+    """A published experiment with a small network, without what differs between processes."""
+    from test_experiments import CONFIGS, config_of, shrunk
+
+    c = shrunk(config_of(CONFIGS / f"{name}.py"))
+    c.training.batch_size, c.training.label_dropout, c.training.precision = 32, 0.0, "fp32"
+    if "dropout" in c.model.net or c.model.net.name in ("ncsnpp", "ddpm", "adm"):
+        c.model.net.dropout = 0.0
+    return c
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the network's inputs grow with the noise")
+def test_every_family_trains_in_two_processes_as_in_one(tmp_path):
+    """By DDP, and with weights spread over them: the losses of three steps, the last two after weights have moved."""
+    script = tmp_path / "families.py"
+    script.write_text(FAMILIES.format(tests=str(ROOT / "tests"), names=NAMES))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name in NAMES:
+        c = family(name)
+        trainer = Trainer(build(c), c)
+        expected = [trainer.advance().loss for _ in range(3)]
+        for fsdp in (False, True):
+            assert found[f"{name} {fsdp}"] == pytest.approx(expected, rel=1e-4), (name, fsdp)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import product
+import warnings
+from itertools import pairwise, product
 
 import pytest
 import torch
 
+from scorelab import sample
 from scorelab.interop.loading import load
 from scorelab.interop.unets import from_score_sde, score_sde_settings
 from scorelab.nn import ddpm, ncsnpp
+from scorelab.samplers import Ancestral, LangevinCorrector, PredictorCorrector, ReverseDiffusion
 
 SHAPE = (3, 16, 16)
 
@@ -181,3 +184,68 @@ def test_discrete_noise_levels_are_labels_from_the_largest_on(tmp_path):
     model.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     model(torch.randn(4, 3, 32, 32), 2 * torch.logspace(1, -2, 4))
     torch.testing.assert_close(seen[0], torch.arange(4.0), rtol=0, atol=1e-4)
+
+
+def saved(path, state: dict[str, torch.Tensor], sigmas: torch.Tensor | None = None) -> None:
+    """A checkpoint of the release, with its averages."""
+    trained = [v for k, v in state.items() if not k.endswith("modules.0.W")]
+    model = {f"module.{k}": v for k, v in state.items()} | ({} if sigmas is None else {"module.sigmas": sigmas})
+    torch.save({"optimizer": {}, "model": model, "ema": {"shadow_params": trained}, "step": 1}, path)
+
+
+def test_ve_samples_by_the_releases_own_rules(tmp_path):
+    """Langevin correction, then reverse diffusion, from the same noise, in the release's units: data in [0, 1]."""
+    state, sigmas = checkpoint(**SIZES[0], inputs="residual"), torch.logspace(1, -2, 6, dtype=torch.float64)
+    # an output as large as noise has, for the bound on the corrector's step, which the release lacks, to have no effect
+    last = max(int(k.split(".")[1]) for k in state)
+    for kind in ("weight", "bias"):
+        state[f"all_modules.{last}.{kind}"] *= 40
+    saved(tmp_path / "checkpoint.pth", state, sigmas.float())
+    model = load(tmp_path / "checkpoint.pth", "score_sde", image_size=16)
+    net = ncsnpp(SHAPE, **score_sde_settings(state)[1])
+    net.load_state_dict(from_score_sde(net, state))
+    start = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1)) * 10
+    sampler = PredictorCorrector(ReverseDiffusion(model.process), LangevinCorrector(0.16), corrector_first=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "explicit steps as long as")
+        found = sample(model, 2 * start - 1, 2 * sigmas, sampler, generator=torch.Generator().manual_seed(0))
+    x, draws = start, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for sigma, following in pairwise(sigmas.tolist()):
+            for corrector in (True, False):
+                score = net.eval()(2 * x - 1, torch.tensor([sigma]).log()) / sigma
+                assert float(score.norm()) * sigma > 0.5 * x.numel() ** 0.5
+                z = torch.randn(x.shape, generator=draws)
+                if corrector:
+                    step = (0.16 * z.norm() / score.norm()) ** 2 * 2
+                    x = x + step * score + (2 * step).sqrt() * z
+                else:
+                    x = x + (sigma**2 - following**2) * score + (sigma**2 - following**2) ** 0.5 * z
+    torch.testing.assert_close(found, 2 * x - 1, rtol=1e-3, atol=1e-3 * float(x.abs().max()))
+
+
+def test_vp_samples_by_the_releases_own_rules(tmp_path):
+    """Ancestral steps in scaled coordinates: (x + beta score) / sqrt(1 - beta) + sqrt(beta) z, the last without z."""
+    state = checkpoint(**SIZES[2], plain=True, gaussian=False)
+    saved(tmp_path / "checkpoint.pth", state)
+    model = load(tmp_path / "checkpoint.pth", "score_sde", sde="vp", continuous=False, image_size=16)
+    net = ddpm(SHAPE, **score_sde_settings(state)[1])
+    net.load_state_dict(from_score_sde(net, state))
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    kept = torch.cumprod(1 - betas, 0)
+    # the last ten steps, all of them
+    first = 9
+    sigmas = [float(((1 - kept[i]) / kept[i]).sqrt()) for i in range(first, -1, -1)]
+    x = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    levels, sampler = torch.tensor([*sigmas, 0.0], dtype=torch.float64), Ancestral("forward", model.process)
+    start = x / float(kept[first].sqrt())
+    found = sample(model, start, levels, sampler, generator=torch.Generator().manual_seed(0))
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for i in range(first, -1, -1):
+            beta, std = float(betas[i]), float((1 - kept[i]).sqrt())
+            score = -net.eval()(x, torch.tensor([float(i)])) / std
+            x = (x + beta * score) / (1 - beta) ** 0.5
+            if i:
+                x = x + beta**0.5 * torch.randn(x.shape, generator=draws)
+    torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3)

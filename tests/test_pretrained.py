@@ -84,3 +84,31 @@ def test_what_can_not_be_loaded_is_said_in_a_line(tmp_path):
         scorelab.load("cifar")
     with pytest.raises(ValueError, match="options image_size are a release's; expected release=..., one of score_sde"):
         scorelab.load("digits", image_size=32)
+
+
+def test_training_goes_on_from_a_saved_model(tmp_path, capsys):
+    """With its network, process and weights, and another objective; a run of its own in all else."""
+    scorelab.load("digits").save(tmp_path / "digits")
+    (tmp_path / "mine.py").write_text(
+        "from scorelab.training import default_config\n\n\ndef get_config():\n    c = default_config()\n"
+        f"    c.model.saved, c.model.conditional, c.training.label_dropout = {str(tmp_path / 'digits')!r}, True, 0.1\n"
+        "    c.training.steps, c.training.sample_every, c.optim.lr = 3, 0, 1e-4\n    return c\n"
+    )
+    command = ["train", "--config", str(tmp_path / "mine.py"), "--workdir", str(tmp_path / "run")]
+    assert main(command) == 0
+    assert f"UNet of {tmp_path / 'digits'}, 749,089 parameters" in capsys.readouterr().err
+    tuned, before = ScoreModel.load(tmp_path / "run"), scorelab.load("digits")
+    assert tuned.sigma_range == before.sigma_range
+    moved = [float((a - b).detach().abs().max()) for a, b in zip(tuned.parameters(), before.parameters(), strict=True)]
+    assert 0 < max(moved) < 1e-2
+    # it goes on, and is sampled from
+    assert main([*command, "--config.training.steps=4"]) == 0
+    assert main(["sample", "--workdir", str(tmp_path / "run"), "--n", "2", "--config.sampling.grid.n=3"]) == 0
+    for changes, message in (
+        (["--config.model.net.name=mlp"], "model.saved brings its own network and settings; expected no model.net"),
+        (["--config.process.name=vp"], "model.saved brings its own process"),
+        (["--config.data.source=ring"], "model.saved is of data (1, 8, 8), and the data has (2,)"),
+        ([f"--config.model.saved={tmp_path / 'none'}"], "there is no directory"),
+    ):
+        assert main([*command[:-1], str(tmp_path / "other"), *changes]) == 2
+        assert message in capsys.readouterr().err

@@ -23,7 +23,7 @@ from scorelab.precision import settled_precision
 from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
 from scorelab.processes import DiscreteVP, Process
 from scorelab.sigmas import FromSigmas
-from scorelab.training.settings import check_types, check_used, part, plain, resolve
+from scorelab.training.settings import check_types, check_used, default_config, part, plain, resolve
 from scorelab.typing import Batch, Tensor
 
 __all__ = ["Experiment", "Scales", "build", "choose", "load_data", "network", "scales_of", "sigma_data_of"]
@@ -73,7 +73,7 @@ class Experiment:
             span += f", as codes by {type(model.codec).__name__}"
         elif model.data_range is not None:
             span += ", scaled to [-1, 1]"
-        chosen = [k for k in ("sigma_min", "sigma_max") if config.process.get(k, 0) is None]
+        chosen = [k for k in ("sigma_min", "sigma_max") if not config.model.saved and config.process.get(k, 0) is None]
         why = {
             "sigma_min": "sigma_min, a 250th of that, can't be seen",
             "sigma_max": "sigma_max is the largest distance of samples, or 20 times that",
@@ -84,7 +84,8 @@ class Experiment:
                 f"data: {config.data.source}, {count} of shape {data.data_shape}{classes}{span}",
                 f"noise: {type(model.process).__name__}, sigma from {low:.6g} to {high:.6g} beside a root mean "
                 f"square of {scales.sigma_data:.4g}" + "".join(f"; {why[k]}" for k in chosen),
-                f"model: {type(model.net).__name__}, {parameters:,} parameters, prediction {model.prediction.name}, "
+                f"model: {type(model.net).__name__}{' of ' + config.model.saved if config.model.saved else ''}, "
+                f"{parameters:,} parameters, prediction {model.prediction.name}, "
                 f"in {settled_precision(t.precision, model)}",
                 f"training: {t.steps:,} steps of {t.batch_size}, {t.steps * t.batch_size:,} samples",
             ]
@@ -268,42 +269,51 @@ def _choice(config: ConfigDict, key: str, net: nn.Module, names: tuple[str, ...]
     return found
 
 
-def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
-    """All parts; weights are drawn from ``config.seed`` without touching global random state.
-
-    scales: what a model was made for, where the data may have changed since; None: what follows from the data.
-
-    Raises ValueError for a value that is not known or does not fit, naming the key.
-    """
-    check_types(config)
-    config = resolve(config)
-    m = config.model
-    _check_training(config)
-    data = load_data(config)
-    check_used(config)
+def _codec(config: ConfigDict, data: Source) -> Codec | None:
+    """The codec of ``config.model``, fitted to the data; None for one that changes nothing."""
     scaled = data.values is None or data.values.ends is not None
-    codec: Codec | None = part(config, "model.codec", data_shape=data.data_shape, scaled=scaled)
+    codec: Codec = part(config, "model.codec", data_shape=data.data_shape, scaled=scaled)
     if type(codec) is Codec:
-        codec = None
-    else:
-        assert codec is not None
-        codec.fit(data.reference())
-        _remember(codec, config.model.codec, {"data_shape": data.data_shape})
-        data = Coded(data, codec)
-    if not m.sigma_data >= 0:
+        return None
+    codec.fit(data.reference())
+    _remember(codec, config.model.codec, {"data_shape": data.data_shape})
+    return codec
+
+
+def _saved_model(config: ConfigDict, data: Source) -> ScoreModel:
+    """The model that ``config.model.saved`` names; ValueError if it does not fit the data or the config has another."""
+    default, m = resolve(default_config()), config.model
+    for key in ("net", "codec", "prediction", "label", "label_scale", "index_order", "input_scale"):
+        if m[key] != default.model[key]:
+            raise ValueError(f"model.saved brings its own network and settings; expected no model.{key} beside it")
+    if config.process != default.process:
+        raise ValueError("model.saved brings its own process; expected no config.process beside it")
+    model = ScoreModel.load(m.saved)
+    if model.data_shape != data.data_shape:
         raise ValueError(
-            f"model.sigma_data is {m.sigma_data:g}; expected the data's scale, or 0 for its root mean square"
+            f"model.saved is of data {model.data_shape}, and the data has {data.data_shape}; expected the same"
         )
-    reference = data.reference()
-    scales = scales_of(reference) if scales is None else scales
-    sigma_data = m.sigma_data or scales.sigma_data
-    process: Process = part(config, "process", sigma_min=scales.sigma_min, sigma_max=scales.sigma_max)
+    if model.variance:
+        raise ValueError("model.saved has a variance, which no objective here learns; expected a model without")
+    classes = _classes(config, data).get("num_classes") if m.conditional else None
+    if classes is not None and classes != model.num_classes:
+        raise ValueError(f"model.saved knows {model.num_classes} classes, and the data has {classes}; expected as many")
+    return model
+
+
+def _mean(reference: Tensor) -> Tensor:
+    """Of each channel, (C, 1, ...)."""
+    return reference.double().transpose(0, 1).flatten(1).mean(1).reshape(-1, *(1,) * (reference.ndim - 2))
+
+
+def _model(
+    config: ConfigDict, data: Source, codec: Codec | None, process: Process, sigmas: Any, sigma_data: float
+) -> ScoreModel:
+    """A model with fresh weights."""
+    m = config.model
     if isinstance(process, nn.Module):
         _remember(process, config.process, {})
     net = _trained_network(config, data)
-    low, high = process.sigma_range
-    known = {"process": process, "sigma_min": low, "sigma_max": high, "sigma_data": sigma_data, "knee": 2 * sigma_data}
-    sigmas = part(config, "training.sigmas", **known)
     label = _choice(config, "label", net, _LABELS, "log_sigma")
     levels = sigmas.sigmas if label == "index" and isinstance(sigmas, FromSigmas) else None
     if label == "index" and levels is None and not isinstance(process, DiscreteVP):
@@ -322,7 +332,7 @@ def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
         "unit_data": Constant(1 / sigma_data),
     }
     usual = "unit_variance" if m.prediction == "edm" else "process"
-    model = ScoreModel(
+    return ScoreModel(
         net,
         process,
         prediction,
@@ -334,11 +344,42 @@ def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
         index_order=m.index_order,
         levels=None if isinstance(process, DiscreteVP) else levels,
         codec=codec,
-        data_mean=reference.double().transpose(0, 1).flatten(1).mean(1).tolist(),
     )
+
+
+def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
+    """All parts; weights are drawn from ``config.seed`` without touching global random state.
+
+    scales: what a model was made for, where the data may have changed since; None: what follows from the data.
+
+    Raises ValueError for a value that is not known or does not fit, naming the key.
+    """
+    check_types(config)
+    config = resolve(config)
+    m = config.model
+    _check_training(config)
+    data = load_data(config)
+    check_used(config)
+    saved = _saved_model(config, data) if m.saved else None
+    codec = _codec(config, data) if saved is None else saved.codec
+    if codec is not None:
+        data = Coded(data, codec)
+    reference = data.reference()
+    scales = scales_of(reference) if scales is None else scales
+    sigma_data = m.sigma_data or scales.sigma_data
+    process: Process = (
+        part(config, "process", sigma_min=scales.sigma_min, sigma_max=scales.sigma_max)
+        if saved is None
+        else saved.process
+    )
+    low, high = process.sigma_range
+    known = {"process": process, "sigma_min": low, "sigma_max": high, "sigma_data": sigma_data, "knee": 2 * sigma_data}
+    sigmas = part(config, "training.sigmas", **known)
+    model = saved or _model(config, data, codec, process, sigmas, sigma_data)
+    model.data_mean = _mean(reference)
     _warn_of_scale(reference, model, sigma_data)
-    weight = part(config, "training.weighting", sigmas=sigmas, prediction=prediction, **known)
-    uncertainty = model.uncertainty if getattr(net, "last_uncertainty", None) is not None else None
+    weight = part(config, "training.weighting", sigmas=sigmas, prediction=model.prediction, **known)
+    uncertainty = model.uncertainty if getattr(model.net, "last_uncertainty", None) is not None else None
     objective = part(config, "training.objective", sigmas=sigmas, weight=weight, uncertainty=uncertainty, **known)
     held_out = data.hold_out(config.data.validation) if config.data.validation else None
     return Experiment(data, model, objective, held_out, scales._replace(sigma_data=sigma_data))

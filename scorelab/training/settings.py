@@ -85,6 +85,8 @@ def default_config() -> ConfigDict:
                 "validation": 0,  # samples kept out of training, for training.validate_every
             },
             "model": {
+                # the directory of a saved model to go on from, with its network, process and prediction; "": a new one
+                "saved": "",
                 "net": {"name": "auto"},
                 "codec": {"name": "auto"},
                 "prediction": "edm",  # x0 | eps | score | v | flow | edm

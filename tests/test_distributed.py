@@ -146,7 +146,6 @@ def family(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the network's inputs grow with the noise")
 def test_every_family_trains_in_two_processes_as_in_one(tmp_path):
     """By DDP, and with weights spread over them: the losses of three steps, the last two after weights have moved."""
     script = tmp_path / "families.py"

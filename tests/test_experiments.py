@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import runpy
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ml_collections import ConfigDict
+from test_files import idx
 
 from scorelab import PerSampleNoise, experiments, trajectory
 from scorelab.samplers import LangevinCorrector, PredictorCorrector, ReverseDiffusion
 from scorelab.training import Trainer, build, build_sampling, in_turn, network, own_score, resolve
+from scorelab.training.sampling import check_sampling
 from scorelab.training.settings import part
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -141,7 +145,6 @@ def shrunk(config: ConfigDict) -> ConfigDict:
     return c
 
 
-@pytest.mark.filterwarnings("ignore:the network's inputs grow with the noise")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in FAMILIES])
 def test_each_family_trains_and_samples_as_published(name):
     c = shrunk(config_of(CONFIGS / f"{name}.py"))
@@ -154,6 +157,24 @@ def test_each_family_trains_and_samples_as_published(name):
     *_, last = trajectory(score, (2, 1, 8, 8), levels, sampler, generator=PerSampleNoise(0))
     assert last.nfe == FAMILIES[name]
     assert bool(last.x.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for s in SMALL for p in (CONFIGS / s).glob("*.py")), ids=lambda p: "/".join(p.parts[-2:])
+)
+def test_small_experiments_are_whole(path, tmp_path):
+    """Two of its samples go through the objective, and the sampler takes its first step."""
+    c = config_of(path)
+    if path.parent.name == "fashion_mnist":
+        images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+        (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(images))
+        (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx((np.arange(40) % 10).astype(np.uint8)))
+        c.data.path, c.data.validation = str(tmp_path), 10
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "explicit steps as long as|step_size = ")
+        experiment = build(c)
+        Trainer(experiment, c).rehearse()
+        check_sampling(c, experiment.model)
 
 
 @pytest.mark.parametrize(

@@ -189,13 +189,17 @@ def _check_seen(data: Source) -> None:
     warnings.warn(said, RuntimeWarning, stacklevel=3)
 
 
-def _warn_of_scale(x0: Tensor, model: ScoreModel, sigma_data: float) -> None:
+_PUBLISHED_UNSCALED = ("ncsnpp", "ddpm", "refinenet")
+"""Networks that were published with inputs which grow with the noise."""
+
+
+def _warn_of_scale(x0: Tensor, model: ScoreModel, sigma_data: float, net: str) -> None:
     """RuntimeWarning if the largest noise does not cover the data, for samples begin as noise alone, or if the network
     sees inputs whose scale is that of the noise."""
     process = model.process
     high, std = process.sigma_range[1], float(x0.std()) if x0.numel() < 2**27 else sigma_data_of(x0)
     grows = model.input_scale == "process" and float(process.alpha(torch.tensor(process.t_max))) == 1
-    if grows and high > 20 * sigma_data:
+    if grows and high > 20 * sigma_data and net not in _PUBLISHED_UNSCALED:
         warnings.warn(
             f"the network's inputs grow with the noise, up to {high:.4g}, beside a scale of {sigma_data:.4g} of the "
             "data, from which few networks learn; expected model.input_scale='unit_variance', best with "
@@ -377,7 +381,7 @@ def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
     sigmas = part(config, "training.sigmas", **known)
     model = saved or _model(config, data, codec, process, sigmas, sigma_data)
     model.data_mean = _mean(reference)
-    _warn_of_scale(reference, model, sigma_data)
+    _warn_of_scale(reference, model, sigma_data, m.net.name)
     weight = part(config, "training.weighting", sigmas=sigmas, prediction=model.prediction, **known)
     uncertainty = model.uncertainty if getattr(model.net, "last_uncertainty", None) is not None else None
     objective = part(config, "training.objective", sigmas=sigmas, weight=weight, uncertainty=uncertainty, **known)

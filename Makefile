@@ -6,7 +6,7 @@ BIN := .venv/bin
 .venv/.ready: setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "scorelab needs Python 3.11 or newer"'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,log,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,log,interop,dev]'
 	touch $@
 
 demo: .venv/.ready

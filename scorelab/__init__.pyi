@@ -17,6 +17,7 @@ from . import training as training
 from .adapters import broadcast, clipped, from_denoiser, from_eps, from_time_score
 from .evaluation import check_score
 from .guidance import classifier_free
+from .interop.exporting import export
 from .interop.loading import load
 from .likelihood import LogLikelihood, bits_per_dim, log_likelihood, sample_log_prob, variational_bound
 from .models import ScoreModel
@@ -51,6 +52,7 @@ __all__ = [
     "combined",
     "convert",
     "distributions",
+    "export",
     "from_denoiser",
     "from_eps",
     "from_time_score",

@@ -229,14 +229,14 @@ class ScoreModel(nn.Module):
         """The noise level in x's dimensions, F, and what the network returns beside it."""
         check_batch(x, shape=self.data_shape)
         if condition is None and self.conditional:
-            condition = self._null(len(x))
+            condition = self._null(x.shape[0])
         level = broadcast(sigma, x).to(widened(x))
         sigma = level.reshape(-1)
         if isinstance(self.input_scale, str):
             scale = self.process.alpha(self.process.time(sigma))
         else:
             scale = self.input_scale(sigma)
-        label = self._label(sigma).expand(len(x))
+        label = self._label(sigma).expand(x.shape[0])
         scaled = (scale.reshape(level.shape) * x).to(x.dtype)
         given = (scaled, label) if condition is None else (scaled, label, condition)
         try:
@@ -258,7 +258,7 @@ class ScoreModel(nn.Module):
                 f"the network returned {type(output).__name__}; expected a tensor: wrap a network that gives more in "
                 "one that returns what it predicts"
             )
-        expected = (len(x), (1 + self.variance) * x.shape[1], *x.shape[2:])
+        expected = (x.shape[0], (1 + self.variance) * x.shape[1], *x.shape[2:])
         if output.shape != expected:
             raise ValueError(
                 f"the network returned shape {tuple(output.shape)} for input {tuple(x.shape)}; expected "
@@ -294,12 +294,12 @@ class ScoreModel(nn.Module):
     def _index(self, sigma: Tensor) -> Tensor:
         assert self._logs is not None
         table = self._logs.like(sigma)
-        log = sigma.log().contiguous()
+        log = sigma.log()
         last = len(table) - 1
         if last == 0:
             index = torch.zeros_like(sigma)
         else:
-            left = (torch.searchsorted(table, log.detach(), right=True) - 1).clamp(0, last - 1)
+            left = self._logs.segment(log)
             index = (left + (log - table.take(left)) / (table.take(left + 1) - table.take(left))).clamp(0, last)
         if self.index_order == "descending":
             index = last - index
@@ -307,7 +307,8 @@ class ScoreModel(nn.Module):
             return index
         nearest = index.round()
         near = table[(last - nearest if self.index_order == "descending" else nearest).long()]
-        if bool(((near - log).abs() > 1e-4).any()):
+        # a graph that is being exported has no values to look at
+        if not torch.compiler.is_exporting() and bool(((near - log).abs() > 1e-4).any()):
             raise ValueError(
                 f"sigma = {float(sigma[(near - log).abs().argmax()]):g} is none of this model's {last + 1} levels and "
                 "its network takes whole indices only: sample at its own levels"

@@ -27,6 +27,17 @@ class Table:
                 self._copies[key] = found
         return found
 
+    def segment(self, x: Tensor) -> Tensor:
+        """Where the interval between two neighbours begins in which x is, of any shape, or to which it is nearest: a
+        place, int64 like x, from 0 to N - 2. The numbers must ascend."""
+        table, x = self.like(x), x.detach()
+        if torch.compiler.is_exporting():
+            # ONNX has no search
+            below = (table <= x.unsqueeze(-1)).sum(-1)
+        else:
+            below = torch.searchsorted(table, x.contiguous(), right=True)
+        return (below - 1).clamp(0, len(table) - 2)
+
     def __deepcopy__(self, memo: object) -> Table:
         return self
 

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     c.model.label, c.model.label_scale = "log_sigma", 0.25
     c.model.conditional, c.training.label_dropout = True, 0.1
     c.training.weighting.name = "edm"
-    c.training.steps, c.training.batch_size = 6000, 64
+    c.training.steps, c.training.batch_size = 4000, 64
     c.training.sample_every, c.training.validate_every = 1000, 1000
     c.optim.lr, c.optim.schedule.name, c.optim.ema = 2e-3, "cosine", (0.999,)
     c.sampling.sampler.name, c.sampling.grid.name, c.sampling.grid.n = "heun", "karras", 18

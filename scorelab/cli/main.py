@@ -1,4 +1,4 @@
-"""``scorelab new``, ``train``, ``sample``, ``density``, ``calibrate``, ``likelihood`` and ``report``.
+"""``scorelab new``, ``train``, ``sample``, ``density``, ``calibrate``, ``likelihood``, ``export`` and ``report``.
 
 Bad input ends with one line on standard error and exit code 2.
 """
@@ -40,6 +40,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab density --workdir runs/x [--n 200] [--out FILE.png]  (2-D data)
        scorelab settings  (every setting of a config)
        scorelab convert FILE --release edm --out models/x [--image_size=64 ...]  (a published checkpoint)
+       scorelab export RUN_OR_SAVED_MODEL FILE.onnx|FILE.pt2 [--step STEP] [--weights ema|model|...]
        scorelab new images|points runs/my.py --path DATA [--size 32,32] [--layout channels_last]
        scorelab likelihood --workdir runs/x [--n 64] [--bits] [--divergence hutchinson] [--probes 1]"""
 
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         "new": _new,
         "settings": _settings,
         "convert": _convert,
+        "export": _export,
     }
     if not arguments or arguments[0] == "help" or not {"-h", "--help"}.isdisjoint(arguments):
         print(_USAGE)
@@ -319,12 +321,32 @@ def _convert(arguments: list[str]) -> None:
     print(convert(Path(named[0]).expanduser(), release, Path(out).expanduser(), options))
 
 
+def _names(arguments: list[str]) -> list[str]:
+    """What of a command's arguments (its name first) is neither an option nor an option's value."""
+    apart = [before.startswith("--") and "=" not in before for before in arguments]
+    return [a for a, value in zip(arguments[1:], apart, strict=False) if not value and not a.startswith("-")]
+
+
+def _export(arguments: list[str]) -> None:
+    values = flags.FlagValues()  # type: ignore[no-untyped-call]
+    flags.DEFINE_integer("step", 0, "the checkpoint, by default the last", flag_values=values)
+    flags.DEFINE_string("weights", "ema", "averaged ones, or model", flag_values=values)
+    named = _names(arguments)[:2]
+    parse([a for a in arguments if a not in named], values)
+    if len(named) < 2:
+        raise ValueError("expected scorelab export RUN_OR_SAVED_MODEL FILE.onnx: a directory, and a file to write")
+    from scorelab.cli.exporting import export_run
+
+    workdir, out = (Path(name).expanduser() for name in named)
+    print(export_run(workdir, out, step=int(values["step"].value or 0), weights=str(values["weights"].value)))
+
+
 def _new(arguments: list[str]) -> None:
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     flags.DEFINE_string("path", None, "the data", flag_values=values)
     flags.DEFINE_string("size", "", "height,width", flag_values=values)
     flags.DEFINE_string("layout", "", "of an array's images, as data.layout", flag_values=values)
-    named = [a for a in arguments[1:] if not a.startswith("-")][:2]
+    named = _names(arguments)[:2]
     parse([a for a in arguments if a not in named], values)
     if len(named) < 2 or not values["path"].value:
         raise ValueError(

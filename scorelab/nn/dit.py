@@ -181,9 +181,9 @@ class DiT(Conditional):
     def _whole(self, h: Tensor) -> Tensor:
         """x's channels and sizes, of what each patch has: (B, tokens, patch, ..., channels)."""
         rank = len(self.grid)
-        h = h.reshape(len(h), *self.grid, *(self.patch,) * rank, -1)
+        h = h.reshape(h.shape[0], *self.grid, *(self.patch,) * rank, -1)
         order = [axis for d in range(rank) for axis in (1 + d, 1 + rank + d)]
-        return h.permute(0, 2 * rank + 1, *order).reshape(len(h), -1, *self.data_shape[1:])
+        return h.permute(0, 2 * rank + 1, *order).reshape(h.shape[0], -1, *self.data_shape[1:])
 
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
         if x.shape[1:] != self.data_shape:

@@ -165,7 +165,7 @@ class _Block(nn.Module):
             x = resampled(x, self.up)
         if self.normed:
             x = _unit(x if self.skip is None else self.skip(x), (1,))
-        scale = 1 + self.embed(embedding, self.gain).reshape(len(x), -1, *(1,) * (x.ndim - 2))
+        scale = 1 + self.embed(embedding, self.gain).reshape(x.shape[0], -1, *(1,) * (x.ndim - 2))
         h = _silu(self.conv1(_silu(x)) * scale.to(x.dtype))
         h = self.conv2(self.dropout(h))
         if not self.normed and self.skip is not None:

@@ -165,7 +165,7 @@ class Residual(nn.Module):
         if self.up is not None:
             h, x = resampled(h, self.up, self.style.fir), resampled(x, self.up, self.style.fir)
         h = self.conv1(h)
-        time = self.embed(embedding).reshape(len(x), -1, *(1,) * (x.ndim - 2))
+        time = self.embed(embedding).reshape(x.shape[0], -1, *(1,) * (x.ndim - 2))
         if self.style.adaptive:
             scale, shift = time.chunk(2, 1)
             h = self.norm2(h) * (1 + scale) + shift

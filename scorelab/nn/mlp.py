@@ -88,14 +88,19 @@ class MLP(Conditional):
 
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
         # one level for all, expanded: whatever depends on it alone is computed once
-        label = label.narrow(0, 0, 1) if label.stride(0) == 0 and len(label) else label
+        label = label.narrow(0, 0, 1) if label.stride(0) == 0 and label.shape[0] else label
         label = widened(label) if label.is_floating_point() else label.to(x.dtype)
         var = torch.exp(2 * label).unsqueeze(1)
         embedding = self.embed(label)
         phase = x @ self.directions
         # not below e^-20: denormal numbers would slow the matrix products many times
         damping = torch.exp((-0.5 * var * self.directions.square().sum(0)).clamp_min(-20.0))
-        parts = [x * torch.rsqrt(1 + var), damping * phase.cos(), damping * phase.sin(), embedding.expand(len(x), -1)]
+        parts = [
+            x * torch.rsqrt(1 + var),
+            damping * phase.cos(),
+            damping * phase.sin(),
+            embedding.expand(x.shape[0], -1),
+        ]
         h = torch.cat(parts, 1).to(x.dtype)
         count = 1 + len(self.layers)
         shifts = None if condition is None else self.embedded(condition).to(x.dtype).chunk(count, 1)

@@ -53,7 +53,7 @@ class InstanceNormPlus(nn.Module):
         gamma, alpha, beta = rows.to(means.dtype).chunk(3, 1)
         shift = gamma * alpha * (means - mean) * torch.rsqrt(var + 1e-5) + beta
         h = functional.instance_norm(x).to(x.dtype)
-        shift, gamma = (a.to(x.dtype).reshape(len(a), -1, *(1,) * (x.ndim - 2)) for a in (shift, gamma))
+        shift, gamma = (a.to(x.dtype).reshape(a.shape[0], -1, *(1,) * (x.ndim - 2)) for a in (shift, gamma))
         return torch.addcmul(shift, gamma, h)
 
 

@@ -95,7 +95,7 @@ class DiscreteVP(Process):
         if self.steps == 1:
             return torch.where(below, linear, 1.0)
         log = sigma.clamp_min(self._least).log()
-        left = (torch.searchsorted(table, log.detach().contiguous(), right=True) - 1).clamp(0, self.steps - 2)
+        left = self._log_sigmas.segment(log)
         low = table.take(left)
         inside = (left + 1 + (log - low) / (table.take(left + 1) - low)) / self.steps
         return torch.where(below, linear, inside)

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def cpu() -> str:
 def judged(name: str, model: ScoreModel, workdir: Path) -> dict[str, float]:
     """What samples of each class in turn are worth, beside images that the judge has not seen."""
     data = load(name, Files("", (), False, False, False, False, "", "white", ""))
-    images, labels = data.reference().flatten(1), data.labels
+    images, labels = data.take(torch.arange(len(data))).flatten(1), data.labels
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(images)))
     seen, held = order[: min(20_000, len(order) * 2 // 3)], order[-min(5000, len(order) // 3) :]
     judge = MLPClassifier((128,), alpha=1e-2, max_iter=100, early_stopping=True, random_state=0)
@@ -82,13 +83,15 @@ def main() -> None:
         model = ScoreModel.load(out)
         found = judged(name, model, workdir)
         recorded = json.loads((workdir / "config.json").read_text())
-        last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+        seconds = [json.loads(row)["seconds"] for row in (workdir / "metrics.jsonl").read_text().splitlines()]
+        # of every start
+        spent = sum(a for a, b in pairwise([*seconds, 0.0]) if b < a)
         t, count = recorded["training"], sum(p.numel() for p in model.parameters())
         told = {
             "data": f"{name}, {model.data_shape}, {model.num_classes} classes",
             "config": f"`{config}`, seed {recorded['seed']}",
             "network": f"{count:,} parameters, stored in half precision",
-            "training": f"{t['steps']:,} steps of {t['batch_size']}, {last['seconds']:.0f} s, {t['precision']}",
+            "training": f"{t['steps']:,} steps of {t['batch_size']}, {spent:.0f} s, {t['precision']}",
             "machine": f"{cpu()}, {os.cpu_count()} cores, torch {torch.__version__}",
             "made by": f"`make models` (`python -m benchmarks.pretrained {name}`)",
         }

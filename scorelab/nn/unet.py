@@ -49,6 +49,12 @@ _CHOICES = {
 }
 
 
+def _channels(width: int, multiplier: float) -> float:
+    """width times multiplier, whole where only rounding keeps it from that, as 112 times 464/112 is."""
+    found = width * multiplier
+    return round(found) if abs(found - round(found)) < 1e-9 * found else found
+
+
 def _check(config: dict[str, Any]) -> None:
     """Refuse (ValueError) settings of a UNet that don't fit."""
     shape, width, multipliers = config["data_shape"], config["width"], config["multipliers"]
@@ -60,14 +66,14 @@ def _check(config: dict[str, Any]) -> None:
         if config[key] not in choices:
             raise ValueError(f"{key} is {config[key]!r}; expected one of {', '.join(map(repr, choices))}")
     blocks, head, dropout, attention = (config[k] for k in ("blocks", "head", "dropout", "attention"))
-    widths = [width * m for m in multipliers]
+    widths = [_channels(width, m) for m in multipliers]
     if (
         width < 2
         or width % 2
         or blocks < 1
         or head < 0
         or not widths
-        or any(w < 1 or w % 1 for w in (*widths, width * config["first"]))
+        or any(w < 1 or w % 1 for w in (*widths, _channels(width, config["first"])))
     ):
         raise ValueError(
             f"width = {width}, blocks = {blocks}, head = {head}, multipliers = {multipliers}; expected an even width, "
@@ -104,7 +110,8 @@ class UNet(Conditional):
     of two layers makes of it. first: a multiplier for the first convolution. time: "added", or "adaptive" scales and
     shifts. resampling: "strided" convolutions; those of padding "same", or filtered; or residual "block"s. fir: the
     kernel of its filter. inputs, outputs: what the pyramid of x, or of the output, adds at each resolution, "combine"
-    how. rescaled, group, eps, project: see ``Style``.
+    how. rescaled, group, eps, project: see ``Style``. groups: of the norms, as many in all, or in each in the order of
+    ``modules()``; () for as many as ``group`` says.
 
     Raises ValueError for settings that don't fit, and for sizes that its resolutions don't divide.
     """
@@ -134,6 +141,7 @@ class UNet(Conditional):
         rescaled: bool = False,
         project: bool = False,
         group: int = 4,
+        groups: tuple[int, ...] = (),
         eps: float = 1e-5,
         classes_first: bool = False,
         first: float = 1,
@@ -144,7 +152,7 @@ class UNet(Conditional):
         self.config = config
         _check(config)
         rank, channels = len(data_shape) - 1, data_shape[0]
-        inner, widths, begun = 4 * width, [int(width * m) for m in multipliers], int(first * width)
+        inner, widths, begun = 4 * width, [int(_channels(width, m)) for m in multipliers], int(_channels(width, first))
         style = Style(rank, inner, dropout, time == "adaptive", rescaled, group, eps, tuple(fir), project)
         self.style, self.blocks, self.activation_checkpointing = style, blocks, False
         encode = _embedding(embedding or "fourier", width)
@@ -176,13 +184,25 @@ class UNet(Conditional):
         between = _Stage(Residual(style, now, now), Attention(style, now, head, heads) if attended else None)
         self.middle = nn.ModuleList([between, stage(-1, now, now)])
         self._build_up(now, kept, stage)
+        if groups:
+            self._regroup(tuple(groups))
+
+    def _regroup(self, groups: tuple[int, ...]) -> None:
+        norms = [module for module in self.modules() if isinstance(module, nn.GroupNorm)]
+        counts = groups * len(norms) if len(groups) == 1 else groups
+        if len(counts) != len(norms):
+            raise ValueError(f"groups has {len(groups)} numbers; expected one, or one for each of {len(norms)} norms")
+        for norm, count in zip(norms, counts, strict=True):
+            if count < 1 or norm.num_channels % count:
+                raise ValueError(f"groups holds {count}; expected a divisor of the {norm.num_channels} channels there")
+            norm.num_groups = count
 
     def _build_up(self, now: int, kept: list[int], stage: Callable[..., _Stage]) -> None:
         """The way up, from so many channels and what is kept of the way down."""
         c, style = self.config, self.style
         out, outputs, widths = c["data_shape"][0] * (1 + c["variance"]), c["outputs"], c["multipliers"]
         pyramid, deepest = now, len(widths) - 1
-        for i, to in reversed([(i, int(c["width"] * m)) for i, m in enumerate(widths)]):
+        for i, to in reversed([(i, int(_channels(c["width"], m))) for i, m in enumerate(widths)]):
             for k in range(self.blocks + 1):
                 self.up.append(stage(i, now + kept.pop(), to, k == self.blocks))
                 now = to

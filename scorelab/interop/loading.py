@@ -21,6 +21,7 @@ from torch import nn
 
 from scorelab.checks import nearest_name
 from scorelab.classifiers import ClassifierModel
+from scorelab.interop.diffusers import model_of, read_folder
 from scorelab.interop.magnitude import from_edm2
 from scorelab.interop.reading import Record, State, read_file, state_of
 from scorelab.interop.refinenets import from_ncsn, from_ncsnv2
@@ -69,7 +70,7 @@ def load(path: str | Path, release: str = "", **options: Any) -> ScoreModel:
             raise ValueError(
                 f"{release} has no option {name!r}; {nearest_name(name, known) if known else 'it has none'}"
             )
-    found = read_file(path)
+    found = READERS.get(release, read_file)(path)
     try:
         model = maker(found, **options)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
@@ -419,5 +420,8 @@ RELEASES: dict[str, Callable[..., ScoreModel]] = {
     "edm": _edm,
     "edm2": _edm2,
     "dit": _dit,
+    "diffusers": model_of,
 }
 """Releases by name, and what makes a model of what their files hold."""
+READERS: dict[str, Callable[[str | Path], Any]] = {"diffusers": read_folder}
+"""What reads those that are no files."""

@@ -160,7 +160,7 @@ def record(kind: str, state: dict, fields: dict, inner: dict) -> Persistent:
     return made
 
 
-EDM = ("edm_ddpmpp", "edm_ncsnpp", "edm_ve", "edm_vp", "edm_adm", "edm2")
+EDM = ("edm_ddpmpp", "edm_ncsnpp", "edm_box", "edm_ve", "edm_vp", "edm_adm", "edm_iddpm", "edm2")
 
 
 @pytest.mark.parametrize("name", EDM)
@@ -168,7 +168,7 @@ def test_pickles_of_edm_say_all(tmp_path, persistence, name, capsys):
     r = released(name)
     c = dict(r.config)
     kind, part = c.pop("cls"), "unet" if name == "edm2" else "model"
-    fields = {"img_resolution": 16, "img_channels": 3, "label_dim": c["label_dim"], "sigma_data": 0.5}
+    fields = {k: c[k] for k in ("img_resolution", "img_channels", "label_dim")} | {"sigma_data": 0.5}
     network = record(kind, r.state, fields, {part: c.pop("model_type", "UNet")})
     network._modules[part]._init_kwargs = c
     if name != "edm2":
@@ -189,11 +189,22 @@ def test_pickles_of_edm_say_all(tmp_path, persistence, name, capsys):
         load(path, "dit")
 
 
+def test_settings_that_no_published_network_has_are_refused(tmp_path, persistence):
+    """They change what a network computes and not the shapes of its weights."""
+    r = released("edm2")
+    c = {k: v for k, v in r.config.items() if k != "cls"} | {"concat_balance": 0.3}
+    network = record("Precond", r.state, {"img_resolution": 16, "img_channels": 3}, {"unet": "UNet"})
+    network._modules["unet"]._init_kwargs = c
+    (tmp_path / "edm2.pkl").write_bytes(pickle.dumps({"ema": network}))
+    with pytest.raises(ValueError, match="its concat_balance is 0.3; expected 0.5, as in all published networks"):
+        load(tmp_path / "edm2.pkl", "edm2")
+
+
 def test_state_dicts_of_guided_diffusion_are_read_off_their_shapes(tmp_path, capsys):
     r = released("guided_diffusion_unet")
     torch.save(r.state, tmp_path / "adm.pt")
     model = load(tmp_path / "adm.pt", "guided_diffusion", image_size=16, head=16, legacy=True, schedule="linear")
-    assert "adm.pt: assumed heads=0, steps=1000" in capsys.readouterr().err
+    assert "adm.pt: assumed heads=0, heads_up=0, steps=1000" in capsys.readouterr().err
     steps, classes = r.values["labels"].long(), r.values["class_labels"]
     sigma = model.process.step_sigmas[steps].float()
     x = r.values["x"] * (1 + sigma**2).sqrt().reshape(-1, 1, 1, 1)

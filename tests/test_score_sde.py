@@ -136,7 +136,8 @@ def test_settings_of_ncsnpp_are_found_in_the_shapes(sizes):
         name, found = score_sde_settings(state)
         expected = {"embedding": "gaussian" if gaussian else "positional", "inputs": inputs, "outputs": outputs}
         assert name == "ncsnpp"
-        assert {k: v for k, v in found.items() if k != "fir"} == {**sizes, **expected, "combine": combine}
+        expected |= {"combine": combine, "resampling": "block"}
+        assert {k: v for k, v in found.items() if k != "fir"} == {**sizes, **expected}
         # and all of its weights have a place
         net = ncsnpp(SHAPE, **{**found, "fir": (1.0, 3.0, 3.0, 1.0) if fir else ()})
         net.load_state_dict(from_score_sde(net, state))
@@ -147,7 +148,7 @@ def test_settings_of_ddpm_are_found_in_the_shapes(sizes):
     state = checkpoint(**sizes, plain=True, gaussian=False)
     name, found = score_sde_settings(state)
     assert name == "ddpm"
-    assert {k: v for k, v in found.items() if k != "attention_up"} == sizes
+    assert found == {**sizes, "attention_up": "last", "resampling": "same"}
     net = ddpm(SHAPE, **found)
     net.load_state_dict(from_score_sde(net, state))
 

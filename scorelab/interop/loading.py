@@ -107,13 +107,20 @@ def _plain(state: Any) -> State:
     return {k.removeprefix("module."): v for k, v in state_of(state).items()}
 
 
-def _negated(net: UNet) -> UNet:
-    """Of a score times sigma the noise."""
-    ends = [stage[-1] for stage in net.outputs] if net.config["outputs"] == "skip" else [net.last]  # type: ignore[index]
+def _times(net: Any, factor: float) -> Any:
+    """A network whose output is multiplied: by -1, of a score times sigma the noise."""
+    ends = [stage[-1] for stage in net.outputs] if net.config.get("outputs") == "skip" else [net.last]
     with torch.no_grad():
         for parameter in (p for end in ends for p in end.parameters()):
-            parameter.neg_()
+            parameter.mul_(factor)
     return net
+
+
+def _refuse(c: dict[str, Any], **known: Any) -> None:
+    """ValueError for settings that our networks don't have, other than the release's own."""
+    for key, value in known.items():
+        if c.get(key, value) != value:
+            raise ValueError(f"its {key} is {c[key]!r}; expected {value!r}, as in all published networks")
 
 
 def _levels(sizes: list[int], size: int, count: int) -> tuple[int, ...]:
@@ -126,6 +133,7 @@ def _edm(found: Any) -> ScoreModel:
     ema = found["ema"]
     inner = ema.fields["_modules"]["model"]
     c, size, channels = inner.fields["_init_kwargs"], int(ema.fields["img_resolution"]), int(ema.fields["img_channels"])
+    _refuse(c, channel_mult_emb=4)
     multipliers, label_dim = tuple(c["channel_mult"]), int(c.get("label_dim", 0))
     blocks, sizes = (3, [32, 16, 8]) if inner.kind == "DhariwalUNet" else (4, [16])
     known: dict[str, Any] = {
@@ -139,13 +147,15 @@ def _edm(found: Any) -> ScoreModel:
         known |= {"num_classes": label_dim, "null_class": True}
     shape = (channels, size, size)
     if inner.kind == "DhariwalUNet":
-        net = adm(shape, group=4, **known)
+        net = adm(shape, group=4, variance=ema.kind == "iDDPMPrecond", **known)
     else:
+        _refuse(c, channel_mult_noise=2 if c.get("embedding_type") == "fourier" else 1)
         taps = tuple(float(v) for v in c.get("resample_filter", [1, 1]))
         known["inputs"] = {"standard": "none"}.get(c.get("encoder_type", "standard"), c.get("encoder_type", "none"))
         known["outputs"] = {"standard": "none"}.get(c.get("decoder_type", "standard"), c.get("decoder_type", "none"))
         known["embedding"] = "gaussian" if c.get("embedding_type") == "fourier" else "positional"
-        net = ncsnpp(shape, fir=() if taps == (1.0, 1.0) else taps, **known)
+        # averages and copies are the filter (1, 1), but where a pyramid's convolution looks over the edge
+        net = ncsnpp(shape, fir=() if taps == (1.0, 1.0) and known["inputs"] != "residual" else taps, **known)
     # augmentation is without effect outside of training
     state = {k: v for k, v in state_of(inner).items() if "resample_filter" not in k and "map_augment" not in k}
     _filled(net, from_edm(net, state))
@@ -165,8 +175,14 @@ def _preconditioned(ema: Record, net: Any, shape: tuple[int, ...]) -> ScoreModel
         return ScoreModel(net, VP(least, most), data_shape=shape, data_range=_PIXELS, label_scale=steps)
     if ema.kind == "VEPrecond":
         options = {"label": LogSigma(2.0), "input_scale": Constant(1.0)}
-        return ScoreModel(_negated(net), VE(0.02, 100.0), data_shape=shape, data_range=_PIXELS, **options)
-    raise ValueError(f"its preconditioning is {ema.kind!r}; expected EDMPrecond, VPPrecond, VEPrecond or Precond")
+        return ScoreModel(_times(net, -1), VE(0.02, 100.0), data_shape=shape, data_range=_PIXELS, **options)
+    if ema.kind == "iDDPMPrecond":
+        _refuse(f, C_1=0.001, C_2=0.008)
+        options = {"label": "index", "variance": True}
+        return ScoreModel(net, _steps("cosine", int(f.get("M", 1000))), data_shape=shape, data_range=_PIXELS, **options)
+    raise ValueError(
+        f"its preconditioning is {ema.kind!r}; expected EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond or Precond"
+    )
 
 
 def _edm2(found: Any) -> ScoreModel:
@@ -175,6 +191,8 @@ def _edm2(found: Any) -> ScoreModel:
     unet = ema.fields["_modules"]["unet"]
     c, size, channels = unet.fields["_init_kwargs"], int(ema.fields["img_resolution"]), int(ema.fields["img_channels"])
     multipliers, label_dim = tuple(c.get("channel_mult", [1, 2, 3, 4])), int(ema.fields.get("label_dim", 0))
+    _refuse(c, label_balance=0.5, concat_balance=0.5, res_balance=0.3, attn_balance=0.3, clip_act=256)
+    _refuse(c, channel_mult_noise=None, channel_mult_emb=None, resample_filter=[1, 1])
     state = state_of(ema)
     head = state.get("logvar_linear.weight")
     shape = (channels, size, size)
@@ -196,10 +214,15 @@ def _edm2(found: Any) -> ScoreModel:
 _GROWS = re.compile(r"output_blocks\.\d+\.[12]\.(in_layers\.2|conv)\.weight")
 
 
+def _parts(state: State) -> set[int]:
+    """The numbers of what has weights on the way down of an ADM network."""
+    return {int(k.split(".")[1]) for k in state if k.startswith("input_blocks.")}
+
+
 def _descent(state: State, levels: int) -> tuple[dict[str, Any], Tensor]:
     """Width, multipliers, blocks and attention of so many levels of an ADM network, and its first convolution."""
     width, first = state["time_embed.0.weight"].shape[1], state["input_blocks.0.0.weight"]
-    count = len({k.split(".")[1] for k in state if k.startswith("input_blocks.")})
+    count = 1 + max(_parts(state))
     if count % levels:
         raise ValueError(f"it has {count} parts on its way down, which are no {levels} resolutions of as many each")
     starts = [f"input_blocks.{1 + level * (count // levels)}" for level in range(levels)]
@@ -256,18 +279,23 @@ def _adm(
     image_size: int = 64,
     head: int = 64,
     heads: int = 0,
+    heads_up: int = 0,
     legacy: bool = False,
     schedule: str = "cosine",
     steps: int = 1000,
+    rescaled: bool = False,
 ) -> ScoreModel:
     """guided-diffusion's state dicts, by default ADM's for ImageNet at 64 px. head: channels of an attention head, or
-    heads: their number; legacy: queries, keys and values lie within the heads, as in all but that; schedule: "linear",
-    as in all but that, or "cosine", of so many steps.
+    heads: their number, heads_up: that of the way up if another; legacy: queries, keys and values lie within the heads,
+    as in all but that; schedule: "linear", as in all but that, or "cosine", of so many steps; rescaled: the network is
+    told of them as if there were 1,000.
     """
     state = _plain(found)
     if "out.2.positional_embedding" in state:
         raise ValueError("these are a classifier's weights; expected scorelab.interop.load_classifier(file)")
-    known, first = _descent(state, len([k for k in state if _GROWS.fullmatch(k)]) + 1)
+    grows, parts = len([k for k in state if _GROWS.fullmatch(k)]), _parts(state)
+    # what resamples without weights has a number
+    known, first = _descent(state, (grows or 1 + max(parts) - len(parts)) + 1)
     block, channels = "input_blocks.1.0", first.shape[1]
     variance = state["out.2.weight"].shape[0] == 2 * channels
     net = UNet(
@@ -275,33 +303,42 @@ def _adm(
         **known,
         head=head,
         heads=heads,
+        heads_up=heads_up,
         embedding="positional_open",
         num_classes=state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None,
         middle_attention=True,
         time="adaptive"
         if len(state[f"{block}.emb_layers.1.weight"]) > len(state[f"{block}.in_layers.2.weight"])
         else "added",
-        resampling="strided" if any(k.endswith(".0.op.weight") for k in state) else "block",
+        resampling="plain" if not grows else "strided" if any(k.endswith(".0.op.weight") for k in state) else "block",
         group=1,
         first=first.shape[0] / known["width"],
         variance=variance,
     )
     _filled(net, from_adm(net, state, legacy=legacy))
     options: dict[str, Any] = {"label": "index", "variance": variance, "data_range": _PIXELS}
+    options["label_scale"] = 1000 / steps if rescaled else 1.0
     return ScoreModel(net, _steps(schedule, steps), data_shape=net.config["data_shape"], **options)
 
 
 def _improved(
-    found: Any, image_size: int = 64, heads: int = 4, legacy: bool = True, schedule: str = "cosine", steps: int = 4000
+    found: Any,
+    image_size: int = 64,
+    heads: int = 4,
+    heads_up: int = 0,
+    legacy: bool = True,
+    schedule: str = "cosine",
+    steps: int = 4000,
+    rescaled: bool = True,
 ) -> ScoreModel:
-    """improved-diffusion's state dicts, likewise; their networks are told steps as if there were 1,000."""
-    model = _adm(found, image_size, 0, heads, legacy, schedule, steps)
-    model.label_scale = 1000 / steps
-    return model
+    """improved-diffusion's state dicts, likewise."""
+    return _adm(found, image_size, 0, heads, heads_up, legacy, schedule, steps, rescaled)
 
 
-def _dit(found: Any, heads: int = 0, steps: int = 1000) -> ScoreModel:
-    """DiT's state dicts, alone or with an average beside; heads: 0 for those of the published width."""
+def _dit(found: Any, heads: int = 0, steps: int = 1000, null_class: bool = True) -> ScoreModel:
+    """DiT's state dicts, alone or with an average beside; heads: 0 for those of the published width; null_class: the
+    last row of the table of classes stands for none, as it does unless it was trained without.
+    """
     state = _plain(found.get("ema", found))
     weight, table = state["x_embedder.proj.weight"], state.get("y_embedder.embedding_table.weight")
     width, channels, patch = weight.shape[:3]
@@ -319,29 +356,27 @@ def _dit(found: Any, heads: int = 0, steps: int = 1000) -> ScoreModel:
         heads=heads or published[width],
         mlp=len(state["blocks.0.mlp.fc1.weight"]) / width,
         variance=variance,
-        num_classes=None if table is None else len(table) - 1,
-        null_class=table is not None,
+        num_classes=None if table is None else len(table) - null_class,
+        null_class=table is not None and null_class,
     )
     _filled(net, from_dit(net, state))
     process, shape = DiscreteVP(linear_betas(steps)), (channels, side, side)
     return ScoreModel(net, process, data_shape=shape, label="index", variance=variance)
 
 
-def _refine(found: Any, image_size: int, state: State, levels: Tensor) -> ScoreModel:
+def _refine(state: State, levels: Tensor, image_size: int, centered: bool = False) -> ScoreModel:
     depth = 6 if "res31.0.conv1.weight" in state else 5 if "res5.0.conv1.weight" in state else 4
     weight, conditional = state["begin_conv.weight"], "normalizer.embed.weight" in state
     shape = (weight.shape[1], *(image_size,) * (weight.ndim - 2))
     net = RefineNet(shape, width=len(weight), depth=depth, levels=len(levels) if conditional else 0)
     _filled(net, (from_ncsn if conditional else from_ncsnv2)(net, state))
     # in [-1, 1] noise is twice as large, and a score half as large: the scale of eps is kept
-    grid = 2 * levels.double()
+    scale = 1.0 if centered else 2.0
+    grid = scale * levels.double()
     process = VE(float(grid[-1]), float(grid[0]))
     options: dict[str, Any] = {"data_shape": shape, "data_range": _PIXELS, "levels": grid, "input_scale": Constant(1.0)}
     if conditional:
-        with torch.no_grad():
-            for parameter in net.last.parameters():
-                parameter.mul_(0.5)
-        return ScoreModel(net, process, SCORE, label="index", index_order="descending", **options)
+        return ScoreModel(_times(net, 1 / scale), process, SCORE, label="index", index_order="descending", **options)
     return ScoreModel(net, process, EPS, label="log_sigma", **options)
 
 
@@ -350,7 +385,7 @@ def _ncsn(found: Any, image_size: int = 32, sigma_max: float = 1.0, sigma_min: f
     state = _plain(found[0] if isinstance(found, list) else found)
     count = len(state["normalizer.embed.weight"])
     levels = torch.from_numpy(np.geomspace(sigma_max, sigma_min, count))
-    return _refine(found, image_size, state, levels)
+    return _refine(state, levels, image_size)
 
 
 def _ncsnv2(found: Any, image_size: int = 32, averaged: bool = True) -> ScoreModel:
@@ -360,7 +395,7 @@ def _ncsnv2(found: Any, image_size: int = 32, averaged: bool = True) -> ScoreMod
         if len(found) < 5:
             raise ValueError("this run had no average; expected averaged=False")
         state |= _plain(found[4])
-    return _refine(found, image_size, state, state["sigmas"])
+    return _refine(state, state["sigmas"], image_size)
 
 
 def _score_sde(
@@ -370,16 +405,20 @@ def _score_sde(
     net: dict[str, Any] | None = None,
     continuous: bool = True,
     centered: bool = False,
+    scale_by_sigma: bool = True,
     averaged: bool = True,
 ) -> ScoreModel:
-    """score_sde's {optimizer, model, ema, step} of ``ncsnpp`` and ``ddpm``. sde: "ve", "vp" or "subvp"; continuous: of
-    "vp", else its steps; net: settings other than those that the shapes tell, as a filter; centered: the release's data
-    is in [-1, 1], which its VE has in [0, 1].
+    """score_sde's {optimizer, model, ema, step}. sde: "ve", "vp" or "subvp"; continuous: of "vp", else its steps; net:
+    settings of ``ncsnpp`` and ``ddpm`` other than those that the shapes tell, as a filter, or "name", which of the two;
+    centered: the release's data is in [-1, 1], which its VE has in [0, 1]; scale_by_sigma: of "ve", what its network
+    returns is divided by sigma.
     """
     if sde not in ("ve", "vp", "subvp"):
         raise ValueError(f"sde is {sde!r}; {nearest_name(sde, ('ve', 'vp', 'subvp'))}")
     state = _plain(found["model"])
-    levels = state.pop("sigmas", None)
+    levels = state.pop("sigmas", torch.empty(0))
+    if sde == "ve" and not len(levels):
+        raise ValueError("it has no sigmas, the noise levels of VE; expected the whole checkpoint")
     if averaged:
         # averages of what was trained, in its order: the random frequencies are not
         trained = [k for k in state if not k.endswith(".W") or "NIN" in k]
@@ -387,23 +426,29 @@ def _score_sde(
         if len(shadow) != len(trained):
             raise ValueError(f"it has averages of {len(shadow)} weights, and {len(trained)} weights; expected as many")
         state |= dict(zip(trained, shadow, strict=True))
-    name, settings = score_sde_settings(state)
+    if "begin_conv.weight" in state:
+        if sde != "ve":
+            raise ValueError("it holds a network of NCSN, whose noise levels are those of VE; expected sde='ve'")
+        return _refine(state, levels, image_size, centered)
+    own = dict(net or {})
+    name, settings = score_sde_settings(state, own.pop("name", ""))
     channels = next(v.shape[1] for v in state.values() if v.ndim == 4)
     maker: Any = {"ddpm": ddpm, "ncsnpp": ncsnpp}[name]
-    made = maker((channels, image_size, image_size), **{**settings, **(net or {})})
+    made = maker((channels, image_size, image_size), **{**settings, **own})
     _filled(made, from_score_sde(made, state))
     options: dict[str, Any] = {"data_shape": made.config["data_shape"], "data_range": _PIXELS}
     if sde == "ve":
-        if levels is None:
-            raise ValueError("it has no sigmas, the noise levels of VE; expected the whole checkpoint")
-        # the release's network takes 2x - 1 of data in [0, 1]; its output, over sigma, is the score
+        # the release's network takes 2x - 1 of data in [0, 1]; what it returns, over sigma, is the score there
         scale = 1.0 if centered else 2.0
         process, options["input_scale"] = VE(scale * float(levels.min()), scale * float(levels.max())), Constant(1.0)
         if made.config["embedding"] == "gaussian":
-            return ScoreModel(_negated(made), process, label=LogSigma(scale), **options)
-        grid = geometric(len(levels), sigma_min=process.sigma_min, sigma_max=process.sigma_max)
-        options |= {"label": "index", "index_order": "descending", "levels": grid}
-        return ScoreModel(_negated(made), process, **options)
+            options["label"] = LogSigma(scale)
+        else:
+            grid = geometric(len(levels), sigma_min=process.sigma_min, sigma_max=process.sigma_max)
+            options |= {"label": "index", "index_order": "descending", "levels": grid}
+        if not scale_by_sigma:
+            return ScoreModel(_times(made, 1 / scale), process, SCORE, **options)
+        return ScoreModel(_times(made, -1), process, **options)
     if continuous:
         return ScoreModel(made, {"vp": VP, "subvp": SubVP}[sde](0.1, 20.0), label_scale=999.0, **options)
     if sde == "subvp":

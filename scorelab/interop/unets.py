@@ -123,6 +123,8 @@ def from_score_sde(net: UNet, state: State) -> State:
             read.leaf(name, f"{following()}.Conv")
         else:
             theirs = following()
+            if isinstance(module, nn.Identity):
+                continue
             inner = "Conv2d_0" if f"{theirs}.Conv2d_0.weight" in read.left else "Conv_0"
             read.leaf(f"{name}.conv" if isinstance(module, Resampled) else name, f"{theirs}.{inner}")
     if "last.weight" in read.own:
@@ -131,11 +133,13 @@ def from_score_sde(net: UNet, state: State) -> State:
     return read.ended()
 
 
-def score_sde_settings(state: State) -> tuple[str, dict[str, Any]]:
-    """Whether weights of score_sde are of "ddpm" or "ncsnpp", and what their shapes say of its settings.
+def score_sde_settings(state: State, name: str = "") -> tuple[str, dict[str, Any]]:
+    """Whether weights of score_sde are of "ddpm" or "ncsnpp", by ``name`` or else, and what their shapes say of its
+    settings.
 
-    A filter has no weights: one is assumed where NCSN++ has a pyramid of the input. Raises ValueError for weights that
-    are no such network's.
+    A filter has no weights: beside convolutions that resample their names tell, else one is assumed where NCSN++ has a
+    pyramid. NCSN++ made of DDPM's blocks is DDPM's where nothing else tells. Raises ValueError for weights that are no
+    such network's.
     """
     parts: dict[int, dict[str, tuple[int, ...]]] = {}
     for key, value in state.items():
@@ -143,6 +147,8 @@ def score_sde_settings(state: State) -> tuple[str, dict[str, Any]]:
         parts.setdefault(int(number), {})[rest] = tuple(value.shape)
     rows = [parts.get(i, {}) for i in range(max(parts) + 1)]
     gaussian = "W" in rows[0]
+    if len(rows[gaussian].get("weight", ())) != 2:
+        raise ValueError("these weights are of a network that is not told of the noise level; expected one that is")
     rows = rows[gaussian + 2 :]
     width, now = rows[0]["weight"][0], 0
     place = 1
@@ -154,12 +160,12 @@ def score_sde_settings(state: State) -> tuple[str, dict[str, Any]]:
         shrinks = "Conv_2.weight" in row and row["GroupNorm_0.weight"][0] == row["Conv_1.weight"][0]
         return same is None or shrinks != same
 
-    def shrinks(row: dict[str, tuple[int, ...]]) -> bool:
-        return residual(row, same=False) or (bool(row) and {k.split(".")[0] for k in row} <= {"Conv_0", "Conv2d_0"})
+    def convolves(row: dict[str, tuple[int, ...]]) -> bool:
+        return bool(row) and {k.split(".")[0] for k in row} <= {"Conv_0", "Conv2d_0"}
 
     widths: list[int] = []
     attention: list[int] = []
-    blocks, inputs, combine = 0, "none", "sum"
+    blocks, resampling, inputs, combine = 0, "block", "none", "sum"
     while True:
         count = 0
         while residual(rows[place], same=True) and not (blocks and count == blocks):
@@ -168,13 +174,16 @@ def score_sde_settings(state: State) -> tuple[str, dict[str, Any]]:
             if "NIN_0.W" in rows[place]:
                 place, attention = place + 1, [*attention, len(widths)]
         widths, blocks = [*widths, now], blocks or count
-        if not shrinks(rows[place]):
+        # what resamples without weights has a number
+        if rows[place] and not convolves(rows[place]) and not residual(rows[place], same=False):
             break
+        if not residual(rows[place]):
+            resampling = "strided" if rows[place] else "plain"
         place += 1
-        # what halves the pyramid has a number, and weights only in residual ones
+        # so has what halves the pyramid, which has weights in residual ones
         if not rows[place]:
             inputs, place = "skip", place + 2
-        elif residual(rows[place - 1]) and shrinks(rows[place]) and not residual(rows[place]):
+        elif convolves(rows[place]):
             inputs, place = "residual", place + 1
         if rows[place]["GroupNorm_0.weight"][0] == 2 * now:
             combine = "cat"
@@ -182,10 +191,17 @@ def score_sde_settings(state: State) -> tuple[str, dict[str, Any]]:
     outputs = "none" if len(convs) == 1 else "skip" if convs[0][0] == rows[0]["weight"][1] else "residual"
     found: dict[str, Any] = {"width": width, "multipliers": tuple(w / width for w in widths), "blocks": blocks}
     found["attention"] = tuple(sorted(set(attention)))
-    if any("NIN_0.W" in row and "Dense_0.weight" in row for row in rows):
-        return "ddpm", {**found, "attention_up": "last"}
+    filtered, pyramids = any("Conv2d_0" in key for key in state), inputs != "none" or outputs != "none"
+    if name not in ("", "ddpm", "ncsnpp"):
+        raise ValueError(f"name is {name!r}; expected 'ddpm' or 'ncsnpp'")
+    plain = resampling != "block" and not (gaussian or filtered or pyramids)
+    if name == "ddpm" or (plain and not name):
+        same = {"strided": "same"}.get(resampling, resampling)
+        return "ddpm", {**found, "attention_up": "last", "resampling": same}
     found |= {"embedding": "gaussian" if gaussian else "positional", "inputs": inputs, "outputs": outputs}
-    return "ncsnpp", {**found, "combine": combine, **({"fir": ()} if inputs == outputs == "none" else {})}
+    if not filtered and (not pyramids or any(map(convolves, rows))):
+        found["fir"] = ()
+    return "ncsnpp", {**found, "combine": combine, "resampling": resampling}
 
 
 _EDM = {"norm1": "norm0", "conv1": "conv0", "embed": "affine", "norm2": "norm1", "conv2": "conv1", "skip": "skip"}
@@ -274,6 +290,13 @@ def from_adm(net: UNet, state: State, *, legacy: bool = True) -> State:
             read.heads(f"{ours}.attention.qkv", f"{second}.qkv", order, attention.heads)
             read.leaf(f"{ours}.attention.out", f"{second}.proj_out")
 
+    def moved(ours: str, theirs: str, conv: str) -> None:
+        """What changes the resolution, with weights or without."""
+        if f"{ours}.weight" in read.own:
+            read.leaf(ours, f"{theirs}.{conv}")
+        else:
+            residual(ours, theirs)
+
     number, raised = -1, -1
     for name, _, _ in _walk(net):
         part = name.split(".")[0]
@@ -283,10 +306,8 @@ def from_adm(net: UNet, state: State, *, legacy: bool = True) -> State:
             read.leaf("first", "input_blocks.0.0")
         elif part == "down":
             stage(name, f"input_blocks.{number}.0", f"input_blocks.{number}.1")
-        elif part == "shrink" and f"{name}.weight" in read.own:
-            read.leaf(name, f"input_blocks.{number}.0.op")
         elif part == "shrink":
-            residual(name, f"input_blocks.{number}.0")
+            moved(name, f"input_blocks.{number}.0", "op")
         elif part == "middle":
             place = int(name[-1])
             stage(name, f"middle_block.{2 * place}", "middle_block.1")
@@ -295,11 +316,7 @@ def from_adm(net: UNet, state: State, *, legacy: bool = True) -> State:
             stage(name, f"output_blocks.{raised}.0", f"output_blocks.{raised}.1")
         else:
             attended = net.up[raised].attention is not None
-            theirs = f"output_blocks.{raised}.{1 + attended}"
-            if f"{name}.weight" in read.own:
-                read.leaf(name, f"{theirs}.conv")
-            else:
-                residual(name, theirs)
+            moved(name, f"output_blocks.{raised}.{1 + attended}", "conv")
     read.leaf("norm", "out.0")
     if isinstance(net, Classifier):
         read.put("pool.positions", read.take("out.2.positional_embedding").T)

@@ -206,8 +206,7 @@ class RefineNet(nn.Module):
     1 with noise, and 2x - 1 enters.
 
     NCSN's F is the score. NCSNv2's release divides its output by sigma to get the score, so minus that output, F here,
-    is eps. At depth 4 it equals stored outputs of both releases; depths 5 and 6 have the layout of the second's deeper
-    networks and were not compared with outputs of these, nor are ``levels`` known there.
+    is eps. It equals stored outputs of both releases; ``levels`` are known at depth 4 only.
 
     Raises ValueError for settings that don't fit, for sizes that halving does not divide (the releases fail on them),
     for a condition, and with ``levels`` for labels that are no whole numbers.

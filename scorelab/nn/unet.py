@@ -41,7 +41,7 @@ class _Stage(nn.Module):
 _CHOICES = {
     "embedding": ("fourier", "positional", "positional_open", "gaussian"),
     "time": ("added", "adaptive"),
-    "resampling": ("strided", "same", "block"),
+    "resampling": ("strided", "same", "plain", "block"),
     "attention_up": ("each", "last"),
     "inputs": ("none", "skip", "residual"),
     "outputs": ("none", "skip", "residual"),
@@ -83,10 +83,13 @@ def _check(config: dict[str, Any]) -> None:
         raise ValueError(f"dropout is {dropout:g}; expected 0 <= dropout < 1")
     if any(a not in range(len(widths)) for a in attention):
         raise ValueError(f"attention is {attention}; expected resolutions from 0 to {len(widths) - 1}")
-    heads = config["heads"]
-    if heads < 0 or (heads and any(w % heads for i, w in enumerate(widths) if i in attention)):
-        raise ValueError(f"heads = {heads} does not divide the attention widths; expected a divisor of {width}, or 0")
-    if head and not heads and any(w % head and w > head for i, w in enumerate(widths) if i in attention):
+    for key in ("heads", "heads_up"):
+        heads = config[key]
+        if heads < 0 or (heads and any(w % heads for i, w in enumerate(widths) if i in attention)):
+            raise ValueError(
+                f"{key} = {heads} does not divide the attention widths; expected a divisor of {width}, or 0"
+            )
+    if head and not config["heads"] and any(w % head and w > head for i, w in enumerate(widths) if i in attention):
         raise ValueError(f"head = {head} does not divide the attention widths; expected a divisor of {width}")
     multiple = 2 ** (len(widths) - 1)
     whole = config["resampling"] == "strided" and config["inputs"] == config["outputs"] == "none"
@@ -101,17 +104,18 @@ class UNet(Conditional):
 
     data_shape: (C, *sizes) with one to three sizes. width: channels at full resolution; multipliers: one each. blocks:
     residual ones at each. attention: which resolutions (0 is full) have self-attention, with heads of ``head`` channels
-    (0: one head) or so many ``heads``; "each" block that goes up has it, or the "last". middle_attention: in the middle
-    also where the last resolution has none. num_classes: condition on class labels; null_class: and on none. variance:
-    twice the channels come out, F and the variance between its bounds.
+    (0: one head) or so many ``heads``, of which the way up has ``heads_up`` (0: as many); "each" block that goes up has
+    it, or the "last". middle_attention: in the middle also where the last resolution has none. num_classes: condition
+    on class labels; null_class: and on none. variance: twice the channels come out, F and the variance between its
+    bounds.
 
     embedding of the label: "fourier" (None) for log sigma, "gaussian" for log sigma by random frequencies, "positional"
     for steps, "positional_open" for steps as in ADM. classes_first: classes are added to that, else to what a network
     of two layers makes of it. first: a multiplier for the first convolution. time: "added", or "adaptive" scales and
-    shifts. resampling: "strided" convolutions; those of padding "same", or filtered; or residual "block"s. fir: the
-    kernel of its filter. inputs, outputs: what the pyramid of x, or of the output, adds at each resolution, "combine"
-    how. rescaled, group, eps, project: see ``Style``. groups: of the norms, as many in all, or in each in the order of
-    ``modules()``; () for as many as ``group`` says.
+    shifts. resampling: "strided" convolutions; those of padding "same", or filtered; residual "block"s; or "plain",
+    without weights. fir: the kernel of its filter. inputs, outputs: what the pyramid of x, or of the output, adds at
+    each resolution, "combine" how. rescaled, group, eps, project: see ``Style``. groups: of the norms, as many in all,
+    or in each in the order of ``modules()``; () for as many as ``group`` says.
 
     Raises ValueError for settings that don't fit, and for sizes that its resolutions don't divide.
     """
@@ -126,6 +130,7 @@ class UNet(Conditional):
         attention: tuple[int, ...] = (),
         head: int = 64,
         heads: int = 0,
+        heads_up: int = 0,
         dropout: float = 0.0,
         embedding: str | None = None,
         num_classes: int | None = None,
@@ -161,7 +166,7 @@ class UNet(Conditional):
         self.classes = None if num_classes is None else Classes(num_classes, table, null_class)
         self.first = style.conv(channels, begun)
 
-        def stage(at: int, into: int, to: int, last: bool = True) -> _Stage:
+        def stage(at: int, into: int, to: int, last: bool = True, heads: int = heads) -> _Stage:
             attended = at in attention and (last or attention_up == "each")
             return _Stage(Residual(style, into, to), Attention(style, to, head, heads) if attended else None)
 
@@ -204,7 +209,7 @@ class UNet(Conditional):
         pyramid, deepest = now, len(widths) - 1
         for i, to in reversed([(i, int(_channels(c["width"], m))) for i, m in enumerate(widths)]):
             for k in range(self.blocks + 1):
-                self.up.append(stage(i, now + kept.pop(), to, k == self.blocks))
+                self.up.append(stage(i, now + kept.pop(), to, k == self.blocks, c["heads_up"] or c["heads"]))
                 now = to
             if outputs == "skip":
                 self.outputs.append(nn.Sequential(style.norm(now), nn.SiLU(), style.conv(now, out)))
@@ -224,6 +229,8 @@ class UNet(Conditional):
         style, kind = self.style, self.config["resampling"]
         if kind == "block":
             return Residual(style, channels, channels, up)
+        if kind == "plain":
+            return nn.Identity()
         if kind == "strided" and not up:
             return CONV[style.rank](channels, channels, 3, stride=2, padding=1)
         return style.conv(channels, channels)  # type: ignore[no-any-return]
@@ -238,6 +245,8 @@ class UNet(Conditional):
     def _shrunk(self, module: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
         if isinstance(module, Residual):
             return self._run(module, h, embedding)
+        if self.config["resampling"] == "plain":
+            return resampled(h, False, self.style.fir)
         return halved(h, module, self.style.fir) if self.config["resampling"] == "same" else module(h)
 
     def _embedded(self, x: Tensor, label: Tensor, condition: Tensor | None) -> Tensor:
@@ -308,6 +317,8 @@ class UNet(Conditional):
     def _grown(self, module: nn.Module, h: Tensor, size: tuple[int, ...], embedding: Tensor) -> Tensor:
         if isinstance(module, Residual):
             return self._run(module, h, embedding)
+        if self.config["resampling"] == "plain":
+            return resampled(h, True, self.style.fir)
         return grown(h, size, module, self.style.fir)
 
 
@@ -328,6 +339,7 @@ def ddpm(
     dropout: float = 0.1,
     embedding: str = "positional",
     attention_up: str = "each",
+    resampling: str = "same",
     num_classes: int | None = None,
     null_class: bool = False,
 ) -> UNet:
@@ -345,7 +357,7 @@ def ddpm(
         null_class=null_class,
         middle_attention=True,
         attention_up=attention_up,
-        resampling="same",
+        resampling=resampling,
         group=1,
         eps=1e-6,
     )

@@ -124,6 +124,7 @@ FAMILIES = {
 }
 """Evaluations of the published sampler on the published grid."""
 LONG = ("cifar10/improved_ddpm", "cifar10/score_sde_ve_ncsnpp", "cifar10/score_sde_subvp_ncsnpp_continuous")
+LONG += ("cifar10/ncsn", "cifar10/ddpm")
 
 
 def shrunk(config: ConfigDict) -> ConfigDict:

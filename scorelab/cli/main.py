@@ -306,18 +306,18 @@ def _settings(arguments: list[str]) -> None:
 
 def _convert(arguments: list[str]) -> None:
     named = [a for a in arguments[1:] if not a.startswith("--")]
-    given = dict(a[2:].partition("=")[::2] for a in arguments[1:] if a.startswith("--"))
+    given = {a[2:].partition("=")[0]: a.partition("=")[2] or "True" for a in arguments[1:] if a.startswith("--")}
     # an option and its value may stand apart
     for i, argument in enumerate(arguments[1:-1], 1):
         if argument.startswith("--") and "=" not in argument and not arguments[i + 1].startswith("--"):
             given[argument[2:]] = arguments[i + 1]
             named.remove(arguments[i + 1])
     release, out = given.pop("release", ""), given.pop("out", "")
-    if len(named) != 1 or not release or not out:
+    if len(named) != 1 or release in ("", "True") or out in ("", "True"):
         raise ValueError("expected scorelab convert FILE --release=NAME --out=DIRECTORY, and the release's own options")
     from scorelab.cli.convert import convert
 
-    options = {key: literal(text) for key, text in given.items()}
+    options = {key: literal(text.title() if text.lower() in ("true", "false") else text) for key, text in given.items()}
     print(convert(Path(named[0]).expanduser(), release, Path(out).expanduser(), options))
 
 

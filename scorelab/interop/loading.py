@@ -64,12 +64,15 @@ def load(path: str | Path, release: str = "", **options: Any) -> ScoreModel:
     if release not in RELEASES:
         raise ValueError(f"release is {release!r}; {nearest_name(release, RELEASES)}")
     maker = RELEASES[release]
-    known = [name for name in inspect.signature(maker).parameters if name != "found"]
-    for name in options:
+    known = {name: p.default for name, p in inspect.signature(maker).parameters.items() if name != "found"}
+    for name, value in options.items():
         if name not in known:
             raise ValueError(
                 f"{release} has no option {name!r}; {nearest_name(name, known) if known else 'it has none'}"
             )
+        wanted = type(known[name])
+        if wanted in (bool, int, str) and type(value) is not wanted:
+            raise ValueError(f"{release}'s option {name} is {value!r}; expected {wanted.__name__}, as {known[name]!r}")
     found = READERS.get(release, read_file)(path)
     try:
         model = maker(found, **options)
@@ -98,6 +101,9 @@ def _names() -> str:
 
 
 def _filled(net: nn.Module, state: State) -> Any:
+    for name, value in state.items():
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise ValueError(f"its weights for {name} are {value.dtype}, or not all finite; expected finite floats")
     net.load_state_dict({k: v.float() for k, v in state.items()})
     return net
 
@@ -437,6 +443,8 @@ def _score_sde(
     made = maker((channels, image_size, image_size), **{**settings, **own})
     _filled(made, from_score_sde(made, state))
     options: dict[str, Any] = {"data_shape": made.config["data_shape"], "data_range": _PIXELS}
+    if (sde == "ve") < (made.config["embedding"] == "gaussian"):
+        raise ValueError(f"sde is {sde!r}, but the network takes log sigma, as those of VE alone; expected sde='ve'")
     if sde == "ve":
         # the release's network takes 2x - 1 of data in [0, 1]; what it returns, over sigma, is the score there
         scale = 1.0 if centered else 2.0

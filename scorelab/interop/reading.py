@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import io
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,22 @@ def read_file(path: str | Path) -> Any:
             return load_file(path)
         if path.suffix == ".pkl":
             return _unpickled(path)
+        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"its part {bad} is not as it was written")
         return torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is damaged, or holds more than weights and settings: {_first_line(error)}") from error
-    except (RuntimeError, EOFError, OSError, SafetensorError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path} is damaged or no file of weights: {_first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+_DAMAGE = (
+    *(RuntimeError, EOFError, OSError, SafetensorError, ValueError, TypeError, AttributeError, KeyError),
+    *(MemoryError, OverflowError, zipfile.BadZipFile),
+)
+
+
+def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -145,7 +154,8 @@ class Reader:
     def put(self, name: str, value: Tensor) -> None:
         """As our weights of this name; ValueError if there are more or fewer numbers."""
         own = self.own[name].shape
-        if value.numel() != own.numel():
+        # a convolution of kernel 1 is a matrix
+        if [n for n in value.shape if n > 1] != [n for n in own if n > 1]:
             raise ValueError(f"the weights for {name} are {tuple(value.shape)}; expected {tuple(own)}: another size")
         self.found[name] = value.reshape(own)
 

@@ -36,7 +36,8 @@ class _Reader(Reader):
             value = self.take(f"{theirs}.{kind}")
             sizes = {"which": 3, "head": heads, "channel": len(value) // 3 // heads}
             split = value.reshape(*(sizes[part] for part in shape), -1)
-            self.put(f"{ours}.{kind}", split.movedim([shape.index(k) for k in ("which", "head", "channel")], [0, 1, 2]))
+            ordered = split.movedim([shape.index(k) for k in ("which", "head", "channel")], [0, 1, 2])
+            self.put(f"{ours}.{kind}", ordered.flatten(0, 2))
 
 
 def _walk(net: UNet) -> Iterator[tuple[str, int, int]]:
@@ -145,6 +146,8 @@ def score_sde_settings(state: State, name: str = "") -> tuple[str, dict[str, Any
     for key, value in state.items():
         _, number, rest = key.split(".", 2)
         parts.setdefault(int(number), {})[rest] = tuple(value.shape)
+    if max(parts) > 10 * len(parts):
+        raise ValueError(f"its modules are numbered up to {max(parts)}, and there are {len(parts)} of them")
     rows = [parts.get(i, {}) for i in range(max(parts) + 1)]
     gaussian = "W" in rows[0]
     if len(rows[gaussian].get("weight", ())) != 2:

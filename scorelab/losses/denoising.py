@@ -159,7 +159,9 @@ class Denoising(Objective):
             clean = posterior_mean(x, sigma, batch.reference.x0, _others(batch, batch.reference))
             noise = (x - clean) / level
         loss = denoising_loss(conditioned(score, batch.condition), clean, sigma, noise, self.weight)
-        return loss if self.uncertainty is None else _balanced(loss, self.uncertainty(sigma))
+        if self.uncertainty is None or not torch.is_grad_enabled():
+            return loss
+        return _balanced(loss, self.uncertainty(sigma))
 
     def zero(self, batch: Batch, u: Tensor, noise: Tensor) -> Tensor:
         """That of the plain target, for the stable one too."""

@@ -79,6 +79,8 @@ def _check(config: dict[str, Any]) -> None:
             f"width = {width}, blocks = {blocks}, head = {head}, multipliers = {multipliers}; expected an even width, "
             "some multipliers that give whole numbers of channels, blocks of 1 or more and head >= 0"
         )
+    if config["fir"] and (len(config["fir"]) % 2 or not sum(config["fir"])):
+        raise ValueError(f"fir is {config['fir']}; expected an even number of taps, of a sum other than 0, or ()")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout:g}; expected 0 <= dropout < 1")
     if any(a not in range(len(widths)) for a in attention):

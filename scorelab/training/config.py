@@ -17,6 +17,7 @@ from scorelab.checks import nearest_name
 from scorelab.codecs import Codec
 from scorelab.data import Coded, Files, Source, load
 from scorelab.described import remember
+from scorelab.interop.loading import pretrained
 from scorelab.losses import Objective
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
 from scorelab.precision import settled_precision
@@ -242,8 +243,8 @@ def _trained_network(config: ConfigDict, data: Source) -> nn.Module:
     net = network(config, data.data_shape, **_classes(config, data))
     if config.model.net.get("variance"):
         raise ValueError(
-            "model.net.variance is True, but no objective here learns a variance; expected False: it is for weights "
-            "that others have trained"
+            "model.net.variance is True, but no objective here learns a variance: it is for weights that others have "
+            "trained; expected False, and sampling.sampler.variance='posterior' where that is 'learned'"
         )
     if config.model.conditional and getattr(net, "num_classes", None) is None:
         raise ValueError(
@@ -287,19 +288,24 @@ def _codec(config: ConfigDict, data: Source) -> Codec | None:
 def _saved_model(config: ConfigDict, data: Source) -> ScoreModel:
     """The model that ``config.model.saved`` names; ValueError if it does not fit the data or the config has another."""
     default, m = resolve(default_config()), config.model
-    for key in ("net", "codec", "prediction", "label", "label_scale", "index_order", "input_scale"):
+    for key in ("net", "codec", "prediction", "label", "label_scale", "index_order", "input_scale", "sigma_data"):
         if m[key] != default.model[key]:
             raise ValueError(f"model.saved brings its own network and settings; expected no model.{key} beside it")
     if config.process != default.process:
         raise ValueError("model.saved brings its own process; expected no config.process beside it")
-    model = ScoreModel.load(m.saved)
+    model = ScoreModel.load(pretrained(m.saved))
     if model.data_shape != data.data_shape:
         raise ValueError(
             f"model.saved is of data {model.data_shape}, and the data has {data.data_shape}; expected the same"
         )
     if model.variance:
         raise ValueError("model.saved has a variance, which no objective here learns; expected a model without")
-    classes = _classes(config, data).get("num_classes") if m.conditional else None
+    if m.conditional != model.conditional:
+        raise ValueError(
+            f"model.saved {'takes' if model.conditional else 'takes no'} conditions; expected model.conditional="
+            f"{model.conditional}"
+        )
+    classes = _classes(config, data).get("num_classes")
     if classes is not None and classes != model.num_classes:
         raise ValueError(f"model.saved knows {model.num_classes} classes, and the data has {classes}; expected as many")
     return model
@@ -341,7 +347,6 @@ def _model(
         process,
         prediction,
         data_shape=data.data_shape,
-        data_range=None if data.values is None or codec is not None else data.values.ends,
         input_scale=input_scales[_choice(config, "input_scale", net, _INPUT_SCALES, usual)],
         label=LogSigma(sigma_data) if label == "relative_log_sigma" else label,
         label_scale=m.label_scale or getattr(net, "label_scale", 1.0),
@@ -381,6 +386,7 @@ def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
     sigmas = part(config, "training.sigmas", **known)
     model = saved or _model(config, data, codec, process, sigmas, sigma_data)
     model.data_mean = _mean(reference)
+    model.data_range = None if data.values is None or codec is not None else data.values.ends
     _warn_of_scale(reference, model, sigma_data, m.net.name)
     weight = part(config, "training.weighting", sigmas=sigmas, prediction=model.prediction, **known)
     uncertainty = model.uncertainty if getattr(model.net, "last_uncertainty", None) is not None else None

@@ -102,6 +102,19 @@ def _defaults(config: ConfigDict) -> ConfigDict:
     return resolve(found)
 
 
+def _check_saved(workdir: Path, model: ScoreModel) -> None:
+    """Refuse (ValueError) to go on with other settings than those of the run's own last checkpoint."""
+    place = checkpoint.latest(workdir / "checkpoints")
+    then = _read(place / "model.json") if place is not None else None
+    now = json.loads(json.dumps(model.to_dict()))
+    changed = [k for k in now if then is not None and k != "data_mean" and then.get(k) != now[k]]
+    if changed:
+        raise ValueError(
+            f"model.saved is another model than {workdir} was begun with ({', '.join(changed)} differ); expected the "
+            f"same: {place} has its settings"
+        )
+
+
 def _begun(path: Path) -> bool:
     """Whether this is what a run leaves that was killed before it had written its config."""
     if path.name in ("config.writing", "data.json") or path.name.endswith(("_config.json", "_data.json")):
@@ -289,6 +302,8 @@ def train(
         recorded = recorded_config(workdir)
         known = recorded_data(workdir)
         experiment = build(config, scales=known.get("scales"))
+        if config.model.saved:
+            _check_saved(workdir, experiment.model)
         experiment.model.to(device)
         if spare_threads and device.type == "cpu" and _is_small(experiment.model, config.training.batch_size):
             held.callback(torch.set_num_threads, torch.get_num_threads())

@@ -102,8 +102,14 @@ def test_what_is_no_classifier_is_refused(tmp_path):
         load_classifier(tmp_path / "classifier.pt", 32, levels=2, head=16)
     with pytest.raises(ValueError, match="schedule is 'cos'; did you mean 'cosine'"):
         load_classifier(tmp_path / "classifier.pt", 16, levels=2, head=16, schedule="cos")
-    with pytest.raises(ValueError, match="num_classes is 0; expected at least 1"):
-        Classifier((3, 16, 16), 0, width=32, multipliers=(1, 2), attention=())
+    for settings in ({"num_classes": 0}, {"num_classes": 3, "head": 0}, {"num_classes": 3, "head": 7}):
+        with pytest.raises(ValueError, match="expected at least 1 of each, and a divisor of 64"):
+            Classifier((3, 16, 16), **settings, width=32, multipliers=(1, 2), attention=())
+    with pytest.raises(ValueError, match="some multipliers"):
+        Classifier((3, 16, 16), 3, multipliers=())
+    net = Classifier((2, 8, 8), 3, width=8, multipliers=(1, 2), blocks=1, attention=(), head=4)
+    with pytest.raises(ValueError, match=r"x is \(1, 2, 4, 16\); expected \(B, 2, 8, 8\)"):
+        net(torch.randn(1, 2, 4, 16), torch.zeros(1))
 
 
 def test_every_weight_of_it_is_trained():

@@ -108,7 +108,7 @@ def test_training_goes_on_from_a_saved_model(tmp_path, capsys):
         (["--config.model.net.name=mlp"], "model.saved brings its own network and settings; expected no model.net"),
         (["--config.process.name=vp"], "model.saved brings its own process"),
         (["--config.data.source=ring"], "model.saved is of data (1, 8, 8), and the data has (2,)"),
-        ([f"--config.model.saved={tmp_path / 'none'}"], "there is no directory"),
+        ([f"--config.model.saved={tmp_path / 'none'}"], "model.saved: there is no directory"),
     ):
         assert main([*command[:-1], str(tmp_path / "other"), *changes]) == 2
         assert message in capsys.readouterr().err

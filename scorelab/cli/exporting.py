@@ -6,6 +6,7 @@ from pathlib import Path
 
 from scorelab.cli.sampling import load_run
 from scorelab.interop.exporting import export
+from scorelab.interop.loading import pretrained
 
 __all__ = ["export_run"]
 
@@ -15,7 +16,7 @@ def export_run(workdir: Path, out: Path, *, step: int = 0, weights: str = "ema")
 
     Says what it takes.
     """
-    _, model, found = load_run(workdir, step=step, weights=weights)
+    _, model, found = load_run(pretrained(workdir), step=step, weights=weights)
     export(model, out)
     shape, (low, high) = ", ".join(map(str, model.data_shape)), model.sigma_range
     given = f"x (batch, {shape}), sigma (batch,)" + (" and condition (batch,)" if model.conditional else "")

@@ -73,17 +73,22 @@ class Classifier(UNet):
             time="adaptive",
             resampling="block",
             group=1,
-            first=multipliers[0],
+            first=multipliers[0] if multipliers else 1,
         )
-        if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}; expected at least 1")
-        channels, sizes = int(width * multipliers[-1]), tuple(n >> (len(multipliers) - 1) for n in data_shape[1:])
+        last = int(width * multipliers[-1])
+        if num_classes < 1 or head < 1 or (last % head and last > head):
+            raise ValueError(
+                f"num_classes is {num_classes}, head is {head}; expected at least 1 of each, and a divisor of {last}"
+            )
+        channels, sizes = last, tuple(n >> (len(multipliers) - 1) for n in data_shape[1:])
         self.norm, self.pool = self.style.norm(channels), AttentionPool(channels, sizes, head, num_classes)
 
     def _build_up(self, now: int, kept: list[int], stage: Callable[..., nn.Module]) -> None:
         """Nothing goes up."""
 
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
+        if x.shape[1:] != self.config["data_shape"]:
+            raise ValueError(f"x is {tuple(x.shape)}; expected (B, {', '.join(map(str, self.config['data_shape']))})")
         h, _ = self._descended(x, self._embedded(x, label, condition))
         logits: Tensor = self.pool(functional.silu(self.norm(h)))
         return logits

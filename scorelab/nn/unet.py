@@ -441,6 +441,6 @@ def adm(
         time="adaptive",
         resampling="block",
         group=group,
-        first=multipliers[0],
+        first=multipliers[0] if multipliers else 1,
         variance=variance,
     )

@@ -293,7 +293,10 @@ def _saved_model(config: ConfigDict, data: Source) -> ScoreModel:
             raise ValueError(f"model.saved brings its own network and settings; expected no model.{key} beside it")
     if config.process != default.process:
         raise ValueError("model.saved brings its own process; expected no config.process beside it")
-    model = ScoreModel.load(pretrained(m.saved))
+    try:
+        model = ScoreModel.load(pretrained(m.saved))
+    except ValueError as error:
+        raise ValueError(f"model.saved: {error}") from error
     if model.data_shape != data.data_shape:
         raise ValueError(
             f"model.saved is of data {model.data_shape}, and the data has {data.data_shape}; expected the same"

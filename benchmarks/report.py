@@ -74,6 +74,13 @@ attention 9 %, other matrix products 4 %, SiLU 4 %, dropout 3 %, group norm 3 %,
 and attention alone take longer than a step at 1.4 times the peer's speed would."""
 
 
+NETWORKS = """## Published networks
+
+A forward pass, and a forward and backward pass, of networks at published sizes beside diffusers' UNet2DModel of the
+same architecture and number of parameters, in fp32, in turns in one process; a ratio is the median over rounds, above 1
+where scorelab is faster."""
+
+
 def read(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
@@ -134,9 +141,18 @@ def training() -> list[str]:
     return [TRAINING, found["machine"], markdown([*head, "scorelab, MiB", "diffusers, MiB"], body)]
 
 
+def networks() -> list[str]:
+    found = read("networks")
+    keys = {"parameters": ",.0f", "batch": ".0f", "forward_ratio": ".2f", "gradient_ratio": ".2f"}
+    keys |= {"scorelab_gradient_seconds": ".2f", "diffusers_gradient_seconds": ".2f"}
+    body = [[name, *(f"{row[k]:{form}}" for k, form in keys.items())] for name, row in found["rows"].items()]
+    head = ["network", "parameters", "batch", "forward, ratio", "with gradient, ratio", "scorelab, s", "diffusers, s"]
+    return [NETWORKS, found["machine"], markdown(head, body)]
+
+
 def main() -> None:
     parts = [HEAD]
-    for section in (solvers, stochastic, overhead, calibration, large, training):
+    for section in (solvers, stochastic, overhead, calibration, large, training, networks):
         if (RESULTS / f"{section.__name__}.json").is_file():
             parts += section()
     DOCS.write_text("\n\n".join(parts) + "\n")

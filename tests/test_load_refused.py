@@ -92,6 +92,14 @@ def test_a_network_of_ve_is_none_of_vp(tmp_path):
         load(tmp_path / "far.pth", "score_sde", image_size=16)
 
 
+def test_an_average_of_some_weights_is_none(tmp_path):
+    state = dict(released("ncsnv2").state)
+    name = next(iter(state))
+    torch.save([state, {}, 1, 1, {name: state[name]}], tmp_path / "ncsnv2.pth")
+    with pytest.raises(ValueError, match=r"its average lacks \d+ weights .*; expected averaged=False"):
+        load(tmp_path / "ncsnv2.pth", "ncsnv2", image_size=16)
+
+
 @pytest.mark.parametrize("fir", [(1.0, 2.0, 1.0), (1.0, -1.0)])
 def test_filters_that_are_none(fir):
     with pytest.raises(ValueError, match="expected an even number of taps, of a sum other than 0"):

@@ -2,7 +2,8 @@
 
 from scorelab.interop.bridges import as_sampler, as_scheduler
 from scorelab.interop.diffusers import from_diffusers, to_diffusers
-from scorelab.interop.loading import PRETRAINED, RELEASES, load, load_classifier
+from scorelab.interop.loading import PRETRAINED, load
+from scorelab.interop.releases import RELEASES, load_classifier
 from scorelab.interop.schedulers import from_scheduler
 
 __all__ = [

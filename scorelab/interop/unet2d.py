@@ -15,7 +15,7 @@ from torch import nn
 
 from scorelab.checks import nearest_name
 from scorelab.interop.reading import Reader, State
-from scorelab.interop.unets import _swapped, _walk
+from scorelab.interop.unets import swapped, walk
 from scorelab.nn import UNet
 
 __all__ = ["DEFAULTS", "checked", "config_for", "filled", "state_for"]
@@ -91,7 +91,7 @@ def _names(net: UNet) -> Iterator[tuple[str, str]]:
 
     yield "embed.1", "time_embedding.linear_1"
     yield "embed.3", "time_embedding.linear_2"
-    for name, level, place in _walk(net):
+    for name, level, place in walk(net):
         part, passed = name.split(".")[0], deepest - level
         if part == "first":
             yield name, "conv_in"
@@ -301,7 +301,7 @@ def filled(c: dict[str, Any], state: State, size: tuple[int, int]) -> UNet:
             value = torch.cat([read.take(f"{part}.{kind}") for part in parts])
             if ours == "embed.1" and kind == "weight" and (fourier or not c["flip_sin_to_cos"]):
                 # sines come first there; the random ones always
-                value = _swapped(value, value.shape[1])
+                value = swapped(value, value.shape[1])
             if fourier and (theirs == "conv_out" or re.fullmatch(r"up_blocks\.\d+\.skip_conv", theirs)):
                 # of the score times sigma the noise
                 value = -value

@@ -19,7 +19,7 @@ from scorelab.nn.layers import Attention, Resampled
 from scorelab.nn.unet import UNet
 from scorelab.typing import Tensor
 
-__all__ = ["from_adm", "from_edm", "from_score_sde", "score_sde_settings"]
+__all__ = ["from_adm", "from_edm", "from_score_sde", "score_sde_settings", "swapped", "walk"]
 
 
 class _Reader(Reader):
@@ -40,7 +40,7 @@ class _Reader(Reader):
             self.put(f"{ours}.{kind}", ordered.flatten(0, 2))
 
 
-def _walk(net: UNet) -> Iterator[tuple[str, int, int]]:
+def walk(net: UNet) -> Iterator[tuple[str, int, int]]:
     """Our modules in the order in which they run: name, level, place in the level (-1: none)."""
     deepest = len(net.shrink)
     yield "first", 0, -1
@@ -63,7 +63,7 @@ def _walk(net: UNet) -> Iterator[tuple[str, int, int]]:
                 yield f"grow.{passed}", deepest - passed - 1, -1
 
 
-def _swapped(x: Tensor, count: int) -> Tensor:
+def swapped(x: Tensor, count: int) -> Tensor:
     """Sines and cosines the other way round, in the last ``count`` columns' halves."""
     return torch.cat([x[..., count // 2 :], x[..., : count // 2]], -1)
 
@@ -101,8 +101,8 @@ def from_score_sde(net: UNet, state: State) -> State:
     for name in ("embed.1", "embed.3"):
         read.leaf(name, following())
     first = read.found["embed.1.weight"]
-    read.found["embed.1.weight"] = _swapped(first, first.shape[1])
-    for name, _, place in _walk(net):
+    read.found["embed.1.weight"] = swapped(first, first.shape[1])
+    for name, _, place in walk(net):
         module = net.get_submodule(name)
         if place >= 0:
             residual(f"{name}.block")
@@ -223,10 +223,10 @@ def from_edm(net: UNet, state: State) -> State:
         # no label is a label of zeros
         null = [table[:1] - labels[:1] * len(labels) ** 0.5 if song else torch.zeros_like(table[:1])]
         table = torch.cat([table, *(null if net.classes.null is not None else [])])
-        read.put("classes.weight", _swapped(table, table.shape[1]) if song else table)
+        read.put("classes.weight", swapped(table, table.shape[1]) if song else table)
     if song:
-        read.found["embed.1.weight"] = _swapped(read.found["embed.1.weight"], read.found["embed.1.weight"].shape[1])
-    for name, level, place in _walk(net):
+        read.found["embed.1.weight"] = swapped(read.found["embed.1.weight"], read.found["embed.1.weight"].shape[1])
+    for name, level, place in walk(net):
         side, part = ("enc" if name.startswith(("first", "down", "shrink", "inputs")) else "dec"), name.split(".")[0]
         at = f"{side}.{size >> level}x{size >> level}"
         if place >= 0:
@@ -301,7 +301,7 @@ def from_adm(net: UNet, state: State, *, legacy: bool = True) -> State:
             residual(ours, theirs)
 
     number, raised = -1, -1
-    for name, _, _ in _walk(net):
+    for name, _, _ in walk(net):
         part = name.split(".")[0]
         if part in ("first", "down", "shrink"):
             number += 1

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scorelab.nn.unet import UNet
+from scorelab.nn.unet import ADM, UNet
 from scorelab.typing import Tensor
 
 __all__ = ["Classifier"]
@@ -68,12 +68,9 @@ class Classifier(UNet):
             attention=attention,
             head=head,
             dropout=dropout,
-            embedding="positional_open",
-            middle_attention=True,
-            time="adaptive",
-            resampling="block",
             group=1,
             first=multipliers[0] if multipliers else 1,
+            **ADM,
         )
         last = int(width * multipliers[-1])
         if num_classes < 1 or head < 1 or (last % head and last > head):

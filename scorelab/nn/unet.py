@@ -23,7 +23,7 @@ from scorelab.nn.embedding import FourierEmbedding, GaussianEmbedding, Positiona
 from scorelab.nn.layers import CONV, Attention, Resampled, Residual, Style, given, grown, halved, resampled
 from scorelab.typing import Tensor
 
-__all__ = ["UNet", "adm", "ddpm", "ncsnpp"]
+__all__ = ["ADM", "UNet", "adm", "ddpm", "ncsnpp"]
 
 
 class _Stage(nn.Module):
@@ -409,6 +409,15 @@ def ncsnpp(
     )
 
 
+ADM: dict[str, Any] = {
+    "embedding": "positional_open",
+    "middle_attention": True,
+    "time": "adaptive",
+    "resampling": "block",
+}
+"""What ADM's network and its classifier have in common."""
+
+
 def adm(
     data_shape: tuple[int, ...],
     *,
@@ -434,13 +443,10 @@ def adm(
         head=head,
         heads=heads,
         dropout=dropout,
-        embedding="positional_open",
         num_classes=num_classes,
         null_class=null_class,
-        middle_attention=True,
-        time="adaptive",
-        resampling="block",
         group=group,
         first=multipliers[0] if multipliers else 1,
         variance=variance,
+        **ADM,
     )

@@ -18,14 +18,11 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
-from sklearn.neural_network import MLPClassifier
 
+from benchmarks.families import worth
 from scorelab import PerSampleNoise, ScoreModel
 from scorelab.cli.sampling import load_run
-from scorelab.data import Files, load
-from scorelab.evaluation import nearest_distances
 from scorelab.interop.loading import PRETRAINED
 from scorelab.training import sample_model
 
@@ -42,31 +39,13 @@ def cpu() -> str:
 
 def judged(name: str, model: ScoreModel, workdir: Path) -> dict[str, float]:
     """What samples of each class in turn are worth, beside images that the judge has not seen."""
-    data = load(name, Files("", (), False, False, False, False, "", "white", ""))
-    images, labels = data.take(torch.arange(len(data))).flatten(1), data.labels
-    order = torch.from_numpy(np.random.RandomState(0).permutation(len(images)))
-    seen, held = order[: min(20_000, len(order) * 2 // 3)], order[-min(5000, len(order) // 3) :]
-    judge = MLPClassifier((128,), alpha=1e-2, max_iter=100, early_stopping=True, random_state=0)
-    judge.fit(images[seen].numpy(), labels[seen].numpy())
     config, _, _ = load_run(workdir)
     asked = torch.arange(COUNT) % model.num_classes
     begun = time.perf_counter()
     sample_model(model, config, 64, PerSampleNoise(1), condition=asked[:64], progress=False)
     seconds = time.perf_counter() - begun
     x = sample_model(model, config, COUNT, PerSampleNoise(0), condition=asked, progress=False).clamp(-1, 1).flatten(1)
-    near, _ = nearest_distances(x, images)
-    own, _ = nearest_distances(images[seen[:COUNT]], images[held])
-    return {
-        "seconds for 64": seconds,
-        "right class, samples": float((judge.predict(x.numpy()) == asked.numpy()).mean()),
-        "right class, unseen images": float((judge.predict(images[held].numpy()) == labels[held].numpy()).mean()),
-        "mean, samples": float(x.mean()),
-        "mean, images": float(images.mean()),
-        "deviation, samples": float(x.std()),
-        "deviation, images": float(images.std()),
-        "distance to the nearest image, samples": float(near.median()),
-        "distance to the nearest other image, images": float(own.median()),
-    }
+    return {"seconds for 64": seconds} | worth(name, x, asked)
 
 
 def main() -> None:

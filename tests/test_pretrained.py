@@ -96,7 +96,8 @@ def test_training_goes_on_from_a_saved_model(tmp_path, capsys):
     )
     command = ["train", "--config", str(tmp_path / "mine.py"), "--workdir", str(tmp_path / "run")]
     assert main(command) == 0
-    assert f"UNet of {tmp_path / 'digits'}, 749,089 parameters" in capsys.readouterr().err
+    told = "with its process and prediction, whatever the config's, 749,089 parameters"
+    assert f"UNet of {tmp_path / 'digits'}, {told}" in capsys.readouterr().err
     tuned, before = ScoreModel.load(tmp_path / "run"), scorelab.load("digits")
     assert tuned.sigma_range == before.sigma_range
     moved = [float((a - b).detach().abs().max()) for a, b in zip(tuned.parameters(), before.parameters(), strict=True)]
@@ -105,13 +106,22 @@ def test_training_goes_on_from_a_saved_model(tmp_path, capsys):
     assert main([*command, "--config.training.steps=4"]) == 0
     assert main(["sample", "--workdir", str(tmp_path / "run"), "--n", "2", "--config.sampling.grid.n=3"]) == 0
     for changes, message in (
-        (["--config.model.net.name=mlp"], "model.saved brings its own network and settings; expected no model.net"),
-        (["--config.process.name=vp"], "model.saved brings its own process"),
         (["--config.data.source=ring"], "model.saved is of data (1, 8, 8), and the data has (2,)"),
         ([f"--config.model.saved={tmp_path / 'none'}"], "model.saved: there is no directory"),
     ):
         assert main([*command[:-1], str(tmp_path / "other"), *changes]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_config_of_another_network_trains_a_saved_model_on(tmp_path, capsys):
+    """Its data, loss and sampling are the config's, its network, process and prediction the model's."""
+    command = ["train", "--config", "configs/digits/score_sde_subvp.py", "--workdir", str(tmp_path / "run")]
+    command += ["--config.model.saved=digits", "--config.model.conditional=True", "--config.training.steps=1"]
+    assert main([*command, "--config.training.sample_every=0"]) == 0
+    tuned, before = ScoreModel.load(tmp_path / "run"), scorelab.load("digits")
+    assert (tuned.sigma_range, tuned.prediction.name) == (before.sigma_range, before.prediction.name)
+    assert main([*command, "--dry_run"]) == 0
+    assert "subvp" not in capsys.readouterr().out.split("sampling:")[0]
 
 
 def test_fashion_mnist_has_the_brightness_of_the_data():

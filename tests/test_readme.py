@@ -30,15 +30,16 @@ def test_python_samples_run(code, tmp_path):
     assert run.returncode == 0, run.stderr
 
 
-def test_the_command_line_sample_runs(tmp_path):
-    (code,) = [code for language, code in BLOCKS if language == "bash" and "scorelab train" in code]
+@pytest.mark.parametrize("command", ["scorelab train", "scorelab sample --model"])
+def test_the_command_line_samples_run(command, tmp_path):
+    (code,) = [code for language, code in BLOCKS if language == "bash" and command in code]
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    # the same commands on a run of five steps
+    # the same commands on a run of five steps, and with fewer samples
     code = code.replace(
         "--workdir runs/digits\n",
         "--workdir runs/digits --config.training.steps=5 --config.model.net.width=8 --config.sampling.samples=20\n",
         1,
-    )
+    ).replace("--n 64", "--n 2 --nfe 3")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     run = subprocess.run(
         ["bash", "-ec", code],
@@ -49,4 +50,4 @@ def test_the_command_line_sample_runs(tmp_path):
         env={**os.environ, "PATH": path},
     )
     assert run.returncode == 0, run.stderr
-    assert list(tmp_path.glob("runs/*/samples/*.png"))
+    assert list(tmp_path.rglob("samples/**/*.png"))

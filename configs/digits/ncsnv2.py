@@ -6,7 +6,7 @@ from scorelab.experiments import ncsnv2
 
 
 def get_config() -> ConfigDict:
-    c = ncsnv2(64, sigma_max=6.0, levels=20, steps=5, step_size=1e-5)
+    c = ncsnv2(64, sigma_max=6.0, levels=22, steps=20, step_size=1e-5)
     c.data.source = "digits"
     c.model.net.width = 32
     c.training.steps, c.training.batch_size = 2000, 64

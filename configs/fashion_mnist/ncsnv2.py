@@ -9,7 +9,7 @@ from scorelab.experiments import ncsnv2
 
 
 def get_config() -> ConfigDict:
-    c = ncsnv2(28 * 28, sigma_max=25.0, levels=60, steps=5, step_size=1e-5)
+    c = ncsnv2(28 * 28, sigma_max=25.0, levels=100, steps=10, step_size=1e-5)
     c.data.source, c.data.validation = "fashion_mnist", 500
     c.model.net.width = 16
     c.training.steps, c.training.batch_size = 2400, 64

@@ -19,8 +19,8 @@ def convert(file: Path, release: str, out: Path, options: dict[str, Any]) -> str
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out is {out}, which is there and not empty; expected a new directory, or an empty one")
-    check_writable(out / "model.json")
     model = load(file, release, **options)
+    check_writable(out / "model.json")
     model.save(out)
     count = sum(p.numel() for p in model.parameters())
     low, high = model.sigma_range

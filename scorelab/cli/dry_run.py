@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from ml_collections import ConfigDict
@@ -11,6 +13,7 @@ from ml_collections import ConfigDict
 from scorelab import parallel
 from scorelab.precision import check_compiler
 from scorelab.training import Trainer, build, resolve
+from scorelab.training.config import without_model
 from scorelab.training.evaluations import evaluations
 from scorelab.training.sampling import check_sampling
 
@@ -49,8 +52,17 @@ def in_words(seconds: float) -> str:
     )
 
 
-def dry_run(config: ConfigDict) -> str:
-    """The report as text."""
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device, None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if device.type == "cpu" and info.is_file() else []
+    return next((1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable")), None)
+
+
+def dry_run(config: ConfigDict) -> Iterator[str]:
+    """The report, in parts as they are known."""
     config = copy.deepcopy(config)
     experiment = build(config)
     model = experiment.model.to(parallel.join())
@@ -64,21 +76,23 @@ def dry_run(config: ConfigDict) -> str:
     trainer.rehearse()
     if config.training.sample_every:
         check_sampling(config, model)
+    yield f"{str(without_model(config)).rstrip()}\n---\n{experiment.summary(config)}"
     count = sum(p.numel() for p in model.parameters())
     t = config.training
     activations = activation_bytes(trainer, t.batch_size // t.accumulate)
     # weights, gradients, two Adam moments and the averages of the weights, float32
     fixed = (4 + len(config.optim.ema) + len(config.optim.ema_power)) * 4 * count
+    told = f"weights and optimiser {fixed / 2**20:.1f} MiB, activations about {activations / 2**20:.1f} MiB"
+    yield f"memory: {told}"
+    free = free_bytes(model.device)
+    if free is not None and fixed + activations > free:
+        yield (
+            f"time: not measured, for {free / 2**20:.0f} MiB are free on this machine's {model.device.type}: train with "
+            "a smaller training.batch_size, or in parts by training.accumulate"
+        )
+        return
     trainer.advance()
     began = time.perf_counter()
     trainer.advance()
     seconds = time.perf_counter() - began
-    return "\n".join(
-        [
-            str(config).rstrip(),
-            "---",
-            experiment.summary(config),
-            f"memory: weights and optimiser {fixed / 2**20:.1f} MiB, activations about {activations / 2**20:.1f} MiB",
-            f"time: {seconds:.3g} s a step on this machine's {model.device.type}, {in_words(seconds * t.steps)} in all",
-        ]
-    )
+    yield f"time: {seconds:.3g} s a step on this machine's {model.device.type}, {in_words(seconds * t.steps)} in all"

@@ -146,7 +146,8 @@ def _train(arguments: list[str]) -> None:
 
     _keep_freed_memory()
     if values["dry_run"].value:
-        print(dry_run(config))
+        for text in dry_run(config):
+            print(text, flush=True)
         return
     if not values["workdir"].value:
         raise ValueError("--workdir is missing; expected a directory for the run, e.g. --workdir runs/digits")
@@ -221,7 +222,7 @@ def _sample(arguments: list[str]) -> None:
         sampler.stem if sampler else name,
     ]
     parts += [f"nfe_{nfe}" if nfe else "", str(values["grid"].value or "")]
-    parts += _guided_names(values)
+    parts += [*_guided_names(values), f"seed_{seed}" if seed else ""]
     out = out or place / f"{'_'.join(filter(None, parts))}{'.png' if run.shown else '.npz'}"
     if parallel.world()[0] == 0:
         print(write_samples(run, out))

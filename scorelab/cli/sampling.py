@@ -176,8 +176,9 @@ def condition_of(text: str, model: ScoreModel, workdir: Path, n: int) -> Tensor 
             )
         return None
     names = recorded_data(workdir).get("classes") or [str(k) for k in range(model.num_classes)]
-    if text in names:
-        return torch.full((n,), names.index(text))
+    called = [name.casefold() for name in names]
+    if called.count(text.casefold()) == 1 or text in names:
+        return torch.full((n,), names.index(text) if text in names else called.index(text.casefold()))
     if text in ("", "each"):
         return in_turn(model, n)
     if text == "none":
@@ -188,7 +189,9 @@ def condition_of(text: str, model: ScoreModel, workdir: Path, n: int) -> Tensor 
     if text.isascii() and text.isdigit() and int(text) < model.num_classes and not any(n.isdigit() for n in names):
         return torch.full((n,), int(text))
     numbers = "" if any(n.isdigit() for n in names) else f", or a number from 0 to {len(names) - 1}"
-    raise ValueError(f"--condition is {text!r}; {nearest_name(text, [*names, 'each', 'none'])}{numbers}")
+    meant = nearest_name(text, names)
+    others = ", each or none" if meant.startswith("known") else ""
+    raise ValueError(f"--condition is {text!r}; {meant}{others}{numbers}")
 
 
 def sample_run(

@@ -35,6 +35,11 @@ __all__ = ["FORMATS", "Files", "load", "read_idx"]
 
 _IDX_TYPES = {k: np.dtype(v) for k, v in {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}.items()}
 _FASHION = "/usr/share/datasets/fashion-mnist"
+_NAMES = {
+    "fashion_mnist": "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot",
+    "cifar10": "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck",
+}
+"""What the publishers of data call its classes."""
 """Where Debian's package dataset-fashion-mnist puts its files."""
 _SUFFIXES = frozenset(
     f".{name}"
@@ -113,7 +118,14 @@ def _fashion_mnist(files: Files) -> Source:
             f"Fashion-MNIST is not at {_FASHION}, where Debian's package dataset-fashion-mnist puts it; install it, or "
             "set data.path to a folder with its four files"
         )
-    return _idx(files if files.path else Files(**{**files.__dict__, "path": _FASHION}))
+    return _named_classes(_idx(files if files.path else replace(files, path=_FASHION)), "fashion_mnist")
+
+
+def _named_classes(source: Source, name: str) -> Source:
+    names = tuple(_NAMES[name].split(", "))
+    if len(source.classes) == len(names):
+        source.classes = names
+    return source
 
 
 def _cifar10(files: Files) -> Source:
@@ -129,7 +141,7 @@ def _cifar10(files: Files) -> Source:
             raise ValueError(f"{path} holds {len(raw)} bytes; expected a multiple of 3073: it is truncated")
         rows.append(raw.reshape(-1, 3073))
     data = np.concatenate(rows)
-    return _arrays(data[:, 1:].reshape(-1, 3, 32, 32), data[:, 0], files, str(place))
+    return _named_classes(_arrays(data[:, 1:].reshape(-1, 3, 32, 32), data[:, 0], files, str(place)), "cifar10")
 
 
 def _numpy(files: Files) -> Source:

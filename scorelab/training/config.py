@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import warnings
@@ -80,14 +81,15 @@ class Experiment:
             "sigma_max": "sigma_max is the largest distance of samples, or 20 times that",
         }
         parameters = sum(p.numel() for p in model.parameters())
+        saved = config.model.saved
+        whose = f" of {saved}, with its process and prediction, whatever the config's," if saved else ","
         return "\n".join(
             [
                 f"data: {config.data.source}, {count} of shape {data.data_shape}{classes}{span}",
                 f"noise: {type(model.process).__name__}, sigma from {low:.6g} to {high:.6g} beside a root mean "
                 f"square of {scales.sigma_data:.4g}" + "".join(f"; {why[k]}" for k in chosen),
-                f"model: {type(model.net).__name__}{' of ' + config.model.saved if config.model.saved else ''}, "
-                f"{parameters:,} parameters, prediction {model.prediction.name}, "
-                f"in {settled_precision(t.precision, model)}",
+                f"model: {type(model.net).__name__}{whose} {parameters:,} parameters, prediction "
+                f"{model.prediction.name}, in {settled_precision(t.precision, model)}",
                 f"training: {t.steps:,} steps of {t.batch_size}, {t.steps * t.batch_size:,} samples",
             ]
         )
@@ -285,14 +287,25 @@ def _codec(config: ConfigDict, data: Source) -> Codec | None:
     return codec
 
 
+_OF_MODEL = ("net", "codec", "prediction", "label", "label_scale", "index_order", "input_scale", "sigma_data")
+
+
+def without_model(config: ConfigDict) -> ConfigDict:
+    """The config without those settings of the network and the process that ``config.model.saved`` takes the place of;
+    as it is where there is none."""
+    if not config.model.saved:
+        return config
+    found, default = copy.deepcopy(config), default_config()
+    with found.unlocked(), found.ignore_type():
+        found.process = default.process
+        for key in _OF_MODEL:
+            found.model[key] = default.model[key]
+    return found
+
+
 def _saved_model(config: ConfigDict, data: Source) -> ScoreModel:
-    """The model that ``config.model.saved`` names; ValueError if it does not fit the data or the config has another."""
-    default, m = resolve(default_config()), config.model
-    for key in ("net", "codec", "prediction", "label", "label_scale", "index_order", "input_scale", "sigma_data"):
-        if m[key] != default.model[key]:
-            raise ValueError(f"model.saved brings its own network and settings; expected no model.{key} beside it")
-    if config.process != default.process:
-        raise ValueError("model.saved brings its own process; expected no config.process beside it")
+    """The model that ``config.model.saved`` names; ValueError if it does not fit the data."""
+    m = config.model
     try:
         model = ScoreModel.load(pretrained(m.saved))
     except ValueError as error:
@@ -367,7 +380,7 @@ def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
     Raises ValueError for a value that is not known or does not fit, naming the key.
     """
     check_types(config)
-    config = resolve(config)
+    config = resolve(without_model(config))
     m = config.model
     _check_training(config)
     data = load_data(config)

@@ -191,6 +191,9 @@ def _about_data(trainer: Trainer, workdir: Path, accept_changes: bool) -> dict[s
     """What is to be recorded of the data; ValueError, saying what differs, if the run was trained on other data."""
     experiment, before = trainer.experiment, recorded_data(workdir)
     now, values = experiment.data.fingerprint(), experiment.data.values
+    # classes that had only numbers for names are the same by any name
+    if before.get("classes") == [str(k) for k in range(len(now.get("classes", ())))]:
+        before["classes"] = now["classes"]
     changed = [f"{k}: {before[k]} there, {v} now" for k, v in now.items() if before.get(k, v) != v]
     changed = ["its " + c.split(":")[0] if len(c) > 100 else c for c in changed]
     if changed and not accept_changes:

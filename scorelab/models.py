@@ -52,6 +52,10 @@ _LABELS = ("time", "log_sigma", "index")
 _ORDERS = ("ascending", "descending")
 
 
+class _OwnNetwork(ValueError):
+    """A network that no settings make."""
+
+
 class ScoreModel(nn.Module):
     """score(x, sigma, condition=None), x (B, *data_shape) unscaled, sigma () or (B,); a ScoreFn.
 
@@ -206,12 +210,21 @@ class ScoreModel(nn.Module):
         """Whether the network takes conditions."""
         return self.num_classes is not None or self.null_condition is not None
 
-    def conditioned(self, condition: Tensor | None) -> Conditioned:
-        """A ScoreFn with the condition bound: (B,) or (B, ...) rows, one for all (1, ...), or None for no condition.
+    def conditioned(self, condition: Tensor | int | None) -> Conditioned:
+        """A ScoreFn with the condition bound: (B,) or (B, ...) rows, one for all (1, ...) or a class's number, or None
+        for no condition.
 
         Raises ValueError for classes that the network does not know, and for None where it knows no null condition.
         """
-        return Conditioned(self, condition)
+        return Conditioned(self, torch.tensor([condition]) if isinstance(condition, int) else condition)
+
+    def extra_repr(self) -> str:
+        classes = "" if self.num_classes is None else f", {self.num_classes} classes"
+        (low, high), process = self.sigma_range, type(self.process).__name__
+        return (
+            f"data {self.data_shape}{classes}, {process}, sigma from {low:.4g} to {high:.4g}, predicts "
+            f"{self.prediction.name}"
+        )
 
     def rows(self, index: Tensor) -> ScoreFn:
         """The same function: without a condition no row depends on its place."""
@@ -429,7 +442,8 @@ class ScoreModel(nn.Module):
             model = cls.from_dict(settings, net)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             said = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{folder / 'model.json'} can't be used ({said}): save the model again") from error
+            remedy = "" if isinstance(error, _OwnNetwork) else ": save the model again"
+            raise ValueError(f"{folder / 'model.json'} can't be used ({said}){remedy}") from error
         try:
             state = load_file(folder / weights)
         except (OSError, SafetensorError) as error:
@@ -444,7 +458,10 @@ class ScoreModel(nn.Module):
             raise ValueError(f"model settings have format {settings.get('format')!r}; this version reads 1")
         if net is None:
             if settings["net"] is None:
-                raise ValueError("this model has a network of the user's own; pass it: ScoreModel.load(path, net=...)")
+                raise _OwnNetwork(
+                    "this model has a network of your own, without a config attribute that says how it is made; pass "
+                    "it: ScoreModel.load(path, net=...)"
+                )
             name = str(settings["net"]["name"])
             with torch.random.fork_rng(devices=[]):
                 # names were those of classes once

@@ -123,6 +123,14 @@ def test_points_are_trained_and_written_as_arrays(tmp_path):
     assert np.load(tmp_path / "run" / "samples" / "drawn_00000003.npz")["samples"].shape == (7, 2)
 
 
+def test_a_dry_run_of_what_does_not_fit_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("scorelab.cli.dry_run.free_bytes", lambda device: 2**20)
+    assert main(["train", "--config", CONFIG, "--dry-run"]) == 0
+    *_, memory, time = capsys.readouterr().out.splitlines()
+    assert "activations about" in memory
+    assert time.startswith("time: not measured, for 1 MiB are free on this machine's cpu")
+
+
 def test_dry_run_prints_the_experiment_and_writes_nothing(tmp_path, capsys):
     assert main(["train", "--config", CONFIG, "--dry_run", "--workdir", str(tmp_path / "x")]) == 0
     printed = capsys.readouterr().out

@@ -279,7 +279,7 @@ def test_damaged_hostile_and_missing_files_are_said_in_a_line(tmp_path, small_fo
         assert "\n" not in str(caught.value)
 
     refused("is no folder", at=small_folder / "model_index.json")
-    refused("there is no file", "edm", small_folder)
+    refused("is a folder; expected a file", "edm", small_folder)
     refused("holds no config.json")
     for text in ("{", "[]", "[" * 100_000, '{"a": "\\ud800"', "\x00"):
         (tmp_path / "config.json").write_text(text)
@@ -569,7 +569,7 @@ def test_models_that_diffusers_cannot_express_are_refused(tmp_path):
         (model(index_order="descending"), "something else than the step"),
         (model(levels=karras(50, sigma_min=0.02, sigma_max=50)[:-1]), "counts other levels"),
         (model(prediction=SCORE), "predicts score"),
-        (model(data_mean=(0.1, 0.0, 0.0)), "data_mean"),
+        (model(data_mean=(5.0, 0.0, 0.0)), "data_mean"),
         (model(input_scale=lambda s: s), "sees x scaled otherwise"),
         (model(torch.nn.Identity()), "the network is Identity"),
         (model(UNet((3, 8, 8), **small)), "its embedding is 'fourier'"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -305,9 +306,16 @@ def blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
 
 
+def test_the_documented_model_in_code_alone_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(blocks()[3], found)
+    assert torch.equal(found["again"](found["x"], torch.tensor(1.0)), found["model"](found["x"], torch.tensor(1.0)))
+
+
 def test_the_documented_network_trains_is_killed_and_goes_on(tmp_path):
     """Through the command line, from a config file beside it: bit for bit the run that was not killed."""
-    net, config, _ = blocks()
+    net, config, *_ = blocks()
     assert len([line for line in net.splitlines() if line.strip()]) <= 15
     (tmp_path / "own.py").write_text(net)
     (tmp_path / "config.py").write_text(config)
@@ -782,7 +790,7 @@ def test_a_config_of_a_network_of_ones_own_is_its_own(odd, tmp_path):
     # one that was made by hand: its config is no arguments, so it is asked for
     made = sys.modules[odd].Base((1, 8, 8))
     ScoreModel(made, processes.VE(0.01, 10.0), data_shape=(1, 8, 8)).save(tmp_path / "by_hand")
-    with pytest.raises(ValueError, match="a network of the user's own; pass it"):
+    with pytest.raises(ValueError, match="a network of your own, without a config"):
         ScoreModel.load(tmp_path / "by_hand")
     assert ScoreModel.load(tmp_path / "by_hand", net=made).net is made
 

@@ -180,7 +180,7 @@ def test_discrete_noise_levels_are_labels_from_the_largest_on(tmp_path):
     whole = {"ema": {"shadow_params": list(state.values())}, "step": 1}
     whole["model"] = {f"module.{k}": v for k, v in state.items()} | {"module.sigmas": torch.logspace(1, -2, 4)}
     torch.save(whole, tmp_path / "checkpoint_1.pth")
-    model = load(tmp_path / "checkpoint_1.pth", "score_sde")
+    model = load(tmp_path / "checkpoint_1.pth", "score_sde", sde="ve")
     seen = []
     model.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     model(torch.randn(4, 3, 32, 32), 2 * torch.logspace(1, -2, 4))

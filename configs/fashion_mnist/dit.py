@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     c.data.source, c.data.validation = "fashion_mnist", 500
     c.model.net.width, c.model.net.depth, c.model.net.heads, c.model.net.variance = 96, 6, 4, False
     c.sampling.sampler.variance = "posterior"
-    c.training.steps, c.training.batch_size = 2400, 64
-    c.training.checkpoint_every = c.training.sample_every = 600
-    c.optim.lr, c.optim.warmup, c.optim.schedule.name, c.optim.ema = 1e-3, 100, "cosine", (0.995,)
+    c.training.steps, c.training.batch_size = 8000, 64
+    c.training.checkpoint_every = c.training.sample_every = 2000
+    c.optim.lr, c.optim.warmup, c.optim.schedule.name, c.optim.ema = 2e-3, 100, "cosine", (0.995,)
     return c

@@ -87,8 +87,8 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     free = free_bytes(model.device)
     if free is not None and fixed + activations > free:
         yield (
-            f"time: not measured, for {free / 2**20:.0f} MiB are free on this machine's {model.device.type}: train with "
-            "a smaller training.batch_size, or in parts by training.accumulate"
+            f"time: not measured, for {free / 2**20:.0f} MiB are free on this machine's {model.device.type}: train "
+            "with a smaller training.batch_size, or in parts by training.accumulate"
         )
         return
     trainer.advance()

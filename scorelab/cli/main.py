@@ -47,7 +47,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when it is done, 2 for input that can't be used, 130 when interrupted."""
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments = [_underscored(text) for text in (sys.argv[1:] if argv is None else argv)]
     for stream in (sys.stdout, sys.stderr):
         # a locale without the letters of a path must not end a command
         if isinstance(stream, io.TextIOWrapper):
@@ -90,6 +90,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"scorelab: {said}{place}", file=sys.stderr)
         return 2
     return 0
+
+
+def _underscored(text: str) -> str:
+    """An option's name with underscores for hyphens."""
+    name, equals, value = text.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if text.startswith("--") else text
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -189,7 +190,7 @@ def condition_of(text: str, model: ScoreModel, workdir: Path, n: int) -> Tensor 
     if text.isascii() and text.isdigit() and int(text) < model.num_classes and not any(n.isdigit() for n in names):
         return torch.full((n,), int(text))
     numbers = "" if any(n.isdigit() for n in names) else f", or a number from 0 to {len(names) - 1}"
-    meant = nearest_name(text, names)
+    meant = nearest_name(text, [*names, *difflib.get_close_matches(text, ["each", "none"], cutoff=0.7)])
     others = ", each or none" if meant.startswith("known") else ""
     raise ValueError(f"--condition is {text!r}; {meant}{others}{numbers}")
 

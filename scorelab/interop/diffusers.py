@@ -173,7 +173,7 @@ def _scheduler_for(model: ScoreModel) -> dict[str, Any]:
         (not told, "its network is told something else than the step, from the least noise on (label='index')"),
         (not own, "its network counts other levels than the process's steps"),
         (model.codec is not None, "it has a codec"),
-        (model.data_mean is not None, "its samples begin around a mean of the data (data_mean)"),
+        (not _begins_at_zero(model), "its samples begin around a mean of the data (data_mean)"),
     ):
         if wrong:
             raise ValueError(f"{said}: that can't be written for diffusers")
@@ -186,6 +186,12 @@ def _scheduler_for(model: ScoreModel) -> dict[str, Any]:
         "timestep_spacing": "leading",
         "steps_offset": 0,
     }
+
+
+def _begins_at_zero(model: ScoreModel) -> bool:
+    """Whether the mean that samples begin around is less than a hundredth of the noise there."""
+    mean = model.data_mean
+    return mean is None or float(mean.abs().max()) <= 0.01 * model.sigma_range[1]
 
 
 def _said(betas: Tensor) -> dict[str, Any]:

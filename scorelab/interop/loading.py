@@ -9,7 +9,7 @@ from typing import Any
 
 from scorelab.checks import nearest_name
 from scorelab.interop.reading import read_file
-from scorelab.interop.releases import READERS, RELEASES
+from scorelab.interop.releases import READERS, RELEASES, resembled
 from scorelab.models import ScoreModel
 
 __all__ = ["PRETRAINED", "load", "pretrained"]
@@ -53,7 +53,10 @@ def load(path: str | Path, release: str = "", **options: Any) -> ScoreModel:
     try:
         model = maker(found, **options)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        like = resembled(found)
         said = f"it lacks {error}" if isinstance(error, KeyError) else error
+        if like and release not in like.split(" or "):
+            said = f"its layout is that of {like}"
         raise ValueError(
             f"{path} can't be loaded as release={release!r} ({said}): check the release and options"
         ) from error

@@ -97,6 +97,8 @@ def read_file(path: str | Path) -> Any:
     Raises ValueError for a file that is not there, damaged, or holds anything but tensors and settings.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected a file of weights: release='diffusers' reads folders")
     if not path.is_file():
         raise ValueError(f"there is no file {path}; expected one of weights")
     try:

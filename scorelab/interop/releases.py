@@ -351,23 +351,33 @@ def _ncsnv2(found: Any, image_size: int = 32, averaged: bool = True) -> ScoreMod
 
 def _score_sde(
     found: Any,
-    sde: str = "ve",
+    sde: str | None = None,
     image_size: int = 32,
     net: dict[str, Any] | None = None,
-    continuous: bool = True,
-    centered: bool = False,
-    scale_by_sigma: bool = True,
+    continuous: bool | None = None,
+    centered: bool | None = None,
+    scale_by_sigma: bool | None = None,
     averaged: bool = True,
 ) -> ScoreModel:
-    """score_sde's {optimizer, model, ema, step}. sde: "ve", "vp" or "subvp"; continuous: of "vp", else its steps; net:
-    settings of ``ncsnpp`` and ``ddpm`` other than those that the shapes tell, as a filter, or "name", which of the two;
-    centered: the release's data is in [-1, 1], which its VE has in [0, 1]; scale_by_sigma: of "ve", what its network
-    returns is divided by sigma.
+    """score_sde's {optimizer, model, ema, step}. sde: "ve", "vp" or "subvp", which the file tells of networks that take
+    log sigma alone; continuous: of "vp", else its steps; net: settings of ``ncsnpp`` and ``ddpm`` other than those that
+    the shapes tell, as a filter, or "name", which of the two; of "ve": centered, the release's data is in [-1, 1], not
+    in [0, 1], by default False; scale_by_sigma, what its network returns is divided by sigma, by default True.
     """
-    if sde not in ("ve", "vp", "subvp"):
+    if sde not in ("ve", "vp", "subvp", None):
         raise ValueError(f"sde is {sde!r}; {nearest_name(sde, ('ve', 'vp', 'subvp'))}")
     state = _plain(found["model"])
     levels = state.pop("sigmas", torch.empty(0))
+    # log sigma's random frequencies, and NCSN's networks
+    told = "all_modules.0.W" in state or "begin_conv.weight" in state
+    sde = "ve" if sde is None and told else sde
+    if sde is None or (sde == "vp" and continuous is None and not told):
+        raise ValueError(
+            "the file does not say by which process it was trained; expected sde='ve', 'vp' or 'subvp', and of 'vp' "
+            "continuous=True or False, as its config had them"
+        )
+    if sde != "ve" and (centered, scale_by_sigma) != (None, None):
+        raise ValueError("centered and scale_by_sigma are options of 've'; expected neither beside 'vp' and 'subvp'")
     if sde == "ve" and not len(levels):
         raise ValueError("it has no sigmas, the noise levels of VE; expected the whole checkpoint")
     if averaged:
@@ -380,7 +390,7 @@ def _score_sde(
     if "begin_conv.weight" in state:
         if sde != "ve":
             raise ValueError("it holds a network of NCSN, whose noise levels are those of VE; expected sde='ve'")
-        return _refine(state, levels, image_size, centered)
+        return _refine(state, levels, image_size, bool(centered))
     own = dict(net or {})
     name, settings = score_sde_settings(state, own.pop("name", ""))
     channels = next(v.shape[1] for v in state.values() if v.ndim == 4)
@@ -399,14 +409,30 @@ def _score_sde(
         else:
             grid = geometric(len(levels), sigma_min=process.sigma_min, sigma_max=process.sigma_max)
             options |= {"label": "index", "index_order": "descending", "levels": grid}
-        if not scale_by_sigma:
+        if scale_by_sigma is False:
             return ScoreModel(_times(made, 1 / scale), process, SCORE, **options)
         return ScoreModel(_times(made, -1), process, **options)
-    if continuous:
+    if continuous is not False:
         return ScoreModel(made, {"vp": VP, "subvp": SubVP}[sde](0.1, 20.0), label_scale=999.0, **options)
     if sde == "subvp":
         raise ValueError("the release has no sub-VP in steps; expected continuous=True")
     return ScoreModel(made, DiscreteVP(linear_betas(1000)), label="index", **options)
+
+
+def resembled(found: Any) -> str:
+    """Which releases a file's layout is of; "" if none shows."""
+    if isinstance(found, list):
+        return "ncsn" if len(found) < 4 else "ncsnv2"
+    if not isinstance(found, dict):
+        return ""
+    inner = found["model"] if isinstance(found.get("model"), dict) else found
+    signs = {
+        "edm or edm2": isinstance(found.get("ema"), Record),
+        "score_sde": any(".all_modules." in f".{k}" or "begin_conv." in str(k) for k in inner),
+        "guided_diffusion or improved_diffusion": "time_embed.0.weight" in inner,
+        "dit": "x_embedder.proj.weight" in inner,
+    }
+    return next((name for name, shown in signs.items() if shown), "")
 
 
 RELEASES: dict[str, Callable[..., ScoreModel]] = {

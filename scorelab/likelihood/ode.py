@@ -10,6 +10,7 @@ arXiv:1810.01367; Song et al., 2021, arXiv:2011.13456.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -82,10 +83,21 @@ class _Flow:
         return torch.maximum(error[:, : self.dims].square().mean(1).sqrt(), error[:, self.dims :].mean(1).abs())
 
 
+_MANY = 500
+"""Dimensions above which an exact trace is warned of."""
+
+
 def _draw(divergence: str, probes: int, kind: str, x: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
     """The probes of a solve, fixed over it; none for the exact trace."""
     if divergence not in ("exact", "hutchinson", "hutch++"):
         raise ValueError(f"divergence is {divergence!r}; expected 'exact', 'hutchinson' or 'hutch++'")
+    if divergence == "exact" and (dims := x.shape[1:].numel()) > _MANY:
+        warnings.warn(
+            f"an exact trace of {dims} dimensions takes as many derivatives an evaluation; divergence='hutchinson' "
+            "estimates it by one, with its error",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     # of Hutch++'s, two thirds are for the rest, which says the error
     least = 4 if divergence == "hutch++" else 1
     if generator is not None and not isinstance(generator, torch.Generator):

@@ -287,7 +287,7 @@ def _codec(config: ConfigDict, data: Source) -> Codec | None:
     return codec
 
 
-_OF_MODEL = ("net", "codec", "prediction", "label", "label_scale", "index_order", "input_scale", "sigma_data")
+_OF_MODEL = ("net", "codec", "prediction", "label", "label_scale", "index_order", "input_scale")
 
 
 def without_model(config: ConfigDict) -> ConfigDict:

@@ -140,8 +140,7 @@ def adm(*, schedule: str = "ddpm", steps: int = 1000, lr: float = 1e-4, sampled:
     """
     c = default_config()
     c.process.name, c.process.steps, c.model.prediction, c.model.label = schedule, steps, "eps", "index"
-    c.model.net.name, c.model.net.variance = "adm", True
-    c.training.sigmas.name, c.training.weighting.name = "process", "sigma2"
+    c.model.net.name, c.model.net.variance, c.training.objective.name = "adm", True, "hybrid"
     _adam(c, lr, None, 0, 0.9999)
     c.optim.name = "adamw"
     _every(c, 500_000, 256, 10_000)
@@ -223,8 +222,7 @@ def dit(size: str, *, patch: int = 2, scale: float = 1.5) -> ConfigDict:
     c = default_config()
     c.process.name, c.model.prediction, c.model.label = "ddpm", "eps", "index"
     c.model.net = ConfigDict({"name": "dit", "patch": patch, "variance": True, **SIZES[size]})
-    c.model.conditional, c.training.label_dropout = True, 0.1
-    c.training.sigmas.name, c.training.weighting.name = "process", "sigma2"
+    c.model.conditional, c.training.label_dropout, c.training.objective.name = True, 0.1, "hybrid"
     _adam(c, 1e-4, None, 0, 0.9999)
     c.optim.name = "adamw"
     _every(c, 7_000_000 if size == "XL" else 400_000, 256, 50_000)

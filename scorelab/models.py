@@ -165,8 +165,11 @@ class ScoreModel(nn.Module):
         """Of what type the weights are, None without any."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
 
-    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The score (B, *data_shape); Raises ValueError for shapes that don't fit."""
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None, variance: bool = False) -> Any:
+        """The score (B, *data_shape); with ``variance`` (score, v), of models that have one. Raises ValueError for
+        shapes that don't fit."""
+        if variance:
+            return self.score_and_variance(x, sigma, condition)
         return self._predict(x, sigma, condition, _SCORE)
 
     @property

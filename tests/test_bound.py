@@ -13,7 +13,8 @@ from scipy import stats
 from scorelab import VE, DiscreteVP, clipped, sigmas, variational_bound
 from scorelab.distributions import Gaussian
 from scorelab.likelihood import log_likelihood
-from scorelab.likelihood.bound import _Chain, gaussian_kl, log_bin_mass
+from scorelab.likelihood.bound import _Chain
+from scorelab.losses.variational import gaussian_kl, log_bin_mass
 from scorelab.noise import Noise
 from scorelab.samplers import DDIM, Ancestral
 from scorelab.samplers.base import Counted

@@ -139,9 +139,6 @@ def shrunk(config: ConfigDict) -> ConfigDict:
         net.depth = 4
     if net.name in ("adm", "unet"):
         net.head, net.heads = 0, 2
-    # a variance is learnt by another objective
-    if net.get("variance"):
-        net.variance, c.sampling.sampler.variance = False, "posterior"
     c.training.steps, c.training.batch_size, c.optim.warmup = 2, 8, 0
     return c
 

@@ -1,4 +1,4 @@
-"""Digits by class, by ADM's network on DDPM's steps; its learned variance comes with another objective."""
+"""Digits by class, by ADM's network on DDPM's steps; without its learned variance."""
 
 from ml_collections import ConfigDict
 
@@ -11,6 +11,7 @@ def get_config() -> ConfigDict:
     c.model.net.width, c.model.net.multipliers, c.model.net.blocks, c.model.net.attention = 32, (1, 2), 1, (1,)
     c.model.net.dropout = 0.0
     c.model.net.head, c.model.net.variance, c.model.conditional = 16, False, True
+    c.training.objective.name, c.training.weighting.name, c.training.sigmas.name = "denoising", "sigma2", "process"
     c.sampling.sampler.variance = "posterior"
     c.training.steps, c.training.batch_size = 2000, 64
     c.training.checkpoint_every = c.training.sample_every = 1000

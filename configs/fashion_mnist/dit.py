@@ -1,4 +1,4 @@
-"""Fashion-MNIST by class, by DiT on DDPM's steps; its learned variance comes with another objective.
+"""Fashion-MNIST by class, by DiT on DDPM's steps; without its learned variance.
 
 The images come from Debian's package dataset-fashion-mnist, or from data.path, a folder with the four files.
 """
@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     c = dit("S", patch=4)
     c.data.source, c.data.validation = "fashion_mnist", 500
     c.model.net.width, c.model.net.depth, c.model.net.heads, c.model.net.variance = 96, 6, 4, False
+    c.training.objective.name, c.training.weighting.name, c.training.sigmas.name = "denoising", "sigma2", "process"
     c.sampling.sampler.variance = "posterior"
     c.training.steps, c.training.batch_size = 8000, 64
     c.training.checkpoint_every = c.training.sample_every = 2000

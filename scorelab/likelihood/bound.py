@@ -28,6 +28,7 @@ import torch
 
 from scorelab.checks import check_finite, check_range, check_sigmas, level
 from scorelab.likelihood.ode import check_density_batch, normal_log_prob
+from scorelab.losses.variational import Bins, gaussian_kl
 from scorelab.noise import Noise, PerSampleNoise
 from scorelab.samplers.base import Counted
 from scorelab.samplers.stochastic import Ancestral
@@ -59,33 +60,6 @@ def _sum(x: Tensor) -> Tensor:
 
 def _tensor(value: Tensor | float, like: Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else level(value, like)
-
-
-def gaussian_kl(difference: Tensor, std: Tensor | float, other: Tensor | float) -> Tensor:
-    """KL(N(m, std^2) || N(m + difference, other^2)) in nats for every number."""
-    ratio = std / other
-    # r - 1 - log r of the ratio of variances, by u = log r: right for ratios of any size
-    if isinstance(ratio, Tensor):
-        u = 2 * ratio.log()
-        excess: Tensor | float = torch.expm1(u) - u
-    else:
-        excess = math.expm1(2 * math.log(ratio)) - 2 * math.log(ratio)
-    return 0.5 * (excess + (difference / other).square())
-
-
-def log_bin_mass(gap: Tensor, std: Tensor | float, spacing: float, below: Tensor, above: Tensor) -> Tensor:
-    """log of the mass of N(0, std^2) within half a ``spacing`` of ``gap``; of all below or above it where so marked.
-
-    In single precision a digit is lost for every factor of ten by which std exceeds the spacing.
-    """
-    upper = torch.where(above, math.inf, (gap + 0.5 * spacing) / std)
-    lower = torch.where(below, -math.inf, (gap - 0.5 * spacing) / std)
-    # mirrored to the left tail, where logarithms of the distribution function keep their digits
-    mirrored = lower > 0
-    upper, lower = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
-    most, least = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    mass: Tensor = most + torch.log1p(-torch.exp(least - most))
-    return mass
 
 
 def _check(
@@ -204,6 +178,4 @@ class _Chain:
         gap = self.x0 - mean
         if spacing is None:
             return _sum(0.5 * (gap / own) ** 2 + _tensor(own, gap).log() + 0.5 * math.log(2 * math.pi))
-        low, high = data_range
-        below, above = self.x0 <= low + 0.25 * spacing, self.x0 >= high - 0.25 * spacing
-        return -_sum(log_bin_mass(gap, own, spacing, below, above))
+        return -_sum(Bins(spacing, *data_range).log_mass(self.x0, mean, own))

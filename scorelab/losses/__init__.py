@@ -1,13 +1,17 @@
-"""How a score is learnt: denoising, implicit and sliced score matching."""
+"""How a score is learnt: denoising, implicit and sliced score matching, the variational bound."""
 
 from scorelab.losses.base import Losses, Objective
 from scorelab.losses.denoising import WEIGHTINGS, Denoising, denoising_loss, weighting
 from scorelab.losses.implicit import Implicit, Sliced, implicit_loss, sliced_loss
+from scorelab.losses.variational import Bins, Bound, Hybrid
 
 __all__ = [
     "OBJECTIVES",
     "WEIGHTINGS",
+    "Bins",
+    "Bound",
     "Denoising",
+    "Hybrid",
     "Implicit",
     "Losses",
     "Objective",
@@ -18,5 +22,11 @@ __all__ = [
     "weighting",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {"denoising": Denoising, "implicit": Implicit, "sliced": Sliced}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "denoising": Denoising,
+    "implicit": Implicit,
+    "sliced": Sliced,
+    "hybrid": Hybrid,
+    "bound": Bound,
+}
 """Objectives by the names that configs have for them."""

@@ -30,10 +30,14 @@ class Objective(ABC):
 
     ``draws``: how many standard normals a sample needs for each of its numbers; noise is (B, *D) for one, else
     (B, draws, *D). ``reference``: how many samples of the data ``batch.reference`` must hold at least, 0 for none.
+    ``learns_variance``: the score is called with variance=True and returns (score, v). ``observes``: it goes by the
+    losses of earlier steps, which ``observe`` is told after each of training, and which ``state`` keeps.
     """
 
     draws: int = 1
     reference: int = 0
+    learns_variance: bool = False
+    observes: bool = False
 
     @abstractmethod
     def levels(self, u: Tensor) -> Tensor:
@@ -46,6 +50,16 @@ class Objective(ABC):
     def zero(self, batch: Batch, u: Tensor, noise: Tensor) -> Tensor:
         """The losses (B,) of a score that is 0, beside which a network's are judged."""
         return self.losses(lambda x, *_: torch.zeros_like(x), batch, u, noise)
+
+    def observe(self, u: Tensor, losses: Tensor) -> None:  # noqa: B027
+        """The losses (B,) of a whole step at u (B,), in all processes."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What has been observed, for a checkpoint."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:  # noqa: B027
+        """Go on from a checkpoint's ``state``."""
 
     def count(self, batch_size: int) -> int:
         """How many samples a call needs to train on ``batch_size`` of them."""

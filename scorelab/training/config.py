@@ -19,7 +19,7 @@ from scorelab.codecs import Codec
 from scorelab.data import Coded, Files, Source, load
 from scorelab.described import remember
 from scorelab.interop.loading import pretrained
-from scorelab.losses import Objective
+from scorelab.losses import Bins, Objective
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
 from scorelab.precision import settled_precision
 from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
@@ -243,11 +243,6 @@ def network(config: ConfigDict, data_shape: tuple[int, ...], **classes: Any) -> 
 
 def _trained_network(config: ConfigDict, data: Source) -> nn.Module:
     net = network(config, data.data_shape, **_classes(config, data))
-    if config.model.net.get("variance"):
-        raise ValueError(
-            "model.net.variance is True, but no objective here learns a variance: it is for weights that others have "
-            "trained; expected False, and sampling.sampler.variance='posterior' where that is 'learned'"
-        )
     if config.model.conditional and getattr(net, "num_classes", None) is None:
         raise ValueError(
             f"model.conditional is True, but the network {config.model.net.name!r} has no num_classes; expected one "
@@ -314,8 +309,6 @@ def _saved_model(config: ConfigDict, data: Source) -> ScoreModel:
         raise ValueError(
             f"model.saved is of data {model.data_shape}, and the data has {data.data_shape}; expected the same"
         )
-    if model.variance:
-        raise ValueError("model.saved has a variance, which no objective here learns; expected a model without")
     if m.conditional != model.conditional:
         raise ValueError(
             f"model.saved {'takes' if model.conditional else 'takes no'} conditions; expected model.conditional="
@@ -369,7 +362,22 @@ def _model(
         index_order=m.index_order,
         levels=None if isinstance(process, DiscreteVP) else levels,
         codec=codec,
+        variance=bool(m.net.get("variance")),
     )
+
+
+def _check_variance(model: ScoreModel, objective: Objective) -> None:
+    """Refuse (ValueError) a variance that nothing learns, and an objective that misses one."""
+    if model.variance and not objective.learns_variance:
+        raise ValueError(
+            f"the network returns a variance, and {type(objective).__name__} learns none; expected "
+            "training.objective.name='hybrid', or model.net.variance=False and a fixed sampling.sampler.variance"
+        )
+    if objective.learns_variance and not model.variance:
+        raise ValueError(
+            f"training.objective {type(objective).__name__} learns a variance, and the network returns none; expected "
+            "model.net.variance=True, or another objective"
+        )
 
 
 def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
@@ -406,6 +414,12 @@ def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
     _warn_of_scale(reference, model, sigma_data, m.net.name)
     weight = part(config, "training.weighting", sigmas=sigmas, prediction=model.prediction, **known)
     uncertainty = model.uncertainty if getattr(model.net, "last_uncertainty", None) is not None else None
+    values = data.values
+    known["bins"] = None
+    if values is not None and values.step and codec is None:
+        ends = values.inside(torch.tensor([values.least, values.most], dtype=torch.float64)).tolist()
+        known["bins"] = Bins(values.spacing, *ends)
     objective = part(config, "training.objective", sigmas=sigmas, weight=weight, uncertainty=uncertainty, **known)
+    _check_variance(model, objective)
     held_out = data.hold_out(config.data.validation) if config.data.validation else None
     return Experiment(data, model, objective, held_out, scales._replace(sigma_data=sigma_data))

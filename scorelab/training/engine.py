@@ -221,6 +221,9 @@ class Trainer:
             sigma, zero = objective.levels(draw.u), objective.zero(*draw)
         values = torch.stack([losses, zero, sigma.log(), torch.ones_like(losses)])
         self._sums += (values.unsqueeze(2) * self._bins).sum(1)
+        if objective.observes:
+            size = c.training.batch_size
+            objective.observe(parallel.gather(draw.u, size), parallel.gather(losses, size))
         return self._measured(norm, lr) if measure else None
 
     def _measured(self, norm: float, lr: float) -> Metrics:
@@ -286,6 +289,7 @@ class Trainer:
             "optimiser": full_state(self.optimiser.state_dict()),
             "averages": {a.name: {"count": a.count, "initial_share": a.initial_share} for a in self.averages},
             "sums": sums,
+            "objective": self.experiment.objective.state(),
         }
         if self.rank == 0:
             checkpoint.write(folder, self.step, self._whole or self.model, weights, averages, training)
@@ -323,6 +327,8 @@ class Trainer:
         # of the optimiser's settings the config's hold
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
         self.step, self.skipped = training["step"], training["skipped"]
+        if state := training.get("objective"):
+            self.experiment.objective.restore(state)
         sums = training["sums"]
         if len(sums) != self.processes:
             # it was saved by another number of processes

@@ -1,0 +1,18 @@
+"""Fashion-MNIST by improved DDPM: cosine betas, and a variance that the bound teaches.
+
+The images come from Debian's package dataset-fashion-mnist, or from data.path, a folder with the four files.
+"""
+
+from ml_collections import ConfigDict
+
+from scorelab.experiments import improved_ddpm
+
+
+def get_config() -> ConfigDict:
+    c = improved_ddpm(steps=1000)
+    c.data.source, c.data.validation = "fashion_mnist", 500
+    c.model.net.width, c.model.net.multipliers, c.model.net.blocks, c.model.net.attention = 16, (1, 2, 4), 1, (2,)
+    c.training.steps, c.training.batch_size = 2400, 64
+    c.training.checkpoint_every = c.training.sample_every = 600
+    c.optim.lr, c.optim.warmup, c.optim.schedule.name, c.optim.ema = 2e-3, 100, "cosine", (0.995,)
+    return c

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 from ml_collections import ConfigDict
 from problems import F64, REFERENCE, generator, randn
 
-from scorelab import VP, DiscreteVP, experiments, variational_bound
+from scorelab import VP, DiscreteVP, PerSampleNoise, ScoreModel, experiments, variational_bound
+from scorelab.cli.main import main
 from scorelab.cli.sampling import sample_run
 from scorelab.losses import Bins, Bound, Hybrid
 from scorelab.processes import cosine_betas
 from scorelab.samplers import Ancestral
-from scorelab.training import build, train
+from scorelab.training import build, load_data, train
 from scorelab.typing import Batch
 
 PIXELS = Bins(2 / 255, -1.0, 1.0)
@@ -160,7 +162,7 @@ def test_wrong_settings_are_refused():
 
 
 @pytest.mark.parametrize("name", ["hybrid", "bound"])
-def test_a_run_of_it_resumes_bit_for_bit_and_samples_in_fewer_steps(name, tmp_path):
+def test_a_run_of_it_resumes_bit_for_bit_samples_in_fewer_steps_and_has_a_bound(name, tmp_path, capsys):
     """Steps chosen by their losses go on from those of the checkpoint; the variance is sampled with."""
 
     def config(steps: int) -> ConfigDict:
@@ -179,6 +181,29 @@ def test_a_run_of_it_resumes_bit_for_bit_and_samples_in_fewer_steps(name, tmp_pa
     pairs = zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert sample_run(tmp_path / "b", n=2, nfe=2).x.isfinite().all()
+    command = ["likelihood", f"--workdir={tmp_path / 'b'}", "--method=bound", "--n=70", f"--out={tmp_path / 'x.png'}"]
+    assert main([*command, "--bits"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["method"] == "variational bound over 4 levels, variance learned"
+    parts = sum(found[part]["mean"] for part in ("prior", "steps", "decoder"))
+    assert found["bound"]["mean"] == pytest.approx(parts, rel=1e-9)
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    # of the first samples, whatever their number
+    assert main([*command, "--bits", "--n=3"]) == 0
+    few = json.loads(capsys.readouterr().out)
+    model, data = ScoreModel.load(tmp_path / "b"), load_data(config(6))
+    expected = variational_bound(
+        model,
+        data.first(3).x0,
+        model.process.step_sigmas.flip(0),
+        Ancestral("learned", model.process),
+        data_std=1.0,
+        spacing=1 / 8,
+        generator=PerSampleNoise(0),
+    )
+    assert few["bound"]["mean"] == pytest.approx(-float(expected.log_prob.mean()) / (64 * math.log(2)), rel=1e-5)
+    assert main([*command, "--method=elbo"]) == 2
+    assert "--method is 'elbo'; known: bound, ode" in capsys.readouterr().err
 
 
 def test_a_variance_and_an_objective_that_do_not_fit_are_refused():

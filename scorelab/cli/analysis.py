@@ -10,11 +10,12 @@ from shlex import quote
 from typing import Any
 
 import torch
+from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from scorelab.cli.dry_run import in_words
 from scorelab.cli.sampling import check_guided, condition_of, guide, load_run
-from scorelab.data import Coded, Values
+from scorelab.data import Coded, Source, Values
 from scorelab.likelihood import bits_per_dim, log_likelihood
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise, randn
@@ -24,10 +25,10 @@ from scorelab.scores import data_mean
 from scorelab.training import load_data, own_score, resolve
 from scorelab.typing import Batch, ScoreFn, Tensor
 
-__all__ = ["calibrate_run", "likelihood_run"]
+__all__ = ["calibrate_run", "held_data", "likelihood_run", "spacing_of"]
 
 
-def _spacing(values: Values | None, levels: int) -> float:
+def spacing_of(values: Values | None, levels: int) -> float:
     """The distance, in the model's units, of neighbouring values of data that takes ``levels`` of them, -1: its own."""
     if values is None or not values.step:
         raise ValueError("--bits or --levels, but the data is continuous; expected neither, for its log-density")
@@ -103,12 +104,12 @@ def likelihood_run(
     """
     config, model, found = load_run(workdir, step=step)
     source, held, codec = load_data(config), config.data.validation, model.codec
-    spacing = _spacing(source.values, levels) if levels else 0.0
+    spacing = spacing_of(source.values, levels) if levels else 0.0
     if codec is not None:
         if levels:
             raise ValueError(f"--levels={levels}, but this model's density is that of codes; expected no --levels")
         source = Coded(source, codec)
-    batch = (source.hold_out(held) if held else source.first(n)).part(slice(n)).mapped(lambda t: t.to(model.device))
+    batch = held_data(source, config, n).mapped(lambda t: t.to(model.device))
     options = {"divergence": divergence, "probes": probes, "rtol": tolerance, "atol": tolerance}
     measures, statement = _likelihoods(model, batch, spacing, options, torch.Generator().manual_seed(seed))
     # of a codec that only scales, the density of the data itself
@@ -129,6 +130,12 @@ def likelihood_run(
     numbers |= {name: {"mean": float(measures.mean()), "standard_error": error, "unit": unit}}
     numbers |= {"spacing": spacing} if levels else {}
     return json.dumps({**numbers, "statement": statement}, indent=1)
+
+
+def held_data(source: Source, config: ConfigDict, n: int) -> Batch:
+    """``n`` samples that a run did not train on, or if it held none out, of those that it did."""
+    held = config.data.validation
+    return (source.hold_out(held) if held else source.first(n)).part(slice(n))
 
 
 def _likelihoods(

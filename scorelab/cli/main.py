@@ -42,7 +42,8 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab convert FILE --release edm --out models/x [--image_size=64 ...]  (a published checkpoint)
        scorelab export RUN_OR_SAVED_MODEL FILE.onnx|FILE.pt2 [--step STEP] [--weights ema|model|...]
        scorelab new images|points runs/my.py --path DATA [--size 32,32] [--layout channels_last]
-       scorelab likelihood --workdir runs/x [--n 64] [--bits] [--divergence hutchinson] [--probes 1]"""
+       scorelab likelihood --workdir runs/x [--n 64] [--bits] [--divergence hutchinson] [--probes 1]
+       scorelab likelihood --workdir runs/x --method bound [--n 64] [--bits] [--steps 250] [--out FILE.png]"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -288,7 +289,9 @@ def _calibrate(arguments: list[str]) -> None:
 
 
 def _likelihood(arguments: list[str]) -> None:
-    values = _run_flags({"n": 64, "probes": 1, "levels": 0}, {"divergence": "hutchinson"})
+    values = _run_flags(
+        {"n": 64, "probes": 1, "levels": 0, "steps": 0}, {"divergence": "hutchinson", "method": "ode", "out": None}
+    )
     flags.DEFINE_float("tolerance", 1e-3, "of the adaptive solver", flag_values=values)
     flags.DEFINE_bool("bits", False, "per dimension, of data that takes some values", flag_values=values)
     parse(arguments, values)
@@ -299,6 +302,17 @@ def _likelihood(arguments: list[str]) -> None:
     if n < 1 or levels < 0:
         raise ValueError(f"--n is {n}, --levels is {levels}; expected n >= 1 and levels >= 0")
     levels = -1 if values["bits"].value and not levels else levels
+    method, steps = values["method"].value, int(values["steps"].value or 0)
+    if method not in ("ode", "bound"):
+        raise ValueError(f"--method is {method!r}; {nearest_name(str(method), ('ode', 'bound'))}")
+    if method == "bound":
+        from scorelab.cli.bound import bound_run
+
+        out = Path(values["out"].value or workdir / "samples" / "bound.png").expanduser()
+        print(bound_run(workdir, out, n=n, levels=levels, seed=seed, step=step, steps=steps))
+        return
+    if steps or values["out"].value:
+        raise ValueError("--steps and --out are for --method=bound; expected neither with --method=ode")
     kind, tolerance = str(values["divergence"].value), float(values["tolerance"].value or 0)
     options = {"n": n, "probes": probes, "levels": levels, "seed": seed, "step": step}
     print(likelihood_run(workdir, divergence=kind, tolerance=tolerance, **options))

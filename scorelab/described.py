@@ -17,7 +17,7 @@ from scorelab.codecs import CODECS, Codec
 from scorelab.nn import NETWORKS
 from scorelab.parts import Kind
 from scorelab.predictions import PREDICTIONS, Prediction, edm
-from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP
+from scorelab.processes import VE, VP, Cosine, DiscreteVP, Flow, Learned, Process, SubVP
 from scorelab.typing import Tensor
 
 __all__ = [
@@ -76,7 +76,7 @@ class LogSigma:
 
 _CALLABLES = {c.__name__: c for c in (Constant, UnitVariance, LogSigma)}
 NETWORK, CODEC = Kind("network", NETWORKS, nn.Module), Kind("codec", CODECS, Codec)
-_PROCESSES = {made.__name__: made for made in (VE, VP, SubVP, Cosine, Flow, DiscreteVP)}
+_PROCESSES = {made.__name__: made for made in (VE, VP, SubVP, Cosine, Flow, DiscreteVP, Learned)}
 _OWN_PROCESS = Kind("process", _PROCESSES, Process)
 
 

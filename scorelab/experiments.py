@@ -16,7 +16,19 @@ from scorelab.nn.dit import SIZES
 from scorelab.samplers import PUBLISHED_STEP_SIZES
 from scorelab.training import default_config
 
-__all__ = ["adm", "ddpm", "dit", "edm", "edm2", "improved_ddpm", "ncsn", "ncsnv2", "score_sde_ve", "score_sde_vp"]
+__all__ = [
+    "adm",
+    "ddpm",
+    "dit",
+    "edm",
+    "edm2",
+    "improved_ddpm",
+    "ncsn",
+    "ncsnv2",
+    "score_sde_ve",
+    "score_sde_vp",
+    "vdm",
+]
 
 
 def _adam(c: ConfigDict, lr: float, clip: float | None, warmup: int, ema: float, summed: float = 1.0) -> None:
@@ -160,6 +172,20 @@ def improved_ddpm(*, schedule: str = "ddpm_cosine", steps: int = 4000, lr: float
     c.model.net.update(attention=(2, 3), middle_attention=True, time="adaptive", group=1, variance=True)
     c.model.label_scale = 1000 / steps
     _every(c, 500_000, 128, 10_000)
+    return c
+
+
+def vdm(*, gamma_min: float = -13.3, gamma_max: float = 5.0) -> ConfigDict:
+    """VDM: Kingma, Salimans, Poole and Ho, Variational Diffusion Models, 2021, arXiv:2107.00630, with ``unet``; it
+    predicts v, whose error the bound weighs as it does that of eps. gamma: log sigma^2 at the ends, which are learned.
+    """
+    c = default_config()
+    c.process.name, c.process.gamma_min, c.process.gamma_max = "learned", gamma_min, gamma_max
+    c.model.net.name, c.model.net.input_features, c.model.prediction = "unet", (6, 7), "v"
+    c.training.objective.name = "continuous_bound"
+    _adam(c, 2e-4, None, 0, 0.9999)
+    c.optim.name, c.optim.weight_decay = "adamw", 0.01
+    c.sampling.grid.name, c.sampling.grid.n, c.sampling.sampler.name = "process", 250, "ancestral"
     return c
 
 

@@ -44,16 +44,16 @@ def test_pyramids_of_ncsnpp_are_read_off_the_shapes(tmp_path, name, found):
 
 def test_ncsnpp_that_resamples_without_weights_and_returns_the_score_itself(tmp_path):
     r, path = checkpoint("score_sde_ncsnpp_plain", tmp_path / "checkpoint.pth")
-    model = load(path, "score_sde", image_size=8, centered=True, scale_by_sigma=False)
+    model = load(path, "score_sde", sde="ve", image_size=8, centered=True, scale_by_sigma=False)
     assert (model.net.config["resampling"], model.net.config["fir"]) == ("plain", ())
     sigma = r.state["sigmas"][r.values["labels"]].float()
     with torch.no_grad():
         assert difference(model(r.values["x"], sigma), r.values["output"]) < PARITY
         # data in [0, 1]: noise is twice as large in [-1, 1], and the score half as large
-        half = load(path, "score_sde", image_size=8, scale_by_sigma=False)
+        half = load(path, "score_sde", sde="ve", image_size=8, scale_by_sigma=False)
         assert difference(2 * half(r.values["x"], 2 * sigma), r.values["output"]) < PARITY
     with pytest.raises(ValueError, match="name is 'ddpmpp'; expected 'ddpm' or 'ncsnpp'"):
-        load(path, "score_sde", image_size=8, net={"name": "ddpmpp"})
+        load(path, "score_sde", sde="ve", image_size=8, net={"name": "ddpmpp"})
 
 
 def test_a_network_that_is_not_told_of_the_noise_is_refused(tmp_path):
@@ -62,7 +62,7 @@ def test_a_network_that_is_not_told_of_the_noise_is_refused(tmp_path):
     moved = {f"all_modules.{int(k.split('.')[1]) - 2}.{k.split('.', 2)[2]}": v for k, v in first.items() if "." in k}
     torch.save({"model": moved | {"sigmas": r.state["sigmas"]}}, path)
     with pytest.raises(ValueError, match="of a network that is not told of the noise level; expected one that is"):
-        load(path, "score_sde", image_size=8, averaged=False)
+        load(path, "score_sde", sde="ve", image_size=8, averaged=False)
 
 
 @pytest.mark.parametrize("name", ["ncsnv2_128", "ncsnv2_256"])

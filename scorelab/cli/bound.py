@@ -78,7 +78,7 @@ def _grid(model: ScoreModel, steps: int) -> Tensor:
 def _prior_std(model: ScoreModel, x0: Tensor) -> float:
     """By how much the start is wider than the noise, in unscaled coordinates: scaled x begins at N(0, I), and that of
     VE as wide as noised data."""
-    scale = float(model.process.alpha(torch.tensor(model.process.t_max)))
+    scale = float(model.process.alpha(torch.tensor(model.process.t_max)).detach())
     return float(x0.square().mean().sqrt()) if scale == 1 else 1.0
 
 

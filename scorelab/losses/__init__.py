@@ -3,13 +3,14 @@
 from scorelab.losses.base import Losses, Objective
 from scorelab.losses.denoising import WEIGHTINGS, Denoising, denoising_loss, weighting
 from scorelab.losses.implicit import Implicit, Sliced, implicit_loss, sliced_loss
-from scorelab.losses.variational import Bins, Bound, Hybrid
+from scorelab.losses.variational import Bins, Bound, ContinuousBound, Hybrid
 
 __all__ = [
     "OBJECTIVES",
     "WEIGHTINGS",
     "Bins",
     "Bound",
+    "ContinuousBound",
     "Denoising",
     "Hybrid",
     "Implicit",
@@ -28,5 +29,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "sliced": Sliced,
     "hybrid": Hybrid,
     "bound": Bound,
+    "continuous_bound": ContinuousBound,
 }
 """Objectives by the names that configs have for them."""

@@ -1,4 +1,4 @@
-"""The variational bound as a loss: of networks that learn the variance of DDPM's steps beside their mean.
+"""The variational bound as a loss: of a score, and with it of the variance of DDPM's steps, or of VDM's schedule.
 
 With x at step i of T, error = sigma score + eps, and a step's variance between those of the process,
 
@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 import torch
 
 from scorelab.checks import broadcast, widened
-from scorelab.losses.base import Objective
-from scorelab.processes import DiscreteVP, Process
+from scorelab.losses.base import Objective, conditioned
+from scorelab.processes import DiscreteVP, Learned, Process
 from scorelab.tables import Table
 from scorelab.typing import Batch, Tensor
 
-__all__ = ["Bins", "Bound", "Hybrid", "gaussian_kl", "log_bin_mass", "log_density"]
+__all__ = ["Bins", "Bound", "ContinuousBound", "Hybrid", "gaussian_kl", "log_bin_mass", "log_density"]
 
 
 class Bins(NamedTuple):
@@ -211,3 +211,72 @@ class Bound(_Steps):
         self._seen.copy_(state["seen"])
         self._count.copy_(state["count"])
         self._probabilities()
+
+
+class ContinuousBound(Objective):
+    """VDM's bound in continuous time, in bits a dimension: with gamma = log sigma^2,
+
+        1/2 gamma'(t) ||sigma score + eps||^2 + KL(N(x0, sigma_1^2) || N(0, sigma_1^2 + s^2)) - log p(x0 | z_0)
+
+    summed over dimensions, where z_0 = x0 + sigma_0 eps_0, and p(x0 | z_0) is a softmax over the values of data of
+    -(z_0 - value)^2 / (2 sigma_0^2), or for continuous data N(z_0, sigma_0^2). s: 1, of a process whose largest noise
+    is scaled to N(0, 1), else ``sigma_data``.
+
+    Of a ``Learned`` process the ends learn from the bound, which depends on them alone, and what is between them from
+    the variance: its gradient is that of the mean of the first term's square. Kingma et al., 2021, arXiv:2107.00630.
+    """
+
+    draws = 2
+
+    def __init__(self, process: Process, sigma_data: float, bins: Bins | None = None) -> None:
+        self.process, self.bins = process, bins
+        with torch.no_grad():
+            scaled = float(process.alpha(torch.tensor(process.t_max))) < 1
+        self.prior_std = 1.0 if scaled else sigma_data
+
+    def _time(self, u: Tensor) -> Tensor:
+        return self.process.t_min + u * (self.process.t_max - self.process.t_min)
+
+    def levels(self, u: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.process.sigma(self._time(u))
+
+    def losses(self, score: Callable[..., Tensor], batch: Batch, u: Tensor, noise: Tensor) -> Tensor:
+        x0, dims = batch.x0, batch.x0[0].numel()
+        t, scale = self._time(u.to(widened(x0))), 1 / (dims * math.log(2))
+        weight: list[Tensor] = []
+        gamma, rate = self._schedule(t, weight)
+        sigma, eps = torch.exp(0.5 * gamma), noise[:, 1]
+        level = broadcast(sigma, x0)
+        error = level * conditioned(score, batch.condition)((x0 + level * eps).to(x0.dtype), sigma) + eps
+        diffusion = 0.5 * rate * error.flatten(1).square().sum(1) * scale
+        weight.append(2 * diffusion.detach())
+        first, last = (self.process.sigma(t.new_tensor(end)) for end in (self.process.t_min, self.process.t_max))
+        prior = gaussian_kl(x0, last, (last**2 + self.prior_std**2).sqrt()).flatten(1).sum(1)
+        return diffusion + scale * (prior + self._decoder(x0, noise[:, 0], first))
+
+    def zero(self, batch: Batch, u: Tensor, noise: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().zero(batch, u, noise)
+
+    def _schedule(self, t: Tensor, weight: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """gamma(t) and its derivative in u; gradients of what is inside are multiplied by ``weight``."""
+        p = self.process
+        if not isinstance(p, Learned):
+            return 2 * p.sigma(t).log(), (p.t_max - p.t_min) * (p.diffusion(t) / p.std(t)).square()
+        (low, span), inside = p.ends(t), p.rise(t)
+        for part in inside:
+            if part.requires_grad:
+                part.register_hook(lambda gradient: gradient * weight[0])  # type: ignore[no-untyped-call]
+        return low + span * inside[0], span * inside[1]
+
+    def _decoder(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """-log p(x0 | z_0) in nats, (B,)."""
+        if self.bins is None:
+            return -log_density(sigma * noise, sigma).flatten(1).sum(1)
+        spacing, low, high = self.bins
+        values = torch.linspace(low, high, round((high - low) / spacing) + 1, dtype=x0.dtype, device=x0.device)
+        logits = -0.5 * (((x0 + sigma * noise).unsqueeze(-1) - values) / sigma).square()
+        place = ((x0 - low) / spacing).round().long().clamp(0, len(values) - 1).unsqueeze(-1)
+        found: Tensor = logits.logsumexp(-1) - logits.gather(-1, place).squeeze(-1)
+        return found.flatten(1).sum(1)

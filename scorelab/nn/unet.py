@@ -10,6 +10,7 @@ Models Beat GANs on Image Synthesis, 2021, arXiv:2105.05233.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -117,7 +118,8 @@ class UNet(Conditional):
     shifts. resampling: "strided" convolutions; those of padding "same", or filtered; residual "block"s; or "plain",
     without weights. fir: the kernel of its filter. inputs, outputs: what the pyramid of x, or of the output, adds at
     each resolution, "combine" how. rescaled, group, eps, project: see ``Style``. groups: of the norms, as many in all,
-    or in each in the order of ``modules()``; () for as many as ``group`` says.
+    or in each in the order of ``modules()``; () for as many as ``group`` says. input_features: the exponents n of
+    sin(2 pi 2^n x) and its cosine, which come in beside x; 6 and 7 for bytes in [-1, 1], a value or two a period.
 
     Raises ValueError for settings that don't fit, and for sizes that its resolutions don't divide.
     """
@@ -153,6 +155,7 @@ class UNet(Conditional):
         classes_first: bool = False,
         first: float = 1,
         variance: bool = False,
+        input_features: tuple[int, ...] = (),
     ) -> None:
         config = given(locals()) | {"embedding": embedding or "fourier"}
         super().__init__()
@@ -166,7 +169,8 @@ class UNet(Conditional):
         self.embed = nn.Sequential(encode, nn.Linear(encode.width, inner), nn.SiLU(), nn.Linear(inner, inner))
         table = encode.width if classes_first else inner
         self.classes = None if num_classes is None else Classes(num_classes, table, null_class)
-        self.first = style.conv(channels, begun)
+        self.input_features = tuple(input_features)
+        self.first = style.conv(channels * (1 + 2 * len(input_features)), begun)
 
         def stage(at: int, into: int, to: int, last: bool = True, heads: int = heads) -> _Stage:
             attended = at in attention and (last or attention_up == "each")
@@ -286,7 +290,7 @@ class UNet(Conditional):
 
     def _descended(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What comes out of the middle, and what is kept of the way there."""
-        h, pyramid = self.first(x), x
+        h, pyramid = self.first(self._with_features(x)), x
         kept = [h]
         for i, stage in enumerate(self.down):
             kept.append(h := self._run(stage, h, embedding))
@@ -298,6 +302,13 @@ class UNet(Conditional):
         for stage in self.middle:
             h = self._run(stage, h, embedding)
         return h, kept
+
+    def _with_features(self, x: Tensor) -> Tensor:
+        """x, and sines and cosines of it as further channels."""
+        if not self.input_features:
+            return x
+        angles = [2 * math.pi * 2.0**n * x for n in self.input_features]
+        return torch.cat([x, *(f(a) for a in angles for f in (torch.sin, torch.cos))], 1)
 
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
         embedding = self._embedded(x, label, condition)

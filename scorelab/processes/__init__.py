@@ -1,12 +1,25 @@
-"""How data becomes noise: VE, VP, sub-VP, cosine, rectified flow and DDPM's discrete steps."""
+"""How data becomes noise: VE, VP, sub-VP, cosine, rectified flow, DDPM's discrete steps and VDM's learned schedule."""
 
 from collections.abc import Callable
 
 from scorelab.processes.base import Process
 from scorelab.processes.continuous import VE, VP, Cosine, Flow, SubVP
 from scorelab.processes.discrete import DiscreteVP, cosine_betas, ddpm, ddpm_cosine, linear_betas
+from scorelab.processes.learned import Learned
 
-__all__ = ["PROCESSES", "VE", "VP", "Cosine", "DiscreteVP", "Flow", "Process", "SubVP", "cosine_betas", "linear_betas"]
+__all__ = [
+    "PROCESSES",
+    "VE",
+    "VP",
+    "Cosine",
+    "DiscreteVP",
+    "Flow",
+    "Learned",
+    "Process",
+    "SubVP",
+    "cosine_betas",
+    "linear_betas",
+]
 
 
 def ve(sigma_min: float, sigma_max: float) -> VE:
@@ -22,5 +35,6 @@ PROCESSES: dict[str, Callable[..., Process]] = {
     "flow": Flow,
     "ddpm": ddpm,
     "ddpm_cosine": ddpm_cosine,
+    "learned": Learned,
 }
 """Processes by the names that configs have for them."""

@@ -75,7 +75,8 @@ class Process(ABC):
             raise ValueError(
                 f"n is {n}, t_end is {end:g}; expected at least one level and {self.t_min:g} <= t_end < {self.t_max:g}"
             )
-        return self.sigma(torch.linspace(self.t_max, end, n, dtype=torch.float64))
+        with torch.no_grad():
+            return self.sigma(torch.linspace(self.t_max, end, n, dtype=torch.float64))
 
     @property
     def sigma_range(self) -> tuple[float, float]:

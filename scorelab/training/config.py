@@ -201,7 +201,7 @@ def _warn_of_scale(x0: Tensor, model: ScoreModel, sigma_data: float, net: str) -
     sees inputs whose scale is that of the noise."""
     process = model.process
     high, std = process.sigma_range[1], float(x0.std()) if x0.numel() < 2**27 else sigma_data_of(x0)
-    grows = model.input_scale == "process" and float(process.alpha(torch.tensor(process.t_max))) == 1
+    grows = model.input_scale == "process" and float(process.alpha(torch.tensor(process.t_max)).detach()) == 1
     if grows and high > 20 * sigma_data and net not in _PUBLISHED_UNSCALED:
         warnings.warn(
             f"the network's inputs grow with the noise, up to {high:.4g}, beside a scale of {sigma_data:.4g} of the "

@@ -6,6 +6,7 @@ from . import distributions, losses, predictions, processes, samplers, sigmas
 from . import divergence as divergence
 from . import evaluation as evaluation
 from . import guidance as guidance
+from . import inverse as inverse
 from . import likelihood as likelihood
 from . import models as models
 from . import nn as nn

@@ -1,0 +1,29 @@
+"""Inverse problems: what was measured of data, and its posterior as a score or as a sampler."""
+
+from scorelab.inverse.linear import Blur, Colourisation, Inpainting, Matrix, SuperResolution
+from scorelab.inverse.measurement import Measurement
+from scorelab.inverse.operators import (
+    SVD,
+    Composition,
+    LinearFunction,
+    LinearOperator,
+    NonlinearFunction,
+    Operator,
+    PhaseRetrieval,
+)
+
+__all__ = [
+    "SVD",
+    "Blur",
+    "Colourisation",
+    "Composition",
+    "Inpainting",
+    "LinearFunction",
+    "LinearOperator",
+    "Matrix",
+    "Measurement",
+    "NonlinearFunction",
+    "Operator",
+    "PhaseRetrieval",
+    "SuperResolution",
+]

@@ -8,6 +8,6 @@ __version__ = "0.1.0"
 __getattr__, __dir__, _names = lazy_loader.attach_stub(__name__, __file__)
 # "nn", "data" and the like are left out: a star import must not hide those of others
 _QUIET = (
-    "adapters checks codecs data divergence evaluation guidance inverse likelihood models nn noise plotting precision"
+    "adapters checks codecs data divergence evaluation guidance inverse likelihood models nn noise plotting"
 )
-__all__ = [name for name in _names if name not in (*_QUIET.split(), "scores", "training")]
+__all__ = [name for name in _names if name not in (*_QUIET.split(), "precision", "scores", "training")]

@@ -1,5 +1,6 @@
 """Inverse problems: what was measured of data, and its posterior as a score or as a sampler."""
 
+from scorelab.inverse.exact import exact_posterior
 from scorelab.inverse.linear import Blur, Colourisation, Inpainting, Matrix, SuperResolution
 from scorelab.inverse.measurement import Measurement
 from scorelab.inverse.operators import (
@@ -11,6 +12,7 @@ from scorelab.inverse.operators import (
     Operator,
     PhaseRetrieval,
 )
+from scorelab.inverse.posterior import dps, moment_matching, plug_in, pseudo_inverse
 
 __all__ = [
     "SVD",
@@ -26,4 +28,9 @@ __all__ = [
     "Operator",
     "PhaseRetrieval",
     "SuperResolution",
+    "dps",
+    "exact_posterior",
+    "moment_matching",
+    "plug_in",
+    "pseudo_inverse",
 ]

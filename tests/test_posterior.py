@@ -1,0 +1,278 @@
+"""Posterior scores against the scores of posteriors in closed form."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from problems import F64, correlated, generator, randn
+
+from scorelab import PerSampleNoise, log_likelihood, sample, sigmas
+from scorelab.distributions import Gaussian, GaussianMixture
+from scorelab.inverse import (
+    Blur,
+    Inpainting,
+    LinearFunction,
+    Matrix,
+    Measurement,
+    NonlinearFunction,
+    SuperResolution,
+    dps,
+    exact_posterior,
+    moment_matching,
+    plug_in,
+    pseudo_inverse,
+)
+from scorelab.inverse.solvers import conjugate_gradients, gmres
+
+LEVELS = (0.01, 0.3, 2.0, 40.0)
+DIAGONAL = Gaussian(randn(6, seed=11), torch.linspace(0.01, 4, 6, dtype=F64))
+_A = randn(6, 6, seed=12)
+FULL = Gaussian(randn(6, seed=11), _A @ _A.T / 6)
+ROUND = Gaussian(randn(6, seed=11), 0.49)
+MIX = GaussianMixture(randn(4, 6, seed=13), torch.tensor([0.3, 0.5, 0.4, 0.2], dtype=F64))
+
+OPERATORS = {
+    "known": Inpainting(torch.tensor([True, False, True, True, False, False])),
+    "matrix": Matrix(randn(3, 6, seed=14)),
+    "tall": Matrix(randn(8, 6, seed=15)),
+    "rank 2": Matrix(randn(4, 2, seed=1) @ randn(2, 6, seed=2)),
+    "function": LinearFunction(lambda x: x.cumsum(1)[:, 1::2], randn(2, 6)),
+}
+
+
+def measured(prior, operator, noise_std, rows=1, seed=3):
+    x0 = prior.sample(rows, generator(seed))
+    y = operator(x0)
+    return Measurement(operator, y + noise_std * torch.randn(y.shape, dtype=F64, generator=generator(50)), noise_std)
+
+
+def at(sigma):
+    return torch.tensor(sigma, dtype=F64)
+
+
+def test_the_closed_form_is_bayes_rule():
+    """log p(x0 | y) - log p(x0) - log p(y | x0) is the same for every x0."""
+    x0 = randn(50, 6)
+    for prior in (DIAGONAL, FULL, MIX):
+        for operator in OPERATORS.values():
+            m = measured(prior, operator, 0.4)
+            gap = exact_posterior(prior, m).log_prob(x0) - prior.log_prob(x0) - m.log_likelihood(x0)
+            torch.testing.assert_close(gap, gap[:1].expand(50), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.3])
+def test_noiseless_posteriors_keep_what_was_measured(noise_std):
+    m = measured(MIX, OPERATORS["matrix"], noise_std)
+    off = m.residual(exact_posterior(MIX, m).sample(100, generator()))
+    assert (float(off.abs().max()) < 1e-6) == (noise_std == 0)
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("prior", [DIAGONAL, FULL], ids=["diagonal", "correlated"])
+def test_moment_matching_is_exact_on_gaussians(prior, name, noise_std):
+    m = measured(prior, OPERATORS[name], noise_std)
+    exact = exact_posterior(prior, m)
+    for sigma in LEVELS:
+        x = exact.sample(5, generator(1)) + sigma * randn(5, 6, seed=2)
+        expected = exact.score(x, sigma)
+        for options in ({}, {"solver": "gmres"}, {"symmetrise": True}):
+            found = moment_matching(prior.score, m, tol=1e-12, **options)(x, at(sigma))
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_pseudo_inverse_guidance_is_exact_on_round_gaussians(name, noise_std):
+    m = measured(ROUND, OPERATORS[name], noise_std)
+    exact = exact_posterior(ROUND, m)
+    for sigma in LEVELS:
+        x = exact.sample(5, generator(1)) + sigma * randn(5, 6, seed=2)
+        expected = exact.score(x, sigma)
+        found = pseudo_inverse(ROUND.score, m, 0.7)(x, at(sigma))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+        # the release's weighting is the likelihood's score times r^2
+        ratio = 0.49 * sigma**2 / (0.49 + sigma**2)
+        released = pseudo_inverse(ROUND.score, m, 0.7, adaptive=True)(x, at(sigma))
+        prior = ROUND.score(x, sigma)
+        torch.testing.assert_close(released - prior, ratio * (found - prior), rtol=1e-9, atol=1e-9)
+
+
+def test_images_of_blurs_and_means():
+    """Complex coordinates, and operators without any, on N(m, s^2 I) of images."""
+    prior = Gaussian(randn(2, 4, 4), 0.25)
+    blur = Blur(torch.tensor([[0.2, 0.5], [0.1, 0.2]], dtype=F64), (2, 4, 4))
+    for operator in (blur, SuperResolution((2, 4, 4), 2), SuperResolution((2, 4, 4), 2) @ blur):
+        m = measured(prior, operator, 0.1)
+        exact, x = exact_posterior(prior, m), 2 * randn(3, 2, 4, 4, seed=4)
+        for score in (pseudo_inverse(prior.score, m, 0.5), moment_matching(prior.score, m, tol=1e-12)):
+            torch.testing.assert_close(score(x, at(1.3)), exact.score(x, 1.3), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", LEVELS)
+def test_dps_is_its_closed_form(sigma):
+    """On a Gaussian x0_hat = m + J (x - m), J = C (C + sigma^2)^-1."""
+    m = measured(FULL, OPERATORS["matrix"], 0.3)
+    x, a = randn(5, 6, seed=2), randn(3, 6, seed=14)
+    c = _A @ _A.T / 6
+    j = c @ torch.linalg.inv(c + sigma**2 * torch.eye(6, dtype=F64))
+    off = m.y - (FULL.mean + (x - FULL.mean) @ j.T) @ a.T
+    expected = FULL.score(x, sigma) + 0.7 * off @ a @ j / 0.09
+    torch.testing.assert_close(dps(FULL.score, m, 0.7)(x, at(sigma)), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(plug_in(FULL.score, m.log_likelihood, 0.7)(x, at(sigma)), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_any_operator_and_any_likelihood():
+    """A product of numbers, differentiated by hand at a flat denoiser: x0_hat = x where sigma tends to 0."""
+    operator = NonlinearFunction(lambda x: x[:, :1] * x[:, 1:2], randn(1, 6))
+    m = Measurement(operator, torch.tensor([[0.5]], dtype=F64), 0.2)
+    x, sigma = randn(4, 6, seed=2), at(1e-6)
+    off = (0.5 - x[:, :1] * x[:, 1:2]) / 0.04
+    slope = torch.cat([off * x[:, 1:2], off * x[:, :1], torch.zeros(4, 4, dtype=F64)], 1)
+    torch.testing.assert_close(dps(FULL.score, m)(x, sigma) - FULL.score(x, sigma), slope, rtol=1e-5, atol=1e-5)
+    for made in (lambda: pseudo_inverse(FULL.score, m, 1.0), lambda: moment_matching(FULL.score, m)):
+        with pytest.raises(TypeError, match="the operator, NonlinearFunction, has no adjoint and this method needs"):
+            made()
+
+
+def methods(m):
+    return {
+        "dps": dps(Splittable(), m),
+        "pseudo-inverse": pseudo_inverse(Splittable(), m, 1.0),
+        "moment matching": moment_matching(Splittable(), m, tol=1e-12),
+        "gmres": moment_matching(Splittable(), m, tol=1e-12, solver="gmres"),
+    }
+
+
+@pytest.mark.parametrize("name", ["dps", "pseudo-inverse", "moment matching", "gmres"])
+@pytest.mark.parametrize("each", [False, True], ids=["one y", "a y for each"])
+def test_rows_are_rows(name, each):
+    m = measured(MIX, OPERATORS["function"], 0.3, rows=64 if each else 1)
+    score = methods(m)[name]
+    x, levels = 3 * randn(64, 6), torch.linspace(0.05, 9, 64, dtype=F64)
+    for sigma in (at(0.7), levels):
+        whole = score(x, sigma)
+        for index in (torch.tensor([5]), torch.tensor([60, 2, 33])):
+            few = score.rows(index) if each else score
+            part = few(x[index], sigma if sigma.ndim == 0 else sigma[index])
+            torch.testing.assert_close(part, whole[index], rtol=1e-8, atol=1e-8)
+
+
+class Splittable:
+    """The mixture's score, which no batch binds."""
+
+    def __call__(self, x, sigma):
+        return MIX.score(x, sigma)
+
+    def rows(self, index):
+        return self
+
+
+def test_batches_are_split_with_their_measurements():
+    m = measured(MIX, OPERATORS["matrix"], 0.3, rows=10)
+    grid = sigmas.karras(8, sigma_min=0.02, sigma_max=20.0)
+    for made in (lambda s: dps(s, m, 0.05), lambda s: pseudo_inverse(s, m, 1.0), lambda s: moment_matching(s, m)):
+        score = made(Splittable())
+        whole = sample(score, (10, 6), grid, generator=PerSampleNoise(0), dtype=F64)
+        parts = sample(score, (10, 6), grid, generator=PerSampleNoise(0), dtype=F64, batch_size=3)
+        torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
+        assert not hasattr(made(MIX.score), "rows")
+
+
+def test_posteriors_have_densities_and_gradients():
+    """The graph is kept where it is asked for: the probability flow's density of a Gaussian's posterior."""
+    prior, operator = correlated(), Matrix(randn(1, 3, seed=2))
+    m = measured(prior, operator, 0.5)
+    exact = exact_posterior(prior, m)
+    x = exact.sample(4, generator(5))
+    score = moment_matching(prior.score, m, tol=1e-12)
+    found = log_likelihood(score, x, 0.1, 9.0, prior=lambda z: exact.log_prob(z, 9.0), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found.log_prob, exact.log_prob(x, 0.1), rtol=1e-6, atol=1e-6)
+    x.requires_grad_(True)
+    for made in (dps, lambda s, m: pseudo_inverse(s, m, 1.0), moment_matching):
+        score = made(prior.score, m)
+        assert torch.autograd.gradcheck(lambda x, score=score: score(x, at(0.8)), (x[:1],))
+
+
+def test_solvers_solve():
+    """Beside dense solutions, rows of different condition; a matrix that is not symmetric is GMRES's."""
+    root = randn(3, 7, 7)
+    spd = root @ root.mT + torch.tensor([10.0, 0.1, 1e-2], dtype=F64).reshape(3, 1, 1) * torch.eye(7, dtype=F64)
+    b = randn(3, 7, seed=1)
+    for solve, matrix in ((conjugate_gradients, spd), (gmres, spd), (gmres, root)):
+        found = solve(lambda z, a=matrix: (a @ z.unsqueeze(2)).squeeze(2), b, 1e-12, 60)
+        torch.testing.assert_close(found, torch.linalg.solve(matrix, b), rtol=1e-6, atol=1e-6)
+    # a right side of 0, and one iteration where there is one eigenvalue
+    assert torch.equal(conjugate_gradients(lambda z: 2 * z, torch.zeros(2, 3), 1e-6, 5), torch.zeros(2, 3))
+    assert torch.equal(gmres(lambda z: 2 * z, torch.zeros(2, 3), 1e-6, 5), torch.zeros(2, 3))
+    torch.testing.assert_close(gmres(lambda z: 2 * z, b, 1e-12, 1), b / 2)
+    with pytest.warns(RuntimeWarning, match="conjugate gradients left a relative residual of .* after 2 iterations"):
+        conjugate_gradients(lambda z: (spd @ z.unsqueeze(2)).squeeze(2), b, 1e-12, 2)
+    with pytest.warns(RuntimeWarning, match="GMRES left"):
+        gmres(lambda z: (root @ z.unsqueeze(2)).squeeze(2), b, 1e-12, 2)
+
+
+def test_jacobians_that_are_not_symmetric():
+    """A linear field that is no gradient: GMRES solves with J', symmetrised ones with (J + J')/2; CG says it fails."""
+    b = -(torch.eye(6, dtype=F64) * 0.4 + 0.3 * randn(6, 6, seed=3))
+
+    def field(x, sigma):
+        return x @ b.T
+
+    m = Measurement(Matrix(randn(3, 6, seed=14)), randn(1, 3), 0.3)
+    x, sigma, a = randn(4, 6), 0.8, randn(3, 6, seed=14)
+    j = torch.eye(6, dtype=F64) + sigma**2 * b
+    off = m.y - (x @ j.T) @ a.T
+    for options, inner in (({"solver": "gmres"}, j.T), ({"solver": "gmres", "symmetrise": True}, (j + j.T) / 2)):
+        system = sigma**2 * a @ inner @ a.T + 0.09 * torch.eye(3, dtype=F64)
+        expected = field(x, sigma) + torch.linalg.solve(system, off.T).T @ a @ j
+        found = moment_matching(field, m, tol=1e-12, **options)(x, at(sigma))
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    with pytest.warns(RuntimeWarning, match="take solver='gmres' where the score's Jacobian is not symmetric"):
+        moment_matching(field, m, tol=1e-12)(x, at(sigma))
+
+
+def test_single_precision_converges():
+    """tol beyond float32's digits ends at its rounding, without a warning."""
+    m = measured(FULL, OPERATORS["matrix"], 0.3)
+    exact, x = exact_posterior(FULL, m), randn(5, 6, seed=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = moment_matching(FULL.score, m, tol=1e-9)(x.float(), torch.tensor(0.8))
+    torch.testing.assert_close(found.double(), exact.score(x, 0.8), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "said"),
+    [
+        (lambda m: dps(MIX.score, Measurement(m.operator, m.y)), ValueError, "noise_std is 0, and this method divides"),
+        (lambda m: dps(MIX.score, m, math.nan), ValueError, "scale is nan; expected a finite number: 1 is the post"),
+        (lambda m: pseudo_inverse(MIX.score, m, 0.0), ValueError, "data_std is 0; expected the data's standard"),
+        (lambda m: moment_matching(MIX.score, m, solver="lu"), ValueError, "solver is 'lu'; expected 'cg' or 'gmres'"),
+        (lambda m: moment_matching(MIX.score, m, iterations=0), ValueError, "iterations = 0; expected 0 < tol < 1"),
+        (lambda m: plug_in(MIX.score, None), TypeError, "log_likelihood is None; expected a function of x0_hat"),
+        (lambda m: dps(None, m), TypeError, "got NoneType; expected a callable"),
+        (
+            lambda m: plug_in(MIX.score, lambda x: x.sum())(randn(2, 6), at(1.0)),
+            ValueError,
+            r"log_likelihood returned shape \(\); expected \(2,\): one a sample",
+        ),
+        (
+            lambda m: dps(lambda x, s: MIX.score(x, s).detach(), m)(randn(2, 6), at(1.0)),
+            ValueError,
+            "the score's output carries no gradient",
+        ),
+        (
+            lambda m: exact_posterior(MIX, Measurement(m.operator, m.y.expand(2, -1))),
+            ValueError,
+            "y has 2 rows; expected one",
+        ),
+        (lambda m: exact_posterior(None, m), TypeError, "prior is NoneType; expected a Gaussian or a GaussianMixture"),
+    ],
+)
+def test_what_is_no_posterior_is_refused(made, error, said):
+    with pytest.raises(error, match=said):
+        made(measured(MIX, OPERATORS["matrix"], 0.3))

@@ -1,6 +1,7 @@
 """Inverse problems: what was measured of data, and its posterior as a score or as a sampler."""
 
 from scorelab.inverse.exact import exact_posterior
+from scorelab.inverse.inpainting import RePaint, Replacement
 from scorelab.inverse.linear import Blur, Colourisation, Inpainting, Matrix, SuperResolution
 from scorelab.inverse.measurement import Measurement
 from scorelab.inverse.operators import (
@@ -13,8 +14,12 @@ from scorelab.inverse.operators import (
     PhaseRetrieval,
 )
 from scorelab.inverse.posterior import dps, moment_matching, plug_in, pseudo_inverse
+from scorelab.inverse.samplers import DAPS, DDRM, DPS
 
 __all__ = [
+    "DAPS",
+    "DDRM",
+    "DPS",
     "SVD",
     "Blur",
     "Colourisation",
@@ -27,6 +32,8 @@ __all__ = [
     "NonlinearFunction",
     "Operator",
     "PhaseRetrieval",
+    "RePaint",
+    "Replacement",
     "SuperResolution",
     "dps",
     "exact_posterior",

@@ -367,8 +367,9 @@ def drive(
                 return
             if debug:
                 check_finite(current, f"x at sigma = {sigma_next:g}")
+            # a sampler that differentiates the score would leave its graph in every step
             x0_hat = counted.x0_hat
-            x0_hat = x0_hat if x0_hat is None else x0_hat.to(dtype)
+            x0_hat = x0_hat if x0_hat is None else (x0_hat if differentiable else x0_hat.detach()).to(dtype)
             yield Step(current.to(dtype), x0_hat, sampler.reached(sigma, sigma_next), counted.nfe)
 
     return stepping()

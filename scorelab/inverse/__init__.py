@@ -1,5 +1,6 @@
 """Inverse problems: what was measured of data, and its posterior as a score or as a sampler."""
 
+from scorelab.inverse.editing import encode, sdedit, slerp, swapped
 from scorelab.inverse.exact import exact_posterior
 from scorelab.inverse.inpainting import RePaint, Replacement
 from scorelab.inverse.linear import Blur, Colourisation, Inpainting, Matrix, SuperResolution
@@ -36,8 +37,12 @@ __all__ = [
     "Replacement",
     "SuperResolution",
     "dps",
+    "encode",
     "exact_posterior",
     "moment_matching",
     "plug_in",
     "pseudo_inverse",
+    "sdedit",
+    "slerp",
+    "swapped",
 ]

@@ -106,7 +106,8 @@ class DDIM(Sampler):
     def step(self, at: Context) -> tuple[Tensor, State]:
         score, x, sigma, sigma_next, state, noise = at
         ratio = sigma_next / sigma
-        c = self.eta * sigma_next * math.sqrt((1 - ratio) * (1 + ratio))
+        # without noise it also runs upwards, where ratio > 1
+        c = self.eta * sigma_next * math.sqrt((1 - ratio) * (1 + ratio)) if self.eta > 0 else 0.0
         direction = math.sqrt((sigma_next - c) * (sigma_next + c))
         # x0_hat + direction (x - x0_hat) / sigma = x + (sigma - direction) sigma score
         mean = x.add(evaluate(score, x, sigma), alpha=(sigma - direction) * sigma)

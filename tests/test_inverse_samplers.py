@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from problems import F64, generator, randn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from scorelab import VE, VP, PerSampleNoise, sample, sigmas, trajectory
+from scorelab import VE, VP, PerSampleNoise, broadcast, sample, sigmas, trajectory
 from scorelab.distributions import Gaussian, GaussianMixture
 from scorelab.inverse import (
     DAPS,
@@ -24,11 +25,12 @@ from scorelab.inverse import (
     RePaint,
     Replacement,
     SuperResolution,
+    dps,
     exact_posterior,
     moment_matching,
     pseudo_inverse,
 )
-from scorelab.samplers import DDIM, Ancestral, AnnealedLangevin, Churn, DPMSolverMultistep, Heun
+from scorelab.samplers import DDIM, Ancestral, AnnealedLangevin, Churn, Context, DPMSolverMultistep, Heun
 
 KNOWN = torch.tensor([True, False, True, True, False, False])
 _A = randn(6, 6, seed=12)
@@ -304,6 +306,38 @@ def test_rows_are_rows(name, each):
             part = samplers_of(m.rows(torch.arange(first, first + count)))[name]
             few = sample(MIX.score, (count, 6), grid, part, generator=PerSampleNoise(0, first), dtype=F64)
             torch.testing.assert_close(few, whole[first : first + count], rtol=1e-8, atol=1e-8)
+
+
+def linear_score(x, sigma):
+    return -x / (1 + broadcast(sigma, x) ** 2)
+
+
+def stepped(sampler, x):
+    levels = [2.0, 1.0, 0.5, 0.25, 0.0]
+    state = sampler.init(x, levels)
+    for a, b in zip(levels[:-1], levels[1:], strict=True):
+        x, state = sampler.step(Context(linear_score, x, a, b, state, torch.randn_like))
+    return x
+
+
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_devices_without_synchronisation(name):
+    """Fake "cuda" tensors; "meta" ones, which have gradients in a CPU build, where a method differentiates."""
+    operator = SPECTRAL[name]
+    m = Measurement(operator, operator(randn(1, 3, 2, 4)).float(), 0.1)
+    there = [DDRM(m), DAPS(m), DAPS(m, steps=2)]
+    if isinstance(operator, Inpainting):
+        there += [Replacement(m), RePaint(m, jump=1, resample=2)]
+    for sampler in there:
+        stepped(sampler, torch.randn(3, 3, 2, 4))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            x = stepped(sampler, torch.randn(3, 3, 2, 4, device="cuda"))
+            assert (x.device.type, x.dtype) == ("cuda", torch.float32)
+    meta = torch.empty(3, 3, 2, 4, device="meta")
+    assert stepped(DPS(m, 0.1), meta).device.type == "meta"
+    for score in (dps(linear_score, m), pseudo_inverse(linear_score, m, 1.0)):
+        for sigma in (torch.empty((), device="meta"), torch.empty(3, device="meta")):
+            assert score(meta, sigma).device.type == "meta"
 
 
 def no_svd():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from problems import F64, correlated, generator, randn
 
-from scorelab import PerSampleNoise, log_likelihood, sample, sigmas
+from scorelab import VE, PerSampleNoise, ScoreModel, log_likelihood, sample, sigmas
 from scorelab.distributions import Gaussian, GaussianMixture
 from scorelab.inverse import (
     Blur,
@@ -26,6 +28,9 @@ from scorelab.inverse import (
     pseudo_inverse,
 )
 from scorelab.inverse.solvers import conjugate_gradients, gmres
+from scorelab.models import Constant, LogSigma
+from scorelab.nn import MLP
+from scorelab.predictions import edm
 
 LEVELS = (0.01, 0.3, 2.0, 40.0)
 DIAGONAL = Gaussian(randn(6, seed=11), torch.linspace(0.01, 4, 6, dtype=F64))
@@ -182,6 +187,64 @@ def test_batches_are_split_with_their_measurements():
         assert not hasattr(made(MIX.score), "rows")
 
 
+def network(classes=3):
+    torch.manual_seed(0)
+    net = MLP((6,), width=16, depth=2, features=4, num_classes=classes, null_class=True)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return ScoreModel(
+        net, VE(0.01, 20.0), edm(1.0), data_shape=(6,), input_scale=Constant(1.0), label=LogSigma(1.0)
+    ).eval()
+
+
+def test_networks_are_conditioned_on_measurements():
+    """In float32; labels and measurements are split together."""
+    labels = torch.arange(10) % 3
+    m = measured(MIX, OPERATORS["matrix"], 0.5, rows=10)
+    m = Measurement(m.operator, m.y.float(), 0.5)
+    bound = network().conditioned(labels)
+    x, index = randn(10, 6).float(), torch.tensor([7, 2, 3])
+    methods = {
+        "dps": dps(bound, m),
+        "pseudo-inverse": pseudo_inverse(bound, m, 1.0),
+        "moments": moment_matching(bound, m, solver="gmres", symmetrise=True, tol=1e-5),
+    }
+    for score in methods.values():
+        whole = score(x, torch.tensor(0.8))
+        assert whole.dtype == torch.float32
+        assert not whole.requires_grad
+        torch.testing.assert_close(score.rows(index)(x[index], torch.tensor(0.8)), whole[index], rtol=1e-3, atol=1e-3)
+        assert score.sigma_range == bound.sigma_range
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": "gmres", "symmetrise": True}])
+def test_half_precision_costs_digits_and_nothing_else(options):
+    m = measured(MIX, OPERATORS["matrix"], 0.5)
+    x = randn(10, 6).bfloat16()
+    for made in (dps, lambda s, m: pseudo_inverse(s, m, 1.0), lambda s, m: moment_matching(s, m, tol=1e-3, **options)):
+        low = made(MIX.score, m)(x, torch.tensor(0.8))
+        assert low.dtype == torch.bfloat16
+        whole = made(MIX.score, m)(x.double(), at(0.8))
+        assert float((low.double() - whole).norm() / whole.norm()) < 0.05
+
+
+class WithVariance(Splittable):
+    """A learned variance beside the score."""
+
+    def score_and_variance(self, x, sigma):
+        return MIX.score(x, sigma), torch.full_like(x, 0.3)
+
+
+def test_learned_variance_is_passed_on():
+    m = measured(MIX, OPERATORS["matrix"], 0.5)
+    for score in (dps(WithVariance(), m), moment_matching(WithVariance(), m)):
+        x = randn(4, 6)
+        found, v = score.score_and_variance(x, at(0.8))
+        torch.testing.assert_close(found, score(x, at(0.8)))
+        assert torch.equal(v, torch.full_like(x, 0.3))
+    assert not hasattr(dps(Splittable(), m), "score_and_variance")
+
+
 def test_posteriors_have_densities_and_gradients():
     """The graph is kept where it is asked for: the probability flow's density of a Gaussian's posterior."""
     prior, operator = correlated(), Matrix(randn(1, 3, seed=2))
@@ -276,3 +339,17 @@ def test_single_precision_converges():
 def test_what_is_no_posterior_is_refused(made, error, said):
     with pytest.raises(error, match=said):
         made(measured(MIX, OPERATORS["matrix"], 0.3))
+
+
+def test_the_example_of_the_page_runs():
+    text = (Path(__file__).parent.parent / "docs" / "inverse.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    made: dict[str, object] = {}
+    exec(compile(block, "docs/inverse.md", "exec"), made)
+    x, known = made["x"], made["known"]
+    assert isinstance(x, torch.Tensor)
+    # N(0, 0.25) given 1 with noise 0.1: mean 1/(1 + 0.04), variance 0.0025/0.26 + the last level's
+    off = x[..., :4] - 1 / 1.04
+    assert float(off.mean().abs()) < 5 * math.sqrt(0.0097 / off.numel()) + 0.01
+    assert isinstance(known, torch.Tensor)
+    assert float(x[:, ~known].std()) == pytest.approx(0.5, abs=0.05)

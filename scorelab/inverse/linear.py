@@ -43,14 +43,15 @@ class Inpainting(LinearOperator):
             raise ValueError("known is False everywhere; expected at least one known number: there is no measurement")
         super().__init__(shape, (int(flat.sum()),))
         order = torch.cat([flat.nonzero().flatten(), (~flat).nonzero().flatten()])
-        self._order, self._place = order, order.argsort()
+        self._order, self._place, self._mask = Table(order), Table(order.argsort()), Table(self.known)
         self.svd = SVD(Table(torch.ones(self.shape)), self._vt, self._v, lambda y: y, lambda c: c)
 
-    def _take(self, flat: Tensor, index: Tensor) -> Tensor:
-        return flat.index_select(1, index.to(flat.device))
+    def _take(self, flat: Tensor, table: Table, count: int | None = None) -> Tensor:
+        index = table.like(torch.empty(0, dtype=torch.long, device=flat.device))
+        return flat.index_select(1, index if count is None else index.narrow(0, 0, count))
 
     def _apply(self, x0: Tensor) -> Tensor:
-        return self._take(x0.flatten(1), self._order[: self.shape[0]])
+        return self._take(x0.flatten(1), self._order, self.shape[0])
 
     def _adjoint(self, y: Tensor) -> Tensor:
         return self._v(y)
@@ -59,11 +60,12 @@ class Inpainting(LinearOperator):
         return self._take(x0.flatten(1), self._order)
 
     def _v(self, c: Tensor) -> Tensor:
-        return self._take(_padded(c, len(self._order)), self._place).reshape(-1, *self.data_shape)
+        return self._take(_padded(c, self.known.numel()), self._place).reshape(-1, *self.data_shape)
 
     def pasted(self, x: Tensor, y: Tensor) -> Tensor:
         """x with the known numbers replaced by y (B or 1, n), exactly."""
-        return torch.where(self.known.to(x.device), self._v(y.expand(len(x), -1)), x)
+        mask = self._mask.like(torch.empty(0, dtype=torch.bool, device=x.device))
+        return torch.where(mask, self._v(y.expand(len(x), -1)), x)
 
 
 def _padded(c: Tensor, n: int) -> Tensor:
@@ -100,8 +102,9 @@ class _GroupMeans(LinearOperator):
         if self.size == 1:
             return z
         root = self.size**-0.5
-        along = (z[:, :1] - root * z.sum(1, keepdim=True)) / (1 - root)
-        return torch.cat([z[:, :1] - along * (1 - root), z[:, 1:] + along * root], 1)
+        first, rest = z.tensor_split((1,), 1)
+        along = (first - root * z.sum(1, keepdim=True)) / (1 - root)
+        return torch.cat([first - along * (1 - root), rest + along * root], 1)
 
     def _vt(self, x0: Tensor) -> Tensor:
         return self._reflected(self._grouped(x0)).flatten(1)
@@ -176,7 +179,7 @@ class Matrix(LinearOperator):
         self.svd = SVD(
             Table(s),
             lambda x0: x0.flatten(1) @ self._vt.like(x0).T,
-            lambda c: (c @ self._vt.like(c)[: c.shape[1]]).reshape(-1, *self.data_shape),
+            lambda c: (c @ self._vt.like(c).narrow(0, 0, c.shape[1])).reshape(-1, *self.data_shape),
             lambda y: y @ self._u.like(y),
             lambda c: c @ self._u.like(c).T,
         )
@@ -226,8 +229,9 @@ class Blur(LinearOperator):
         kernel = torch.complex(self._real.like(x), self._imag.like(x))
         wide = torch.fft.fftn(x, self._wide, dim=self._axes) * (kernel.conj() if adjoint else kernel)
         whole: Tensor = torch.fft.ifftn(wide, dim=self._axes).real
-        crop = [slice(n) for n in self.data_shape[1:]]
-        return whole[(slice(None), slice(None), *crop)]
+        for axis, size in zip(self._axes, self.data_shape[1:], strict=True):
+            whole = whole.narrow(axis, 0, size)
+        return whole
 
     def _apply(self, x0: Tensor) -> Tensor:
         return self._convolved(x0, adjoint=False)

@@ -57,14 +57,16 @@ class Denoised:
 
     def vjp(self, v: Tensor) -> Tensor:
         """J' v."""
-        return torch.autograd.grad(self.x0_hat, self.x, v, retain_graph=True, create_graph=self.graph)[0]
+        found = torch.autograd.grad(self.x0_hat, self.x, v, retain_graph=True, create_graph=self.graph)[0]
+        # x may be in half precision, x0_hat is not
+        return found.to(v.dtype)
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v: J' w is linear in w, and its adjoint is J."""
         with torch.enable_grad():
             w = torch.zeros_like(self.x0_hat, requires_grad=True)
             back = torch.autograd.grad(self.x0_hat, self.x, w, create_graph=True)[0]
-            return torch.autograd.grad(back, w, v, retain_graph=True, create_graph=self.graph)[0]
+            return torch.autograd.grad(back, w, v.to(back.dtype), retain_graph=True, create_graph=self.graph)[0]
 
 
 class Posterior(Combined):

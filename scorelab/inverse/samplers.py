@@ -144,7 +144,7 @@ class DDRM(Sampler):
         keep = math.sqrt(1 - self.eta**2)
         free = mean + keep * r * along + self.eta * r * z
         y, s = svd.ut(self.measurement.y.to(at.x)), svd.s(mean)
-        part, kick = mean[:, : len(s)], z[:, : len(s)]
+        (part, _), (kick, _), (loose, rest) = (c.tensor_split((len(s),), 1) for c in (mean, z, free))
         # (ybar - x0_hat)/q without dividing by an s of 0
         pull = (y - s * part) / (noise_std if noise_std > 0 else 1.0)
         noisier = part + keep * r * pull + self.eta * r * kick
@@ -152,8 +152,7 @@ class DDRM(Sampler):
         spread = (r**2 - (self.eta_b * noise_std * inverse) ** 2).clamp_min(0).sqrt()
         clearer = torch.lerp(part, y * inverse, self.eta_b) + spread * kick
         known = torch.where(noise_std * inverse > r, noisier, clearer)
-        known = torch.where(s > 0, known, free[:, : len(s)])
-        return svd.v(torch.cat([known, free[:, len(s) :]], 1)), None
+        return svd.v(torch.cat([torch.where(s > 0, known, loose), rest], 1)), None
 
 
 @dataclass(frozen=True)
@@ -219,12 +218,13 @@ class DAPS(Sampler):
         svd, noise = _spectral(self.measurement), self.measurement.noise_std**2
         mean, z = svd.vt(x0_hat), svd.vt(at.noise(x0_hat))
         s = svd.s(mean)
-        y, part, kick = svd.ut(self.measurement.y.to(x0_hat)), mean[:, : len(s)], z[:, : len(s)]
+        y = svd.ut(self.measurement.y.to(x0_hat))
+        (part, free), (kick, other) = (c.tensor_split((len(s),), 1) for c in (mean, z))
         size = variance * s**2 + noise
         size = torch.where(size > 0, size, 1.0)
         left = torch.where(s > 0, variance * noise / size, variance)
         known = part + variance * s / size * (y - s * part) + left.sqrt() * kick
-        return svd.v(torch.cat([known, mean[:, len(s) :] + math.sqrt(variance) * z[:, len(s) :]], 1))
+        return svd.v(torch.cat([known, free + math.sqrt(variance) * other], 1))
 
     def _walked(self, x0_hat: Tensor, variance: float, at: Context) -> Tensor:
         """x0 by Langevin steps."""

@@ -89,6 +89,20 @@ def test_moment_matching_is_exact_on_gaussians(prior, name, noise_std):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("sigma", [0.1, 0.8, 5.0])
+def test_moment_matching_is_its_formula_on_mixtures(sigma):
+    """Beside dense algebra with the whole Jacobian, a sample at a time."""
+    m, a = measured(MIX, OPERATORS["matrix"], 0.3), randn(3, 6, seed=14)
+    x = MIX.sample(4, generator(1)) + sigma * randn(4, 6, seed=2)
+    found = moment_matching(MIX.score, m, tol=1e-12)(x, at(sigma))
+    for row, score in zip(x, found, strict=True):
+        j = torch.autograd.functional.jacobian(lambda z: MIX.denoise(z[None], sigma)[0], row)
+        off = m.y[0] - a @ MIX.denoise(row[None], sigma)[0]
+        system = sigma**2 * a @ j @ a.T + 0.09 * torch.eye(3, dtype=F64)
+        expected = MIX.score(row[None], sigma)[0] + j.T @ a.T @ torch.linalg.solve(system, off)
+        torch.testing.assert_close(score, expected, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("noise_std", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_pseudo_inverse_guidance_is_exact_on_round_gaussians(name, noise_std):

@@ -242,6 +242,24 @@ def test_half_precision_costs_digits_and_nothing_else(options):
         assert float((low.double() - whole).norm() / whole.norm()) < 0.05
 
 
+class Target:
+    """A likelihood bound to rows."""
+
+    def __init__(self, y):
+        self.y = y
+
+    def __call__(self, x0):
+        return -(x0.sum(1) - self.y).square()
+
+    def rows(self, index):
+        return Target(self.y[index])
+
+
+def test_any_likelihood_is_split_with_its_rows():
+    score, x, index = plug_in(Splittable(), Target(randn(10, seed=4))), randn(10, 6), torch.tensor([7, 2])
+    torch.testing.assert_close(score.rows(index)(x[index], at(0.8)), score(x, at(0.8))[index])
+
+
 class WithVariance(Splittable):
     """A learned variance beside the score."""
 

@@ -105,6 +105,13 @@ class _PlugIn(Posterior):
     def likelihood(self, at: Denoised) -> Tensor:
         return _slope(at, self.log_likelihood)
 
+    def _rows(self, index: Tensor) -> Combined:
+        made = super()._rows(index)
+        assert isinstance(made, _PlugIn)
+        if (rows := getattr(self.log_likelihood, "rows", None)) is not None:
+            made.log_likelihood = rows(index)
+        return made
+
 
 def _slope(at: Denoised, log_likelihood: LogLikelihood) -> Tensor:
     """grad_x log_likelihood(x0_hat)."""
@@ -210,8 +217,9 @@ def plug_in(score: ScoreFn, log_likelihood: LogLikelihood, scale: float = 1.0) -
     """The score plus the gradient of scale log_likelihood(x0_hat(x)), any differentiable function of x0_hat to (B,).
 
     In nats; a classifier's log-probability of clean data, a measurement's ``log_likelihood``. One evaluation and one
-    backward pass. It has ``rows`` as the score has, so a function that is bound to the rows of a batch needs batches
-    that are never split. Raises TypeError for what is not callable, ValueError for another shape than (B,).
+    backward pass. Where the score is restricted to rows, so is a function with ``rows(index)``; one that is bound to
+    the rows of a batch without it needs batches that are never split. Raises TypeError for what is not callable,
+    ValueError for another shape than (B,).
     """
     return _PlugIn(score, log_likelihood, scale)
 

@@ -29,7 +29,7 @@ from scorelab.inverse import (
 )
 from scorelab.inverse.solvers import conjugate_gradients, gmres
 from scorelab.models import Constant, LogSigma
-from scorelab.nn import MLP
+from scorelab.nn import MLP, UNet
 from scorelab.predictions import edm
 
 LEVELS = (0.01, 0.3, 2.0, 40.0)
@@ -308,6 +308,31 @@ def test_solvers_solve():
         conjugate_gradients(lambda z: (spd @ z.unsqueeze(2)).squeeze(2), b, 1e-12, 2)
     with pytest.warns(RuntimeWarning, match="GMRES left"):
         gmres(lambda z: (root @ z.unsqueeze(2)).squeeze(2), b, 1e-12, 2)
+
+
+def test_conjugate_gradients_keep_their_best_where_they_fail():
+    """No sample is thrown away by a matrix that is not positive: residuals are at most those of z = 0."""
+    root = randn(20, 7, 7)
+    matrix, b = root + root.mT, randn(20, 7, seed=1)
+    with pytest.warns(RuntimeWarning, match="conjugate gradients left"):
+        z = conjugate_gradients(lambda z: (matrix @ z.unsqueeze(2)).squeeze(2), b, 1e-12, 60)
+    left = (b - (matrix @ z.unsqueeze(2)).squeeze(2)).norm(dim=1)
+    assert bool((left <= b.norm(dim=1) * (1 + 1e-12)).all())
+
+
+def test_attention_is_differentiated_twice():
+    """Symmetrised Jacobians and kept graphs of a network whose fused attention has no second derivative on a CPU."""
+    torch.manual_seed(0)
+    net = UNet((1, 4, 4), width=8, multipliers=(1,), blocks=1, attention=(0,), head=8)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model = ScoreModel(net, VE(0.01, 20.0), edm(1.0), data_shape=(1, 4, 4), label="log_sigma").eval()
+    m, x = Measurement(SuperResolution((1, 4, 4), 2), torch.zeros(1, 1, 2, 2), 0.5), randn(2, 1, 4, 4).float()
+    found = moment_matching(model, m, solver="gmres", symmetrise=True)(x, torch.tensor(0.8))
+    assert found.isfinite().all()
+    x.requires_grad_(True)
+    (slope,) = torch.autograd.grad(dps(model, m)(x, torch.tensor(0.8)).square().sum(), x)
+    assert slope.isfinite().all()
 
 
 def test_jacobians_that_are_not_symmetric():

@@ -20,9 +20,11 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scorelab.checks import broadcast
 from scorelab.inverse.measurement import Measurement, linear, noisy
@@ -70,7 +72,12 @@ class Denoised:
 
 
 class Posterior(Combined):
-    """Base of the posterior scores: one score, differentiated, plus ``likelihood`` of its denoised sample."""
+    """Base of the posterior scores: one score, differentiated, plus ``likelihood`` of its denoised sample.
+
+    ``twice``: whether the likelihood differentiates it twice.
+    """
+
+    twice = False
 
     def __init__(self, score: ScoreFn, scale: float) -> None:
         super().__init__(lambda x, sigma, s, g: s + g, (score,), None, True)
@@ -84,7 +91,9 @@ class Posterior(Combined):
 
     def outputs(self, x: Tensor, sigma: Tensor) -> tuple[Any, ...]:
         graph = torch.is_grad_enabled() and x.requires_grad
-        with torch.enable_grad():
+        # fused kernels of attention can be differentiated once only
+        kernels = sdpa_kernel(SDPBackend.MATH) if graph or self.twice else nullcontext()
+        with torch.enable_grad(), kernels:
             inside = x if graph else x.detach().requires_grad_(True)
             (s,) = super().outputs(inside, sigma)
             at = Denoised(s, inside, sigma, graph)
@@ -194,7 +203,8 @@ class _MomentMatching(_Measured):
         scale: float,
     ) -> None:
         super().__init__(score, measurement, scale)
-        self.operator, self.symmetrise, self.tol, self.iterations = linear(measurement), symmetrise, tol, iterations
+        self.operator, self.tol, self.iterations = linear(measurement), tol, iterations
+        self.twice = symmetrise
         self.solve = {"cg": conjugate_gradients, "gmres": gmres}[solver]
 
     def likelihood(self, at: Denoised) -> Tensor:
@@ -203,7 +213,7 @@ class _MomentMatching(_Measured):
         noise = (self.measurement.noise_std / sigma).reshape(-1, 1) ** 2
 
         def covariance(v: Tensor) -> Tensor:
-            return 0.5 * (at.vjp(v) + at.jvp(v)) if self.symmetrise else at.vjp(v)
+            return 0.5 * (at.vjp(v) + at.jvp(v)) if self.twice else at.vjp(v)
 
         def apply(z: Tensor) -> Tensor:
             image = self.operator(covariance(self.operator.adjoint(z.reshape_as(residual))))

@@ -43,11 +43,13 @@ def _warn(left: Tensor, floor: Tensor, tol: float, iterations: int, name: str) -
 def conjugate_gradients(apply: Map, b: Tensor, tol: float, iterations: int) -> Tensor:
     """z with apply(z) = b, both (B, M), apply symmetric and positive on the span of b; RuntimeWarning where it fails.
 
-    A row whose direction has no positive curvature, as of a matrix that is not symmetric, stops there.
+    A row whose direction has no positive curvature, as of a matrix that is not positive or not symmetric, stops there.
+    The iterate of the least residual is returned, for residuals of such a matrix may grow without bound.
     """
-    z, residual = torch.zeros_like(b), b
+    z, best, residual = torch.zeros_like(b), torch.zeros_like(b), b
     direction, square, floor = b, _dot(b, b), _floor(b, tol)
-    alive = square.sqrt() > floor
+    least = square.sqrt()
+    alive = least > floor
     for _ in range(iterations):
         if not bool(alive.any()):
             break
@@ -59,9 +61,11 @@ def conjugate_gradients(apply: Map, b: Tensor, tol: float, iterations: int) -> T
         after = _dot(residual, residual)
         direction = residual + torch.where(alive, after / square, 0.0).unsqueeze(1) * direction
         square = torch.where(alive, after, square)
-        alive = alive & (square.sqrt() > floor)
-    _warn(square.sqrt(), floor, tol, iterations, "conjugate gradients")
-    return z
+        better = square.sqrt() < least
+        best, least = torch.where(better.unsqueeze(1), z, best), torch.where(better, square.sqrt(), least)
+        alive = alive & (least > floor)
+    _warn(least, floor, tol, iterations, "conjugate gradients")
+    return best
 
 
 def gmres(apply: Map, b: Tensor, tol: float, iterations: int) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from problems import F64, generator, randn
 from test_guidance import HIGH, LABELLED, LOW, network
 
-from scorelab import PerSampleNoise, broadcast, classifier_free, log_likelihood, sample, sigmas
+from scorelab import PerSampleNoise, ScoreFn, broadcast, classifier_free, log_likelihood, sample, sigmas
 from scorelab.classifiers import ClassifierModel
-from scorelab.guidance import classifier
+from scorelab.distributions import Gaussian
+from scorelab.guidance import Projected, Thresholded, autoguidance, classifier
 from scorelab.nn import Classifier
 from scorelab.processes import DiscreteVP, linear_betas
 
@@ -166,3 +168,126 @@ def test_what_is_no_classifier_of_these_classes_is_refused():
         guided(x)
     with pytest.raises(ValueError, match="scale is inf; expected a finite number: 1 is conditional"):
         classifier(model, model.conditioned(1), float("inf"))
+
+
+def two(x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Conditional and unconditional denoised samples."""
+    return x + sigma**2 * LABELLED.conditioned(LABELS)(x, sigma), LABELLED.denoise(x, sigma)
+
+
+def guided(scale: float, **options) -> ScoreFn:
+    return classifier_free(LABELLED.conditioned(LABELS), LABELLED.score, scale, **options)
+
+
+def test_scale_one_is_the_conditional_score_whatever_is_done_to_updates():
+    options = {"rescale": 0.7, "projected": Projected(0.0, 0.1), "threshold": Thresholded(0.5, 0.1)}
+    conditional = LABELLED.conditioned(LABELS)
+    assert classifier_free(conditional, LABELLED.score, 1.0, **options) is conditional
+    assert autoguidance(conditional, LABELLED.score, 1, **options) is conditional
+    # and near it, but for thresholds, which may move any sample
+    x, sigma = 3 * randn(12, 2), torch.tensor(0.7, dtype=F64)
+    del options["threshold"]
+    near = guided(1 + 1e-9, **options)(x, sigma)
+    torch.testing.assert_close(near, conditional(x, sigma), rtol=1e-6, atol=1e-6)
+
+
+def test_autoguidance_moves_away_from_the_bad_one():
+    """Of Gaussians of variance 1 and 1 + b scale w has -x (w/(1 + s^2) + (1 - w)/(1 + b + s^2))."""
+    x, sigma = randn(5, 2), torch.linspace(0.1, 4, 5, dtype=F64)
+    good, bad = Gaussian(torch.zeros(2, dtype=F64), 1.0), Gaussian(torch.zeros(2, dtype=F64), 1.5)
+    found = autoguidance(good.score, bad.score, 2.0)(x, sigma)
+    s = sigma.unsqueeze(1) ** 2
+    torch.testing.assert_close(found, -x * (2 / (1 + s) - 1 / (1.5 + s)))
+    inside = autoguidance(good.score, bad.score, 2.0, interval=(1.0, 2.0))(x, sigma)
+    torch.testing.assert_close(inside, torch.where((s > 1) & (s <= 4), found, good.score(x, sigma)))
+    with pytest.raises(TypeError, match="got NoneType; expected two scores, such as ScoreModel.load"):
+        autoguidance(good.score, None, 2.0)
+    with pytest.raises(ValueError, match="scale is nan; expected a finite number: 1 is the score itself"):
+        autoguidance(good.score, bad.score, float("nan"))
+
+
+def test_a_negative_condition_stands_for_none():
+    x, sigma = randn(12, 2), torch.tensor(0.7, dtype=F64)
+    yes, no = LABELLED.conditioned(LABELS), LABELLED.conditioned((LABELS + 1) % 4)
+    found = classifier_free(yes, no, 3.0)
+    torch.testing.assert_close(found(x, sigma), 3 * yes(x, sigma) - 2 * no(x, sigma))
+    model = network()
+    both = [model.conditioned(torch.tensor([y])) for y in (2, 0)]
+    x, sigma = x.float(), sigma.float()
+    for together in (True, False):
+        found = classifier_free(*both, 3.0, together=together)(x, sigma)
+        torch.testing.assert_close(found, 3 * both[0](x, sigma) - 2 * both[1](x, sigma), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("level", [0.05, 0.7, 5.0])
+def test_rescaling_keeps_the_deviation_of_the_conditional_sample(level):
+    x, sigma = 3 * randn(12, 2), torch.tensor(level, dtype=F64)
+    conditional, unconditional = two(x, sigma)
+    plain = unconditional + 4 * (conditional - unconditional)
+    for phi in (0.3, 1.0):
+        ratio = torch.stack(
+            [a.numpy().std() / torch.tensor(b.numpy().std()) for a, b in zip(conditional, plain, strict=True)]
+        )
+        expected = phi * plain * ratio.unsqueeze(1) + (1 - phi) * plain
+        found = x + sigma**2 * guided(4.0, rescale=phi)(x, sigma)
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found.std(1), conditional.std(1))
+
+
+@pytest.mark.parametrize("level", [0.05, 0.7, 5.0])
+def test_projected_guidance_is_its_definition(level):
+    """Sample by sample; eta 1 without a bound is plain guidance."""
+    x, sigma = 3 * randn(12, 2), torch.tensor(level, dtype=F64)
+    conditional, unconditional = two(x, sigma)
+    for eta, norm in ((0.0, 0.05), (0.5, 0.3), (1.0, float("inf")), (0.0, float("inf"))):
+        expected = []
+        for c, u in zip(conditional, unconditional, strict=True):
+            d = (c - u) * min(1.0, norm / max(float((c - u).norm()), 1e-300))
+            parallel = (d @ c) / (c @ c) * c
+            expected.append(c + 3 * (d - parallel + eta * parallel))
+        found = x + sigma**2 * guided(4.0, projected=Projected(eta, norm))(x, sigma)
+        torch.testing.assert_close(found, torch.stack(expected))
+    plain = guided(4.0)(x, sigma)
+    torch.testing.assert_close(guided(4.0, projected=Projected(1.0))(x, sigma), plain)
+    for eta, norm in ((float("nan"), 1.0), (0.0, 0.0), (0.0, -1.0)):
+        with pytest.raises(ValueError, match="expected a finite eta and a positive norm"):
+            Projected(eta, norm)
+
+
+@pytest.mark.parametrize("level", [0.05, 0.7, 5.0])
+def test_thresholds_bound_each_sample(level):
+    x, sigma = 3 * randn(12, 2), torch.tensor(level, dtype=F64)
+    conditional, unconditional = two(x, sigma)
+    plain = (unconditional + 4 * (conditional - unconditional)).numpy()
+    static = x + sigma**2 * guided(4.0, threshold=Thresholded(None, 1.5))(x, sigma)
+    torch.testing.assert_close(static, torch.as_tensor(plain.clip(-1.5, 1.5)))
+    bounds = [max(1.5, np.quantile(abs(row), 0.8)) for row in plain]
+    expected = np.stack([row.clip(-s, s) / s * 1.5 for row, s in zip(plain, bounds, strict=True)])
+    dynamic = x + sigma**2 * guided(4.0, threshold=Thresholded(0.8, 1.5))(x, sigma)
+    torch.testing.assert_close(dynamic, torch.as_tensor(expected))
+    # what stays inside is not touched, to the last digit but two
+    torch.testing.assert_close(guided(4.0, threshold=Thresholded(None, 99.0))(x, sigma), guided(4.0)(x, sigma))
+    for percentile, limit in ((0.0, 1.0), (99.5, 1.0), (0.9, 0.0)):
+        with pytest.raises(ValueError, match="expected 0 < percentile <= 1"):
+            Thresholded(percentile, limit)
+    with pytest.raises(ValueError, match="rescale is 1.5; expected a share phi"):
+        guided(2.0, rescale=1.5)
+
+
+def test_what_is_done_to_updates_is_done_to_each_sample_by_itself():
+    x, options = (
+        3 * randn(12, 2),
+        {"rescale": 0.7, "projected": Projected(0.2, 1.0), "threshold": Thresholded(0.9, 2.0)},
+    )
+    index = torch.tensor([7, 2, 3])
+    conditions = LABELLED.conditioned(LABELS), LABELLED.conditioned((LABELS + 1) % 4)
+    whole = classifier_free(*conditions, 4.0, interval=(0.2, 6.0), **options)
+    for sigma in LEVELS:
+        part = sigma if sigma.ndim == 0 else sigma[index]
+        torch.testing.assert_close(whole.rows(index)(x[index], part), whole(x, sigma)[index])
+    # one number a sample has no deviation to keep, and images are flattened
+    one = classifier_free(lambda x, s: -x, lambda x, s: -2 * x, 3.0, rescale=1.0)
+    torch.testing.assert_close(one(x[:, :1], LEVELS[0]), 1.0 * x[:, :1])
+    image = classifier_free(lambda x, s: -x, lambda x, s: -x.abs(), 3.0, **options)
+    tall, flat = x.reshape(3, 2, 2, 2), x.reshape(3, 8)
+    torch.testing.assert_close(image(tall, LEVELS[0]).reshape(3, 8), image(flat, LEVELS[0]))

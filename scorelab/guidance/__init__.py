@@ -1,6 +1,8 @@
 """Scores steered by other scores."""
 
+from scorelab.guidance.autoguidance import autoguidance
 from scorelab.guidance.classifier import classifier
 from scorelab.guidance.classifier_free import classifier_free
+from scorelab.guidance.updates import Projected, Thresholded
 
-__all__ = ["classifier", "classifier_free"]
+__all__ = ["Projected", "Thresholded", "autoguidance", "classifier", "classifier_free"]

@@ -15,7 +15,7 @@ from scorelab.checks import broadcast, check_output, level_of
 from scorelab.scores import Combined, Formula
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["Guided", "check_scale", "check_scores", "contrasted"]
+__all__ = ["Guided", "Interval", "check_scores"]
 
 Interval = tuple[float, float]
 
@@ -62,22 +62,6 @@ class Guided(Combined):
             return guided
         inside = (sigma.float() > self.low) & (sigma.float() <= self.high)
         return torch.where(inside if sigma.ndim == 0 else broadcast(inside, x), guided, outputs[0])
-
-
-def contrasted(scale: float) -> Formula:
-    """The formula other + scale (score - other)."""
-
-    def formula(x: Tensor, sigma: Tensor, score: Tensor, other: Tensor) -> Tensor:
-        return torch.lerp(other, score, scale)
-
-    return formula
-
-
-def check_scale(scale: float, meaning: str) -> float:
-    """A scale of guidance as a float; ValueError for one that is not finite, saying what scales mean."""
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; expected a finite number: {meaning}")
-    return float(scale)
 
 
 def check_scores(scores: tuple[ScoreFn, ...], example: str) -> None:

@@ -11,13 +11,14 @@ this score; its ancestral sampler adds variance times gradient to the mean, whic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from scorelab.checks import call, check_batch, widened
-from scorelab.guidance.base import Guided, Interval, check_scale
+from scorelab.guidance.base import Guided, Interval
 from scorelab.scores import Combined
 from scorelab.typing import ScoreFn, Tensor
 
@@ -66,7 +67,8 @@ def classifier(score: ScoreFn, log_prob: LogProb, scale: float = 1.0, *, interva
     Raises TypeError for what is not callable, ValueError for a scale that is not finite, an interval of no levels, or a
     log_prob that is not (B,) or can't be differentiated.
     """
-    scale = check_scale(scale, "1 is conditional, 0 the score alone")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; expected a finite number: 1 is conditional, 0 the score alone")
     for function, said in ((score, "score"), (log_prob, "log_prob")):
         if not callable(function):
             raise TypeError(f"{said} is {type(function).__name__}; expected a callable {said}(x, sigma)")

@@ -12,7 +12,8 @@ Models, 2024, arXiv:2404.07724.
 
 from __future__ import annotations
 
-from scorelab.guidance.base import Guided, Interval, check_scale, check_scores, contrasted
+from scorelab.guidance.base import Guided, Interval, check_scores
+from scorelab.guidance.updates import Projected, Thresholded, contrasted
 from scorelab.typing import ScoreFn
 
 __all__ = ["classifier_free"]
@@ -25,16 +26,24 @@ def classifier_free(
     *,
     interval: Interval | None = None,
     together: bool | None = None,
+    rescale: float = 0.0,
+    projected: Projected | None = None,
+    threshold: Thresholded | None = None,
 ) -> ScoreFn:
     """The score unconditional + scale (conditional - unconditional), for any sampler, likelihood or calibration.
 
-    ``classifier_free(model.conditioned(y), model.conditioned(None), scale=2)``. interval: (low, high), guide at noise
-    levels low < sigma <= high only; elsewhere the score is the conditional one, and only that is evaluated. together:
-    evaluate both conditions of one model as one batch of twice the size; None: where that was measured to be faster.
+    ``classifier_free(model.conditioned(y), model.conditioned(None), scale=2)``. Instead of the unconditional score that
+    of a negative condition may be given: what samples move away from. interval: (low, high), guide at noise levels
+    low < sigma <= high only; elsewhere the score is the conditional one, and only that is evaluated. together: evaluate
+    both conditions of one model as one batch of twice the size; None: where that was measured to be faster.
 
-    Raises TypeError for what is not callable, ValueError for a scale that is not finite or an interval of no levels.
+    rescale (phi, 0 to 1), projected, threshold: what is done to denoised samples where it guides, in this order (see
+    scorelab.guidance.updates). Scale 1 is the conditional score, whatever they are.
+
+    Raises TypeError for what is not callable, ValueError for a scale that is not finite, an interval of no levels, or a
+    rescale that is no share.
     """
-    scale = check_scale(scale, "1 is conditional, 0 unconditional")
+    steer = contrasted(scale, rescale, projected, threshold)
     check_scores((conditional, unconditional), "model.conditioned(None)")
-    guided = Guided(contrasted(scale), (conditional, unconditional), interval, together)
+    guided = Guided(steer, (conditional, unconditional), interval, together)
     return conditional if scale == 1 else guided

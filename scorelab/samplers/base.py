@@ -14,7 +14,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -200,6 +200,15 @@ class Counted:
                 raise said from error
             raise
         return self._note(output, x, sigma)
+
+    @contextmanager
+    def evaluating(self, score: ScoreFn) -> Iterator[None]:
+        """Another score in its place for a while, of the same kind, counted with it."""
+        own, self.score = self.score, score
+        try:
+            yield
+        finally:
+            self.score = own
 
     def _note(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         self.nfe += 1

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from scorelab.distributions import TARGETS
 from scorelab.plotting.page import write_page
-from toy import densities, fields, forward, langevin, samplers, schedules, trajectories, triangle
+from toy import densities, fields, forward, guidance, langevin, samplers, schedules, trajectories, triangle
 from toy.common import Gallery, options, parse
 
 Section = tuple[str, str, list, object]
@@ -21,6 +21,7 @@ FIGURES = {
     "samplers": (samplers, "Samplers"),
     "trajectories": (trajectories, "Trajectories"),
     "triangle": (triangle, "Score, eps, x0, v"),
+    "guidance": (guidance, "Guidance, and what it samples"),
 }
 FOR_TARGETS = ("densities", "fields", "samplers", "trajectories", "triangle")
 """The figures that are drawn for every target."""

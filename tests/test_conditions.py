@@ -15,14 +15,14 @@ from test_distributed import ROOT, launch, rows
 from test_files import idx
 from test_training import small
 
-from scorelab import ScoreModel, sigmas
+from scorelab import PerSampleNoise, ScoreModel, sample, sigmas
 from scorelab.cli.main import main
 from scorelab.cli.sampling import load_run, sample_run
 from scorelab.data import Arrays, Drawn, Images, digits
 from scorelab.distributions import target
 from scorelab.losses import Denoising, Implicit, Objective, Sliced
 from scorelab.losses.denoising import posterior_mean
-from scorelab.training import Trainer, build, train
+from scorelab.training import Trainer, build, build_sampling, own_score, train
 from scorelab.training.batches import Batches
 from scorelab.typing import Batch
 
@@ -123,6 +123,15 @@ def test_the_command_line_refuses_unknown_classes(tmp_path, capsys):
         ("with", ["--guidance=2", "--guidance_interval=3"], "--guidance_interval is '3'; expected two noise levels"),
         ("with", ["--guidance=2", "--guidance_interval=3,1"], "is '3,1'; expected the lower noise level first"),
         ("with", ["--condition=none", "--guidance=2"], "--guidance needs a class to guide to"),
+        ("with", ["--guidance=2", "--guidance_rescale=2"], "--guidance_rescale is 2; expected a share from 0"),
+        (
+            "with",
+            ["--guidance=2", "--autoguidance=2"],
+            "--autoguidance is 2; expected an earlier step than that of the",
+        ),
+        ("with", ["--guidance=2", "--autoguidance=1"], "has no checkpoint of step 1; steps there: 2"),
+        ("with", ["--autoguidance=1"], "--autoguidance=1 has a scale of 1, which is none; expected --guidance"),
+        ("without", ["--guidance_rescale=0.5"], "--guidance needs a class to guide to"),
         ("all", ["--condition=none"], "none that stands for no class; expected a condition"),
         ("all", ["--guidance=2"], "trained with training.label_dropout=0"),
         ("without", ["--condition=1"], "--condition is '1', but this model has no classes"),
@@ -168,6 +177,41 @@ def test_samples_of_classes_are_drawn_each_in_turn_and_guided(tmp_path, capsys):
     assert "sampler_3_3_guided_2.json --condition=3 --guidance=2.0" in said
     assert main([*shlex.split(said), "--n=2"]) == 0
     assert main(["likelihood", f"--workdir={tmp_path}", "--n=2"]) == 0
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_run_is_guided_away_from_its_own_earlier_checkpoint(classes, tmp_path, capsys):
+    """With classes and without: early + 2 (late - early), rescaled where that is asked for; calibrated alike."""
+    options = {"training__checkpoint_every": 3, "sampling__grid__n": 4, "optim__warmup": 0, "optim__lr": 0.1}
+    train((conditional if classes else small)(6, **options), tmp_path, progress=False)
+    asked = ["--guidance=2", "--autoguidance=3", "--n=4"]
+    assert main(["sample", f"--workdir={tmp_path}", *asked]) == 0
+    assert (tmp_path / "samples" / "drawn_00000006_guided_2_from_3.png").is_file()
+    config, late, _ = load_run(tmp_path)
+    early = load_run(tmp_path, step=3)[1]
+    labels = torch.arange(4) if classes else None
+    found = sample_run(tmp_path, n=4, guidance=2.0, autoguidance=3)
+    config.sampling.guidance = 2.0
+    score = own_score(late, config, labels, early)
+    x, sigma = torch.randn(4, *late.data_shape, generator=generator()), torch.tensor(0.8)
+    first, second = (m if labels is None else m.conditioned(labels) for m in (late, early))
+    torch.testing.assert_close(score(x, sigma), 2 * first(x, sigma) - second(x, sigma), rtol=1e-4, atol=1e-4)
+    levels, sampler = build_sampling(config, late)
+    expected = sample(score, (4, *late.data_shape), levels, sampler, generator=PerSampleNoise(0))
+    torch.testing.assert_close(found.x, expected, rtol=1e-4, atol=1e-4)
+    # all of the deviation is brought back at the first level
+    again = sample_run(tmp_path, n=4, guidance=2.0, autoguidance=3, guidance_rescale=1.0).x
+    assert not torch.allclose(again, found.x, atol=1e-3)
+    config.sampling.guidance_rescale = 1.0
+    ends = x + sigma**2 * own_score(late, config, labels, early)(x, sigma)
+    wanted = (x + sigma**2 * first(x, sigma)).flatten(1).std(1)
+    torch.testing.assert_close(ends.flatten(1).std(1), wanted, rtol=1e-4, atol=1e-4)
+    capsys.readouterr()
+    options = ["--nfe=3", "--starts=16", "--guidance=2", "--autoguidance=3", "--guidance_rescale=0.5"]
+    assert main(["calibrate", f"--workdir={tmp_path}", *options]) == 0
+    said = capsys.readouterr().out.partition("use it with: scorelab ")[2]
+    assert "--guidance=2.0 --guidance_rescale=0.5 --autoguidance=3" in said
+    assert main([*shlex.split(said), "--n=2"]) == 0
 
 
 def test_conditional_settings_that_do_not_fit_are_refused(tmp_path):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from scorelab.cli.dry_run import in_words
-from scorelab.cli.sampling import check_guided, condition_of, guide, load_run
+from scorelab.cli.sampling import bad_of, check_guided, condition_of, guide, load_run
 from scorelab.data import Coded, Source, Values
 from scorelab.likelihood import bits_per_dim, log_likelihood
 from scorelab.models import ScoreModel
@@ -63,16 +63,21 @@ def calibrate_run(
     condition: str = "",
     guidance: float | None = None,
     guidance_interval: str | None = None,
+    guidance_rescale: float | None = None,
+    autoguidance: int | None = None,
 ) -> str:
     """Fit a sampler of ``nfe`` evaluations to a run's averaged weights, write it to ``out`` and say how good it is.
 
-    condition, guidance: what it will be used for, as for sampling.
+    condition, guidance, autoguidance: what it will be used for, as for sampling.
     """
     config, model, found = load_run(workdir, step=step)
-    guide(config, guidance, guidance_interval)
+    guide(config, guidance, guidance_interval, guidance_rescale)
     labels = condition_of(condition, model, workdir, starts)
-    check_guided(labels, guidance, guidance_interval)
-    score = own_score(model, config, labels)
+    if autoguidance is None:
+        check_guided(labels, guidance, guidance_interval, guidance_rescale)
+        score = own_score(model, config, labels)
+    else:
+        score = own_score(model, config, labels, bad_of(workdir, config, model, autoguidance, found, "ema"))
     low, high = model.sigma_range
     grid = resolve(config).sampling.grid
     low, high = grid.get("sigma_min") or low, grid.get("sigma_max") or high
@@ -85,6 +90,7 @@ def calibrate_run(
     sampler.save(out)
     r = sampler.report
     asked = {"condition": condition or None, "guidance": guidance, "guidance_interval": guidance_interval}
+    asked |= {"guidance_rescale": guidance_rescale, "autoguidance": autoguidance}
     same = "".join(f" --{key}={quote(str(value))}" for key, value in asked.items() if value is not None)
     return (
         f"{out}: {nfe} evaluations on step {found}, held-out error {r['held_out_error']:.3g} against "

@@ -22,6 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from scorelab.checks import nearest_name
+from scorelab.cli.guided import GUIDED, define_guidance, guidance_of, guided_names
 from scorelab.cli.overrides import check_keys, config_file, literal, parse, sampling_changed, settings_of, with_parts
 
 __all__ = ["main"]
@@ -32,10 +33,11 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
                        [--sampler NAME|FILE.json] [--nfe 20] [--grid NAME] [--config.sampling.sampler.eta=0.5]
                        [--step STEP] [--weights ema|model|ema_0.9999|ema_power_0.1] [--batch_size 256] [--device cuda]
                        [--condition each|none|CLASS] [--guidance 2] [--guidance_interval 0.2,5]
+                       [--guidance_rescale 0.7] [--autoguidance STEP]
                        [--precision fp32|bf16|auto] [--compile]
        scorelab sample --model digits|fashion_mnist [--n 64] ...  (comes with scorelab)
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
-                       [--condition ...] [--guidance ...] [--guidance_interval ...]
+                       [--condition ...] [--guidance ...] [--guidance_interval ...] [--autoguidance ...] ...
        scorelab report --workdir runs/x
        scorelab density --workdir runs/x [--n 200] [--out FILE.png]  (2-D data)
        scorelab settings  (every setting of a config)
@@ -178,10 +180,10 @@ def _sample(arguments: list[str]) -> None:
     arguments = [a for a in arguments if not a.startswith("--config.")]
     values = _run_flags(
         {"n": None, "nfe": None, "batch_size": None},
-        {"out": None, "sampler": None, "grid": None, "weights": "ema", "precision": "fp32", "device": "", **_GUIDED}
+        {"out": None, "sampler": None, "grid": None, "weights": "ema", "precision": "fp32", "device": "", **GUIDED}
         | {"model": None},
     )
-    flags.DEFINE_float("guidance", None, "scale of classifier-free guidance", flag_values=values)
+    define_guidance(values)
     flags.DEFINE_bool("compile", False, "compile the network: faster samples after a slow start", flag_values=values)
     # torchrun takes --n for one of its own options
     flags.DEFINE_alias("samples", "n", flag_values=values)
@@ -219,7 +221,7 @@ def _sample(arguments: list[str]) -> None:
     if out is not None and os.environ.get("RANK", "0") == "0":
         check_out(out)
     weights = str(values["weights"].value)
-    guided = _guided(values)
+    guided = guidance_of(values)
     numbers: dict[str, Any] = {"precision": str(values["precision"].value), "compile": bool(values["compile"].value)}
     numbers |= {"device": str(values["device"].value), "nfe": nfe, "changes": lambda c: sampling_changed(c, given)}
     run = sample_run(workdir, n=n, seed=seed, step=step, weights=weights, sampler=sampler, **numbers, **guided)
@@ -229,25 +231,10 @@ def _sample(arguments: list[str]) -> None:
         sampler.stem if sampler else name,
     ]
     parts += [f"nfe_{nfe}" if nfe else "", str(values["grid"].value or "")]
-    parts += [*_guided_names(values), f"seed_{seed}" if seed else ""]
+    parts += [*guided_names(values), f"seed_{seed}" if seed else ""]
     out = out or place / f"{'_'.join(filter(None, parts))}{'.png' if run.shown else '.npz'}"
     if parallel.world()[0] == 0:
         print(write_samples(run, out))
-
-
-_GUIDED: dict[str, str | None] = {"condition": "", "guidance_interval": None}
-
-
-def _guided(values: flags.FlagValues) -> dict[str, Any]:
-    """What samples are conditioned on and how they are guided."""
-    return {name: values[name].value for name in ("condition", "guidance", "guidance_interval")}
-
-
-def _guided_names(values: flags.FlagValues) -> list[str]:
-    """The same for the name of a file."""
-    scale, interval = values["guidance"].value, str(values["guidance_interval"].value or "")
-    guided = [str(values["condition"].value), "" if scale is None else f"guided_{scale:g}", interval.replace(",", "_")]
-    return [part.replace("/", "_") for part in guided]
 
 
 def _workdir(values: flags.FlagValues) -> Path:
@@ -267,15 +254,15 @@ def _run_flags(numbers: dict[str, int | None], texts: dict[str, str | None]) -> 
 
 
 def _calibrate(arguments: list[str]) -> None:
-    values = _run_flags({"nfe": 10, "starts": 64}, {"method": "least_squares", "out": None, **_GUIDED})
-    flags.DEFINE_float("guidance", None, "scale of classifier-free guidance", flag_values=values)
+    values = _run_flags({"nfe": 10, "starts": 64}, {"method": "least_squares", "out": None, **GUIDED})
+    define_guidance(values)
     parse(arguments, values)
     workdir = _workdir(values)
     from scorelab.cli.analysis import calibrate_run
     from scorelab.writing import check_writable
 
     nfe, starts, seed, step = (int(values[name].value or 0) for name in ("nfe", "starts", "seed", "step"))
-    parts = [f"sampler_{nfe}", *_guided_names(values)]
+    parts = [f"sampler_{nfe}", *guided_names(values)]
     out = Path(values["out"].value or workdir / f"{'_'.join(filter(None, parts))}.json").expanduser()
     check_writable(out)
     options: dict[str, Any] = {
@@ -285,7 +272,7 @@ def _calibrate(arguments: list[str]) -> None:
         "step": step,
         "method": str(values["method"].value),
     }
-    print(calibrate_run(workdir, out, **options, **_guided(values)))
+    print(calibrate_run(workdir, out, **options, **guidance_of(values)))
 
 
 def _likelihood(arguments: list[str]) -> None:

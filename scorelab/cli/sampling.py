@@ -28,6 +28,7 @@ from scorelab.writing import check_writable, whole
 
 __all__ = [
     "RunSamples",
+    "bad_of",
     "check_guided",
     "check_out",
     "condition_of",
@@ -143,10 +144,14 @@ def _snapshots(folder: Path, step: int) -> list[Snapshot]:
     return found
 
 
-def guide(config: ConfigDict, scale: float | None, interval: str | None) -> None:
-    """Put guidance that was asked for into the experiment's settings; ValueError for an interval that is none."""
+def guide(config: ConfigDict, scale: float | None, interval: str | None, rescale: float | None = None) -> None:
+    """Put guidance that was asked for into the experiment's settings; ValueError for an interval or share of none."""
     if scale is not None:
         config.sampling.guidance = scale
+    if rescale is not None:
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"--guidance_rescale is {rescale:g}; expected a share from 0 (none) to 1, such as 0.7")
+        config.sampling.guidance_rescale = rescale
     if interval is not None:
         try:
             low, high = (float(part) for part in interval.split(","))
@@ -159,10 +164,25 @@ def guide(config: ConfigDict, scale: float | None, interval: str | None) -> None
         config.sampling.guidance_interval = (low, high)
 
 
-def check_guided(labels: Tensor | None, scale: float | None, interval: str | None) -> None:
+def check_guided(labels: Tensor | None, *asked: object) -> None:
     """Refuse (ValueError) guidance that was asked for without a class to guide to."""
-    if labels is None and (scale, interval) != (None, None):
-        raise ValueError("--guidance needs a class to guide to; expected a model with classes, and no --condition=none")
+    if labels is None and any(option is not None for option in asked):
+        raise ValueError(
+            "--guidance needs a class to guide to; expected a model with classes, and no --condition=none, or "
+            "--autoguidance=STEP"
+        )
+
+
+def bad_of(workdir: Path, config: ConfigDict, model: ScoreModel, step: int, found: int, weights: str) -> ScoreModel:
+    """The model of an earlier checkpoint, to guide ``model`` of step ``found`` away from, where that one is.
+
+    Raises ValueError for a checkpoint that is missing or no earlier one, and where no scale was asked for.
+    """
+    if config.sampling.guidance == 1:
+        raise ValueError(f"--autoguidance={step} has a scale of 1, which is none; expected --guidance, such as 2")
+    if not 0 < step < found:
+        raise ValueError(f"--autoguidance is {step}; expected an earlier step than that of the samples, {found}")
+    return load_run(workdir, step=step, weights=weights)[1].to(model.device)
 
 
 def condition_of(text: str, model: ScoreModel, workdir: Path, n: int) -> Tensor | None:
@@ -206,6 +226,8 @@ def sample_run(
     condition: str = "",
     guidance: float | None = None,
     guidance_interval: str | None = None,
+    guidance_rescale: float | None = None,
+    autoguidance: int | None = None,
     precision: str = "fp32",
     compile: bool = False,
     device: str = "",
@@ -213,9 +235,10 @@ def sample_run(
     changes: Callable[[ConfigDict], ConfigDict] = lambda config: config,
 ) -> RunSamples:
     """Samples of a run's checkpoint and ``weights`` (see ``load_run``); sample i depends on (seed, i) alone, and on its
-    class (see ``condition_of``). n: 0 for the experiment's own number, or so many of each class. precision, compile:
-    how the network computes (see ``prepare``). device: by default the GPU, if there is one. nfe: as many noise levels
-    as take this many evaluations at most. changes: what is changed of the experiment's settings.
+    class (see ``condition_of``). n: 0 for the experiment's own number, or so many of each class. autoguidance: the
+    earlier checkpoint to guide away from, instead of from no class. precision, compile: how the network computes (see
+    ``prepare``). device: by default the GPU, if there is one. nfe: as many noise levels as take this many evaluations
+    at most. changes: what is changed of the experiment's settings.
 
     Under torchrun every process makes its share and returns all of them.
     """
@@ -225,13 +248,18 @@ def sample_run(
     prepare(model.to(checked_device(device) if device else place), precision, compile=compile)
     if nfe:
         config = with_nfe(config, model, nfe)
-    guide(config, guidance, guidance_interval)
+    guide(config, guidance, guidance_interval, guidance_rescale)
     count, classes = n or config.sampling.samples, model.num_classes
     if not n and classes and condition in ("", "each"):
         count = max(1, count // classes) * classes
     labels = condition_of(condition, model, workdir, count)
-    check_guided(labels, guidance, guidance_interval)
-    x = sample_model(model, config, count, PerSampleNoise(seed), condition=labels, sampler=sampler)
+    bad = None
+    if autoguidance is not None:
+        bad = bad_of(workdir, config, model, autoguidance, found, weights)
+        prepare(bad, precision, compile=compile)
+    else:
+        check_guided(labels, guidance, guidance_interval, guidance_rescale)
+    x = sample_model(model, config, count, PerSampleNoise(seed), condition=labels, bad=bad, sampler=sampler)
     return RunSamples(x, _values(workdir, model), model, found, labels)
 
 

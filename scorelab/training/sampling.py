@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from scorelab.adapters import clipped
 from scorelab.checks import broadcast
-from scorelab.guidance import classifier_free
+from scorelab.guidance.autoguidance import autoguidance
+from scorelab.guidance.classifier_free import classifier_free
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.processes import DiscreteVP
@@ -134,20 +135,26 @@ def check_sampling(config: ConfigDict, model: ScoreModel) -> None:
         model.train(training)
 
 
-def own_score(model: ScoreModel, config: ConfigDict, condition: Tensor | None = None) -> ScoreFn:
+def own_score(
+    model: ScoreModel, config: ConfigDict, condition: Tensor | None = None, bad: ScoreModel | None = None
+) -> ScoreFn:
     """The score that an experiment samples with: for a condition guided, with the denoised sample clamped to the data's
-    range, as it says. Raises ValueError for guidance of a model that can't leave the condition out.
+    range, as it says. bad: guide away from this model instead, for a condition or none. Raises ValueError for
+    guidance of a model that can't leave the condition out.
     """
     c = config.sampling
     score: ScoreFn = model if condition is None else model.conditioned(condition)
-    if condition is not None and c.guidance != 1:
+    interval, rescale = tuple(c.guidance_interval) or None, c.guidance_rescale
+    if bad is not None:
+        other = bad if condition is None else bad.conditioned(condition)
+        score = autoguidance(score, other, c.guidance, interval=interval, rescale=rescale)
+    elif condition is not None and c.guidance != 1:
         if not config.training.label_dropout:
             raise ValueError(
                 f"guidance is {c.guidance:g}, but this model was trained with training.label_dropout=0, so it never "
                 "learnt what to predict without a class: train with 0.1, for example"
             )
-        interval = tuple(c.guidance_interval) or None
-        score = classifier_free(score, model.conditioned(None), c.guidance, interval=interval)
+        score = classifier_free(score, model.conditioned(None), c.guidance, interval=interval, rescale=rescale)
     return clipped(score, -1.0, 1.0) if c.clip and model.data_range is not None else score
 
 
@@ -163,15 +170,16 @@ def sample_model(
     generator: torch.Generator | PerSampleNoise,
     *,
     condition: Tensor | None = None,
+    bad: ScoreModel | None = None,
     sampler: Path | None = None,
     progress: bool = True,
 ) -> Tensor:
     """n samples, decoded, for a condition (n, ...) or (1, ...) or none, with the experiment's own sampler and batch
-    size, or with a calibrated sampler's file.
+    size, or with a calibrated sampler's file. bad: see ``own_score``.
     """
     noise_levels, own = build_sampling(config, model)
     codes = sample(
-        own_score(model, config, condition),
+        own_score(model, config, condition, bad),
         (n, *model.data_shape),
         noise_levels if sampler is None else None,
         own if sampler is None else Calibrated.load(sampler),

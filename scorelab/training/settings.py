@@ -137,6 +137,7 @@ def default_config() -> ConfigDict:
                 "clip": False,  # clamp the denoised sample to the data range
                 "guidance": 1.0,  # scale of classifier-free guidance: 1 conditional, 0 unconditional, more extrapolates
                 "guidance_interval": (),  # (low, high): the noise levels at which it guides; (): all
+                "guidance_rescale": 0.0,  # share of the guided deviation that is brought back to the conditional one's
                 "samples": 64,  # how many are drawn
                 "batch_size": 256,  # at once
             },
@@ -218,6 +219,7 @@ _USED = {
     "training.label_dropout": ("model.conditional", (True,)),
     "sampling.guidance": ("model.conditional", (True,)),
     "sampling.guidance_interval": ("model.conditional", (True,)),
+    "sampling.guidance_rescale": ("model.conditional", (True,)),
 }
 """Settings that some choices leave unused: by which setting, and for which of its values they are read (":" for a torch
 data set)."""

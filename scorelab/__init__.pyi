@@ -17,7 +17,7 @@ from . import scores as scores
 from . import training as training
 from .adapters import broadcast, clipped, from_denoiser, from_eps, from_time_score
 from .evaluation import check_score
-from .guidance import classifier_free
+from .guidance import autoguidance, classifier_free
 from .interop.exporting import export
 from .interop.loading import load
 from .likelihood import LogLikelihood, bits_per_dim, log_likelihood, sample_log_prob, variational_bound
@@ -45,6 +45,7 @@ __all__ = [
     "ScoreModel",
     "Step",
     "SubVP",
+    "autoguidance",
     "bits_per_dim",
     "broadcast",
     "check_score",

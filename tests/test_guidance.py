@@ -193,12 +193,17 @@ def test_the_null_condition_is_refused_where_the_network_knows_none():
         (torch.tensor([1.0]), "float32 .*; expected classes, whole numbers"),
         (torch.tensor([[1]]), r"\(1, 1\); expected classes"),
         (torch.tensor(1), "one row a sample"),
-        (2, "one row a sample"),
+        (7, "classes from 7 to 7; expected 0 to 3"),
     ],
 )
 def test_classes_that_are_none_are_refused(condition, said):
     with pytest.raises(ValueError, match=said):
         network().conditioned(condition)
+
+
+def test_a_class_is_given_by_its_number():
+    known, x, sigma = network(), randn(2, 1, 8, 8).float(), torch.tensor(1.0)
+    assert torch.equal(known.conditioned(2)(x, sigma), known.conditioned(torch.tensor([2]))(x, sigma))
 
 
 @pytest.mark.parametrize("null", [False, True])

@@ -330,7 +330,7 @@ def test_the_command_line_converts_and_samples(tmp_path, persistence, capsys):
             "has no option 'size'; it has",
         ),
         (["convert", str(path), "--out=y"], "expected scorelab convert FILE --release=NAME"),
-        (["likelihood", f"--workdir={out}"], "which has no data; expected the directory of a run"),
+        (["likelihood", f"--workdir={out}"], "which has no data; expected a run's directory"),
         (["sample", f"--workdir={out}", "--step=3"], "holds one model and no checkpoints"),
     ):
         assert main(command) == 2

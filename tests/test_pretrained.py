@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,24 @@ def test_a_config_of_another_network_trains_a_saved_model_on(tmp_path, capsys):
     assert (tuned.sigma_range, tuned.prediction.name) == (before.sigma_range, before.prediction.name)
     assert main([*command, "--dry_run"]) == 0
     assert "subvp" not in capsys.readouterr().out.split("sampling:")[0]
+
+
+@pytest.mark.parametrize("method", [["--method=bound", "--steps=8"], ["--tolerance=.1"]])
+def test_a_saved_model_has_a_likelihood_of_the_data_of_a_config(method, tmp_path, capsys):
+    scorelab.load("digits").save(tmp_path / "digits")
+    command = ["likelihood", "--workdir", str(tmp_path / "digits"), "--n=3", "--bits", *method]
+    command += [f"--out={tmp_path / 'x.png'}"] * (len(method) == 2)
+    assert main(command) == 2
+    assert "this is a saved model, which has no data; expected" in capsys.readouterr().err
+    assert main([*command, "--config=configs/digits/edm.py"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["samples"], found["of"], found["given"]) == (3, "training data", "its class")
+    (tmp_path / "ring.py").write_text(
+        "from scorelab.training import default_config\n\n\ndef get_config():\n    c = default_config()\n"
+        "    c.data.source = 'ring'\n    return c\n"
+    )
+    assert main([*command, f"--config={tmp_path / 'ring.py'}"]) == 2
+    assert "the data is (2,), with None scaled to [-1, 1], and the model's is (1, 8, 8)" in capsys.readouterr().err
 
 
 def test_fashion_mnist_has_the_brightness_of_the_data():

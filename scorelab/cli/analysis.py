@@ -100,16 +100,26 @@ def calibrate_run(
 
 
 def likelihood_run(
-    workdir: Path, *, n: int, divergence: str, probes: int, levels: int, seed: int, step: int, tolerance: float
+    workdir: Path,
+    *,
+    n: int,
+    divergence: str,
+    probes: int,
+    levels: int,
+    seed: int,
+    step: int,
+    tolerance: float,
+    data: ConfigDict | None = None,
 ) -> str:
     """Mean log-likelihood of ``n`` data of a run in nats, held-out ones if it has any, or bits per dimension; of a
     conditional model given their classes.
 
-    ``levels``, for bits, is how many values a number of the data may take, -1 for as many as it does; another
-    count than its own is a ValueError.
+    data: a config of other data than the run's own, which a saved model needs. levels: for bits, how many values a
+    number of the data may take, -1 for as many as it does; another count than its own is a ValueError.
     """
     config, model, found = load_run(workdir, step=step)
-    source, held, codec = load_data(config), config.data.validation, model.codec
+    config = with_data(config, data)
+    source, held, codec = data_for(model, config), config.data.validation, model.codec
     spacing = spacing_of(source.values, levels) if levels else 0.0
     if codec is not None:
         if levels:
@@ -136,6 +146,25 @@ def likelihood_run(
     numbers |= {name: {"mean": float(measures.mean()), "standard_error": error, "unit": unit}}
     numbers |= {"spacing": spacing} if levels else {}
     return json.dumps({**numbers, "statement": statement}, indent=1)
+
+
+def with_data(config: ConfigDict, data: ConfigDict | None) -> ConfigDict:
+    """The config with the data of another."""
+    if data is not None:
+        config.data = data.data
+    return config
+
+
+def data_for(model: ScoreModel, config: ConfigDict) -> Source:
+    """The data of a config; ValueError if it is not of the model's shape, or is scaled otherwise."""
+    source = load_data(config)
+    ends = None if source.values is None else source.values.ends
+    if source.data_shape != model.data_shape or (model.codec is None and ends != model.data_range):
+        raise ValueError(
+            f"the data is {source.data_shape}, with {ends} scaled to [-1, 1], and the model's is {model.data_shape}, "
+            f"with {model.data_range}; expected the same: --config names a config with data of the model"
+        )
+    return source
 
 
 def held_data(source: Source, config: ConfigDict, n: int) -> Batch:

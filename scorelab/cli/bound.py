@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from scorelab.cli.analysis import held_data, spacing_of
+from scorelab.cli.analysis import data_for, held_data, spacing_of, with_data
 from scorelab.cli.sampling import load_run
 from scorelab.likelihood import VariationalBound, variational_bound
 from scorelab.models import ScoreModel
@@ -19,7 +20,7 @@ from scorelab.plotting import figure
 from scorelab.processes import DiscreteVP
 from scorelab.samplers import Ancestral
 from scorelab.sigmas import from_betas
-from scorelab.training import load_data, resolve
+from scorelab.training import resolve
 from scorelab.typing import Tensor
 from scorelab.writing import check_writable, whole
 
@@ -28,18 +29,22 @@ __all__ = ["bound_run"]
 _AT_ONCE = 64
 
 
-def bound_run(workdir: Path, out: Path, *, n: int, levels: int, seed: int, step: int, steps: int) -> str:
+def bound_run(
+    workdir: Path, out: Path, *, n: int, levels: int, seed: int, step: int, steps: int, data: ConfigDict | None = None
+) -> str:
     """The bound of ``n`` data of a run, held-out ones if it has any, on what ancestral sampling generates over
     ``steps`` noise levels, 0: all of a process of steps, 1,000 of another; in nats, or with ``levels`` in bits per
     dimension (see ``likelihood_run``). Its terms over the levels are drawn into ``out``, a .png.
 
-    The variance is the learned one, or that which the run samples with. Raises ValueError for a model of codes.
+    data: see ``likelihood_run``. The variance is the learned one, or that which the run samples with. Raises ValueError
+    for a model of codes.
     """
     check_writable(out)
     config, model, found = load_run(workdir, step=step)
+    config = with_data(config, data)
     if model.codec is not None:
         raise ValueError("the bound of a model of codes is not that of its data; expected --method=ode")
-    source = load_data(config)
+    source = data_for(model, config)
     batch = held_data(source, config, n).mapped(lambda t: t.to(model.device))
     sampler = resolve(config).sampling.sampler
     variance = "learned" if model.variance else sampler.get("variance", "posterior")

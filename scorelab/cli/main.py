@@ -45,7 +45,8 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab export RUN_OR_SAVED_MODEL FILE.onnx|FILE.pt2 [--step STEP] [--weights ema|model|...]
        scorelab new images|points runs/my.py --path DATA [--size 32,32] [--layout channels_last]
        scorelab likelihood --workdir runs/x [--n 64] [--bits] [--divergence hutchinson] [--probes 1]
-       scorelab likelihood --workdir runs/x --method bound [--n 64] [--bits] [--steps 250] [--out FILE.png]"""
+       scorelab likelihood --workdir runs/x --method bound [--n 64] [--bits] [--steps 250] [--out FILE.png]
+           (--config configs/digits/edm.py: of that config's data, for a saved or converted model)"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -276,6 +277,9 @@ def _calibrate(arguments: list[str]) -> None:
 
 
 def _likelihood(arguments: list[str]) -> None:
+    data = None
+    if any(argument.partition("=")[0] == "--config" for argument in arguments):
+        data, arguments = config_file(arguments)
     values = _run_flags(
         {"n": 64, "probes": 1, "levels": 0, "steps": 0}, {"divergence": "hutchinson", "method": "ode", "out": None}
     )
@@ -296,12 +300,12 @@ def _likelihood(arguments: list[str]) -> None:
         from scorelab.cli.bound import bound_run
 
         out = Path(values["out"].value or workdir / "samples" / "bound.png").expanduser()
-        print(bound_run(workdir, out, n=n, levels=levels, seed=seed, step=step, steps=steps))
+        print(bound_run(workdir, out, n=n, levels=levels, seed=seed, step=step, steps=steps, data=data))
         return
     if steps or values["out"].value:
         raise ValueError("--steps and --out are for --method=bound; expected neither with --method=ode")
     kind, tolerance = str(values["divergence"].value), float(values["tolerance"].value or 0)
-    options = {"n": n, "probes": probes, "levels": levels, "seed": seed, "step": step}
+    options: dict[str, Any] = {"n": n, "probes": probes, "levels": levels, "seed": seed, "step": step, "data": data}
     print(likelihood_run(workdir, divergence=kind, tolerance=tolerance, **options))
 
 

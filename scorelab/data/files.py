@@ -379,7 +379,9 @@ def load(source: str, files: Files = Files()) -> Source:  # noqa: B008
     Raises ValueError, naming the file, for what is missing, damaged or does not fit together.
     """
     if source == "none":
-        raise ValueError("this is a saved model, which has no data; expected the directory of a run")
+        raise ValueError(
+            "this is a saved model, which has no data; expected a run's directory, or --config with data of its kind"
+        )
     if source in ("digits", *TARGETS, *LABELLED):
         if files.path:
             raise ValueError(

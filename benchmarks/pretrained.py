@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.families import worth
 from scorelab import PerSampleNoise, ScoreModel
-from scorelab.cli.sampling import load_run
+from scorelab.cli.runs import load_run
 from scorelab.interop.loading import PRETRAINED
 from scorelab.training import sample_model
 

@@ -3,46 +3,50 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import torch
-from torch import nn
 from torch.nn import functional
 
-from scorelab.checks import broadcast, check_batch, widened
-from scorelab.processes import DiscreteVP
+from scorelab.checks import check_batch, widened
+from scorelab.noised import NoisedModel
 from scorelab.typing import Tensor
 
 __all__ = ["ClassifierModel"]
 
 
-class ClassifierModel(nn.Module):
-    """A network that was trained on the steps of a process, (x, sigma) -> logits (B, classes).
+class ClassifierModel(NoisedModel):
+    """(x, sigma) -> logits (B, classes) of x (B, *data_shape), unscaled as a score has it, at sigma () or (B,).
 
-    x (B, *D) is unscaled and sigma () or (B,), as a score has them; the network gets alpha x and the step, 0 for the
-    least noise, between two steps linear in log sigma.
+    net: called as net(scaled x, label (B,)); the arguments are those of ``NoisedModel``. A network that was trained on
+    DDPM's steps has ``label="index"``: the step, 0 for the least noise, between two steps linear in log sigma. One that
+    configs train says so by ``classifies = True``, and has ``num_classes``.
     """
 
-    def __init__(self, net: nn.Module, process: DiscreteVP) -> None:
-        super().__init__()
-        self.net, self.process = net, process
+    kind: ClassVar[str] = "classifier"
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        check_batch(x, "x")
-        level = broadcast(sigma, x).to(widened(x))
-        t = self.process.time(level.reshape(-1))
-        scaled = (self.process.alpha(t).reshape(level.shape) * x).to(x.dtype)
-        logits: Tensor = self.net(scaled, (t * self.process.steps - 1).to(x.dtype).expand(len(x)))
+        check_batch(x, shape=self.data_shape)
+        _, logits = self._called(x, sigma)
+        if logits.ndim != 2 or len(logits) != len(x):
+            raise ValueError(
+                f"the network returned shape {tuple(logits.shape)} for {len(x)} samples; expected (B, classes)"
+            )
         return logits
 
-    def conditioned(self, classes: Tensor | int) -> _LogProb:
+    def conditioned(self, classes: Tensor | int) -> LogProb:
         """(x, sigma) -> log p(class | x, sigma) in nats, (B,), for ``guidance.classifier``; classes (B,), one a sample,
         (1,) or a number for all. Raises ValueError for what are no classes, and at its first call for classes that the
         network does not tell apart.
         """
-        return _LogProb(self, torch.tensor([classes]) if isinstance(classes, int) else classes)
+        return LogProb(self, torch.tensor([classes]) if isinstance(classes, int) else classes)
+
+    def extra_repr(self) -> str:
+        (low, high), process = self.sigma_range, type(self.process).__name__
+        return f"data {self.data_shape}, {self.num_classes} classes, {process}, sigma from {low:.4g} to {high:.4g}"
 
 
-class _LogProb:
+class LogProb:
     """What a classifier says of the classes that were asked for."""
 
     def __init__(self, model: ClassifierModel, classes: Tensor) -> None:
@@ -51,8 +55,8 @@ class _LogProb:
             got = f"{classes.dtype} {tuple(classes.shape)}" if isinstance(classes, Tensor) else repr(classes)
             raise ValueError(f"the classes are {got}; expected whole numbers (B,), one a sample, or (1,) for all")
         self.span = (int(classes.min()), int(classes.max())) if len(classes) else (0, 0)
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.model, self.classes, self.sigma_range = model, classes.to(self.device).long(), model.process.sigma_range
+        self.device, self.sigma_range = model.device, model.sigma_range
+        self.model, self.classes = model, classes.to(self.device).long()
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         if len(self.classes) not in (1, len(x)):
@@ -67,7 +71,7 @@ class _LogProb:
         picked = functional.log_softmax(logits, 1).gather(1, self.classes.expand(len(x)).unsqueeze(1))
         return picked.squeeze(1)
 
-    def rows(self, index: Tensor) -> _LogProb:
+    def rows(self, index: Tensor) -> LogProb:
         """The same for these rows of the batch."""
         if len(self.classes) == 1:
             return self

@@ -18,6 +18,7 @@ from scorelab.training import default_config
 
 __all__ = [
     "adm",
+    "classifier",
     "ddpm",
     "dit",
     "edm",
@@ -186,6 +187,18 @@ def vdm(*, gamma_min: float = -13.3, gamma_max: float = 5.0) -> ConfigDict:
     _adam(c, 2e-4, None, 0, 0.9999)
     c.optim.name, c.optim.weight_decay = "adamw", 0.01
     c.sampling.grid.name, c.sampling.grid.n, c.sampling.sampler.name = "process", 250, "ancestral"
+    return c
+
+
+def classifier(*, schedule: str = "ddpm", steps: int = 1000, lr: float = 3e-4) -> ConfigDict:
+    """ADM's classifier of noisy images, by the steps that its score models have, to guide them; the same source."""
+    c = default_config()
+    c.process.name, c.process.steps, c.model.label = schedule, steps, "index"
+    c.model.net.name, c.model.input_scale, c.model.conditional = "classifier", "process", True
+    c.training.objective.name, c.training.sigmas.name = "cross_entropy", "process"
+    _adam(c, lr, None, 0, 0.9999)
+    c.optim.name, c.optim.weight_decay = "adamw", 0.05
+    _every(c, 150_000, 256, 10_000)
     return c
 
 

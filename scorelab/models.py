@@ -9,74 +9,43 @@ so no difference of nearly equal numbers is divided by a small sigma^2.
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from scorelab.checks import broadcast, check_batch, check_sigmas, widened
-from scorelab.codecs import CODECS, Codec
+from scorelab.checks import check_batch
 from scorelab.described import (
-    CODEC,
-    NETWORK,
     Constant,
-    Function,
     LogSigma,
     UnitVariance,
-    function_from_json,
-    function_to_json,
-    part_from_dict,
-    part_to_dict,
     prediction_from_json,
     prediction_to_json,
     process_from_dict,
     process_to_dict,
 )
-from scorelab.nn import NETWORKS
+from scorelab.noised import NoisedModel, unwrapped
 from scorelab.predictions import EPS, PREDICTIONS, X0, Prediction, V, coefficients
-from scorelab.processes import DiscreteVP, Process
-from scorelab.tables import Table
+from scorelab.processes import Process
 from scorelab.typing import ScoreFn, Shape, Tensor
-from scorelab.writing import whole
 
 __all__ = ["Conditioned", "Constant", "LogSigma", "ScoreModel", "UnitVariance", "process_from_dict", "process_to_dict"]
 
 
-_LABELS = ("time", "log_sigma", "index")
-_ORDERS = ("ascending", "descending")
-
-
-class _OwnNetwork(ValueError):
-    """A network that no settings make."""
-
-
-class ScoreModel(nn.Module):
+class ScoreModel(NoisedModel):
     """score(x, sigma, condition=None), x (B, *data_shape) unscaled, sigma () or (B,); a ScoreFn.
 
-    net: called as net(scaled x, label (B,)) or net(scaled x, label, condition), returns F (B, *data_shape).
-    input_scale: "process" (alpha) or a callable of sigma. label: "time", "log_sigma", "index" (position among
-    ``levels``, by default the process's steps) or a callable of sigma; multiplied by label_scale. index_order:
-    "ascending" counts from the least noise (DDPM), "descending" from the most (NCSN). data_range: the values of the
-    data outside, None if unbounded. codec: by which samples are decoded (``decode``); x is codes then.
-    data_mean: of the data in each channel, (C,), around which samples begin; None for 0. variance: the network returns
-    twice the channels, F and where the log-variance of ancestral sampling lies between its bounds, from -1 to 1 (Nichol
-    and Dhariwal, 2021, arXiv:2102.09672); the model has ``score_and_variance``.
+    net: called as net(scaled x, label (B,)) or net(scaled x, label, condition), returns F (B, *data_shape). variance:
+    the network returns twice the channels, F and where the log-variance of ancestral sampling lies between its bounds,
+    from -1 to 1 (Nichol and Dhariwal, 2021, arXiv:2102.09672); the model has ``score_and_variance``. Further arguments
+    are those of ``NoisedModel``.
 
-    A network that takes whole indices only says so by an attribute ``integer_labels = True``; it then gets int64, and a
-    level that is none of the grid's to 1e-4 is a ValueError; with ``num_levels``, so is a grid of another number. One
-    that takes conditions has ``num_classes`` or ``null_condition`` (see scorelab.nn.classes); where no condition is
-    given it gets the null condition, and without one that is a ValueError. ``precision``, "fp32" or "bf16", is what the
-    network computes in (see scorelab.precision.prepare).
+    A network that takes conditions has ``num_classes`` or ``null_condition`` (see scorelab.nn.classes); where no
+    condition is given it gets the null condition, and without one that is a ValueError.
     """
 
-    levels: Tensor | None
-    data_mean: Tensor | None
+    kind: ClassVar[str] = "score"
 
     def __init__(
         self,
@@ -85,85 +54,15 @@ class ScoreModel(nn.Module):
         prediction: Prediction = EPS,
         *,
         data_shape: Shape,
-        data_range: tuple[float, float] | None = None,
-        input_scale: str | Function = "process",
-        label: str | Function = "time",
-        label_scale: float = 1.0,
-        index_order: str = "ascending",
-        levels: Tensor | None = None,
-        codec: Codec | None = None,
-        data_mean: Sequence[float] | None = None,
         variance: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if not isinstance(process, Process):
-            raise TypeError(f"process is {type(process).__name__}; expected a scorelab process such as VP()")
+        super().__init__(net, process, data_shape=data_shape, **options)
         if not isinstance(prediction, Prediction):
             raise TypeError(
                 f"prediction is {prediction!r}; expected one of scorelab.predictions: EPS, V, edm(0.5), ..."
             )
-        if input_scale != "process" and not callable(input_scale):
-            raise ValueError(f"input_scale is {input_scale!r}; expected 'process' or a callable of sigma")
-        if label not in _LABELS and not callable(label):
-            raise ValueError(f"label is {label!r}; expected one of {_LABELS} or a callable of sigma")
-        if index_order not in _ORDERS:
-            raise ValueError(f"index_order is {index_order!r}; expected one of {_ORDERS}")
-        if label == "index":
-            if levels is None and isinstance(process, DiscreteVP):
-                levels = process.step_sigmas.flip(0)
-            if levels is None:
-                raise ValueError("label='index' needs the noise levels it counts; pass levels=sigmas.geometric(...)")
-        self.net, self.process, self.prediction = net, process, prediction
-        self.data_shape = tuple(data_shape)
-        self.data_range = None if data_range is None else (float(data_range[0]), float(data_range[1]))
-        self.input_scale, self.label, self.label_scale = input_scale, label, float(label_scale)
-        self.index_order = index_order
-        # ascending, as a plain attribute: it stays float64 on the CPU when the model moves or changes precision
-        grid = None if levels is None else [s for s in check_sigmas(levels) if s > 0][::-1]
-        self.levels = None if grid is None else torch.tensor(grid, dtype=torch.float64)
-        self._logs = None if self.levels is None else Table(self.levels.log())
-        known = getattr(unwrapped(net), "num_levels", None)
-        if label == "index" and known is not None and grid is not None and len(grid) != known:
-            raise ValueError(
-                f"the network knows {known} noise levels, and the model counts {len(grid)}; expected the same number"
-            )
-        self.precision, self.variance = "fp32", variance
-        self.data_mean = None if data_mean is None else torch.tensor(data_mean, dtype=torch.float64)
-        if self.data_mean is not None:
-            if self.data_mean.shape != self.data_shape[:1]:
-                raise ValueError(f"data_mean is {data_mean}; expected a number for each of {data_shape[0]} channels")
-            self.data_mean = self.data_mean.reshape(-1, *(1,) * (len(self.data_shape) - 1))
-        self.codec = None if codec is None else codec.requires_grad_(False).eval()
-
-    @property
-    def sigma_range(self) -> tuple[float, float]:
-        """The noise levels that the model knows."""
-        return self.process.sigma_range
-
-    def train(self, mode: bool = True) -> ScoreModel:
-        """Training mode, but for the codec."""
-        super().train(mode)
-        if self.codec is not None:
-            self.codec.eval()
-        return self
-
-    def encode(self, x0: Tensor) -> Tensor:
-        """Codes (B, *data_shape) of data, in which scores and densities are: itself, for a model without a codec."""
-        return x0 if self.codec is None else self.codec.encode(x0)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """The data that codes (B, *data_shape) stand for: themselves, for a model without a codec."""
-        return z if self.codec is None else self.codec.decode(z)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Of what type the weights are, None without any."""
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        self.prediction, self.variance = prediction, variance
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None, variance: bool = False) -> Any:
         """The score (B, *data_shape); with ``variance`` (score, v), of models that have one. Raises ValueError for
@@ -195,23 +94,6 @@ class ScoreModel(nn.Module):
     def v(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
         """The estimate of v = alpha eps - std x0, alpha = 1/sqrt(1 + sigma^2)."""
         return self._predict(x, sigma, condition, V)
-
-    @property
-    def num_classes(self) -> int | None:
-        """How many classes the network can be conditioned on, None if on none."""
-        found: int | None = getattr(unwrapped(self.net), "num_classes", None)
-        return found
-
-    @property
-    def null_condition(self) -> Tensor | None:
-        """The condition that stands for none, without a dimension for the batch; None if the network knows none."""
-        null = getattr(unwrapped(self.net), "null_condition", None)
-        return None if null is None else torch.as_tensor(null)
-
-    @property
-    def conditional(self) -> bool:
-        """Whether the network takes conditions."""
-        return self.num_classes is not None or self.null_condition is not None
 
     def conditioned(self, condition: Tensor | int | None) -> Conditioned:
         """A ScoreFn with the condition bound: (B,) or (B, ...) rows, one for all (1, ...) or a class's number, or None
@@ -246,34 +128,7 @@ class ScoreModel(nn.Module):
         check_batch(x, shape=self.data_shape)
         if condition is None and self.conditional:
             condition = self._null(x.shape[0])
-        level = broadcast(sigma, x).to(widened(x))
-        sigma = level.reshape(-1)
-        if isinstance(self.input_scale, str):
-            scale = self.process.alpha(self.process.time(sigma))
-        else:
-            scale = self.input_scale(sigma)
-        label = self._label(sigma).expand(x.shape[0])
-        scaled = (scale.reshape(level.shape) * x).to(x.dtype)
-        given = (scaled, label) if condition is None else (scaled, label, condition)
-        try:
-            if self.precision == "bf16":
-                with torch.autocast(x.device.type, torch.bfloat16):
-                    output: Tensor = self.net(*given)
-            else:
-                output = self.net(*given)
-        except RuntimeError as error:
-            own = next((p.dtype for p in self.parameters()), x.dtype)
-            if x.dtype == own or torch.is_autocast_enabled(x.device.type):
-                raise
-            raise TypeError(
-                f"x is {x.dtype}, the network's weights are {own}, and it fails on that ({error}); pass x.to({own}), "
-                f"or convert the model with .to({x.dtype})"
-            ) from error
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                f"the network returned {type(output).__name__}; expected a tensor: wrap a network that gives more in "
-                "one that returns what it predicts"
-            )
+        level, output = self._called(x, sigma, condition)
         expected = (x.shape[0], (1 + self.variance) * x.shape[1], *x.shape[2:])
         if output.shape != expected:
             raise ValueError(
@@ -297,40 +152,6 @@ class ScoreModel(nn.Module):
             return torch.full((count,), null.item(), dtype=null.dtype, device=self.device)
         return null.to(self.device).expand(count, *null.shape)
 
-    def _label(self, sigma: Tensor) -> Tensor:
-        if callable(self.label):
-            return self.label_scale * self.label(sigma)
-        if self.label == "time":
-            return self.label_scale * self.process.time(sigma)
-        if self.label == "log_sigma":
-            return self.label_scale * sigma.log()
-        index = self._index(sigma)
-        return self.label_scale * index if index.is_floating_point() else index
-
-    def _index(self, sigma: Tensor) -> Tensor:
-        assert self._logs is not None
-        table = self._logs.like(sigma)
-        log = sigma.log()
-        last = len(table) - 1
-        if last == 0:
-            index = torch.zeros_like(sigma)
-        else:
-            left = self._logs.segment(log)
-            index = (left + (log - table.take(left)) / (table.take(left + 1) - table.take(left))).clamp(0, last)
-        if self.index_order == "descending":
-            index = last - index
-        if not getattr(self.net, "integer_labels", False):
-            return index
-        nearest = index.round()
-        near = table[(last - nearest if self.index_order == "descending" else nearest).long()]
-        # a graph that is being exported has no values to look at
-        if not torch.compiler.is_exporting() and bool(((near - log).abs() > 1e-4).any()):
-            raise ValueError(
-                f"sigma = {float(sigma[(near - log).abs().argmax()]):g} is none of this model's {last + 1} levels and "
-                "its network takes whole indices only: sample at its own levels"
-            )
-        return nearest.long()
-
     def uncertainty(self, sigma: Tensor) -> Tensor:
         """log u (B,) of sigma (B,), u being the training loss that is expected there.
 
@@ -343,148 +164,12 @@ class ScoreModel(nn.Module):
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings but the weights, as JSON can hold them; ValueError for a callable or prediction of one's own."""
-        return {
-            "format": 1,
-            "net": part_to_dict(unwrapped(self.net), NETWORKS),
-            "process": process_to_dict(self.process),
-            "prediction": prediction_to_json(self.prediction),
-            "data_shape": list(self.data_shape),
-            "data_range": self.data_range,
-            "input_scale": function_to_json(self.input_scale, "input_scale"),
-            "label": function_to_json(self.label, "label"),
-            "label_scale": self.label_scale,
-            "index_order": self.index_order,
-            "levels": None if self.levels is None else self.levels.flip(0).tolist(),
-            "codec": None if self.codec is None else part_to_dict(self.codec, CODECS),
-            "data_mean": None if self.data_mean is None else self.data_mean.flatten().tolist(),
-            "variance": self.variance,
-        }
-
-    def weights(self) -> dict[str, Tensor]:
-        """All weights by the names that files have: the network's own, and a learned process's as "process:...".
-
-        The network's are those inside what torch.compile or DataParallel wrap around it.
-        """
-        found: dict[str, Tensor] = dict(unwrapped(self.net).state_dict())
-        for prefix, module in self._beside():
-            found |= {prefix + k: v for k, v in module.state_dict().items()}
-        return found
-
-    def _beside(self) -> list[tuple[str, nn.Module]]:
-        """What has weights beside the network, and what stands before their names."""
-        parts = (("process:", self.process), ("codec:", self.codec))
-        return [(prefix, module) for prefix, module in parts if isinstance(module, nn.Module)]
-
-    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter by its names in ``weights``, one that is shared by all of its names."""
-        yield from unwrapped(self.net).named_parameters(remove_duplicate=False)
-        for prefix, module in self._beside():
-            for name, parameter in module.named_parameters(remove_duplicate=False):
-                if parameter.requires_grad or prefix != "codec:":
-                    yield prefix + name, parameter
-
-    def load_weights(self, state: dict[str, Tensor], where: str | Path = "these weights") -> None:
-        """Take weights that are named as ``weights`` names them; ValueError, saying what differs, if they don't fit."""
-        own = self.weights()
-        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        differing = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-        if missing or extra or differing:
-            raise ValueError(
-                f"{where} does not fit this network: {len(missing)} keys missing {missing[:3]}, {len(extra)} not known "
-                f"{extra[:3]}, {len(differing)} of another shape {differing[:3]}"
-            )
-        for prefix, module in self._beside():
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        # a network's names have no colon
-        unwrapped(self.net).load_state_dict({k: v for k, v in state.items() if ":" not in k})
-
-    def save(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write ``model.json`` and ``model.safetensors`` into the directory ``path``.
-
-        The network is saved without what torch.compile or DataParallel wrap around it, shared weights under each of
-        their names. dtype: of the numbers in the file, by default their own; torch.float16 halves it, and ``load``
-        gives what is left in single precision. Raises ValueError for a process, prediction or function of one's own.
-        """
-        folder = Path(path)
-        settings, state = json.dumps(self.to_dict(), indent=1), self.weights()
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / "model.safetensors") as aside:
-            # shared weights are written under each of their names
-            apart = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
-            save_file({k: v.to(dtype or v.dtype) if v.is_floating_point() else v for k, v in apart.items()}, aside)
-        with whole(folder / "model.json") as aside:
-            aside.write_text(settings + "\n")
+        return super().to_dict() | {"prediction": prediction_to_json(self.prediction), "variance": self.variance}
 
     @classmethod
-    def load(cls, path: str | Path, net: nn.Module | None = None, *, weights: str = "") -> ScoreModel:
-        """The model saved in ``path``, in evaluation mode; a network of one's own is passed as ``net``.
-
-        Of the directory of a run it is that of the last checkpoint, with averaged weights. ``weights``: the name of a
-        file, by default "ema.safetensors" of a run and "model.safetensors" else. Raises ValueError for missing files or
-        for weights that do not fit, with the differences summarised.
-        """
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            raise ValueError(f"there is no directory {folder}; expected one written by ScoreModel.save, or of a run")
-        if (folder / "checkpoints").is_dir() and not (folder / "model.json").is_file():
-            saved = sorted(place.parent for place in folder.glob("checkpoints/step_*/model.json"))
-            if not saved:
-                raise ValueError(f"{folder} is a run without a checkpoint; expected one that was trained")
-            folder, weights = saved[-1], weights or "ema.safetensors"
-        weights = weights or "model.safetensors"
-        for name in ("model.json", weights):
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"{folder} holds no {name}; expected a directory written by ScoreModel.save, or of a run"
-                )
-        try:
-            settings = json.loads((folder / "model.json").read_text())
-            if not isinstance(settings, dict):
-                raise TypeError(f"it holds {settings!r}")
-            model = cls.from_dict(settings, net)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            said = f"it lacks {error}" if isinstance(error, KeyError) else error
-            remedy = "" if isinstance(error, _OwnNetwork) else ": save the model again"
-            raise ValueError(f"{folder / 'model.json'} can't be used ({said}){remedy}") from error
-        try:
-            state = load_file(folder / weights)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{folder / weights} is damaged ({error}): save the model again") from error
-        model.load_weights(state, folder / weights)
-        return model.eval()
-
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any], net: nn.Module | None = None) -> ScoreModel:
-        """The model with these settings and fresh weights."""
-        if settings.get("format") != 1:
-            raise ValueError(f"model settings have format {settings.get('format')!r}; this version reads 1")
-        if net is None:
-            if settings["net"] is None:
-                raise _OwnNetwork(
-                    "this model has a network of your own, without a config attribute that says how it is made; pass "
-                    "it: ScoreModel.load(path, net=...)"
-                )
-            name = str(settings["net"]["name"])
-            with torch.random.fork_rng(devices=[]):
-                # names were those of classes once
-                made = part_from_dict({**settings["net"], "name": name if ":" in name else name.lower()}, NETWORK)
-            net = made
-        return cls(
-            net,
-            process_from_dict(settings["process"]),
-            prediction_from_json(settings["prediction"]),
-            data_shape=tuple(settings["data_shape"]),
-            data_range=None if settings["data_range"] is None else tuple(settings["data_range"]),
-            input_scale=function_from_json(settings["input_scale"]),
-            label=function_from_json(settings["label"]),
-            label_scale=settings["label_scale"],
-            index_order=settings["index_order"],
-            levels=None if settings["levels"] is None else torch.tensor(settings["levels"], dtype=torch.float64),
-            codec=None if settings.get("codec") is None else part_from_dict(settings["codec"], CODEC),
-            data_mean=settings.get("data_mean"),
-            variance=settings.get("variance", False),
-        )
+    def _arguments(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        own = {"prediction": prediction_from_json(settings["prediction"]), "variance": settings.get("variance", False)}
+        return super()._arguments(settings) | own
 
 
 _SCORE = PREDICTIONS["score"]
@@ -567,14 +252,3 @@ class Conditioned:
         if len(self.condition) not in (1, count):
             raise ValueError(f"the condition has {len(self.condition)} rows for a batch of {count}; expected one each")
         return self.condition.expand(count, *self.condition.shape[1:])
-
-
-def unwrapped(net: nn.Module) -> nn.Module:
-    """The network inside torch.compile's and DataParallel's wrappers."""
-    while True:
-        if isinstance(net, (nn.DataParallel, DistributedDataParallel)):
-            net = net.module
-        elif isinstance(inner := getattr(net, "_orig_mod", None), nn.Module):
-            net = inner
-        else:
-            return net

@@ -10,7 +10,7 @@ from test_training import small
 
 from scorelab import VE, ScoreModel
 from scorelab.cli.main import main
-from scorelab.cli.sampling import load_run
+from scorelab.cli.runs import load_run
 from scorelab.training import EMA, Snapshot, reconstruct, train
 from scorelab.training.ema import averages_of, power_exponent
 

@@ -17,7 +17,9 @@ from test_training import small
 
 from scorelab import PerSampleNoise, ScoreModel, sample, sigmas
 from scorelab.cli.main import main
-from scorelab.cli.sampling import load_run, sample_run
+from scorelab.cli.runs import load_run
+from scorelab.cli.sampling import sample_run
+from scorelab.cli.steering import Steering
 from scorelab.data import Arrays, Drawn, Images, digits
 from scorelab.distributions import target
 from scorelab.losses import Denoising, Implicit, Objective, Sliced
@@ -108,7 +110,10 @@ def test_classes_are_named_by_folders(tmp_path):
     assert json.loads((run / "data.json").read_text())["classes"] == ["cat", "dog", "newt"]
     assert main(["sample", f"--workdir={run}", "--condition=newt", "--n=3", f"--out={run}/x.npz"]) == 0
     assert np.load(run / "x.npz")["labels"].tolist() == [2, 2, 2]
-    assert torch.equal(sample_run(run, n=3, condition="newt").x, sample_run(run, n=3, condition="2").x)
+    assert torch.equal(
+        sample_run(run, n=3, steering=Steering(condition="newt")).x,
+        sample_run(run, n=3, steering=Steering(condition="2")).x,
+    )
 
 
 def test_the_command_line_refuses_unknown_classes(tmp_path, capsys):
@@ -159,14 +164,15 @@ def test_samples_of_classes_are_drawn_each_in_turn_and_guided(tmp_path, capsys):
     assert main(["sample", f"--workdir={tmp_path}", "--condition=each", "--guidance=2"]) == 0
     assert size(tmp_path / "samples" / "drawn_00000002_each_guided_2.png") == (10 * 50 - 2, 2 * 50 - 2)
     # rows are rows: one class of the grid alone, and any part of it
-    three = sample_run(tmp_path, n=20, condition="3", guidance=2.0).x
-    each = sample_run(tmp_path, n=20, guidance=2.0).x
+    three = sample_run(tmp_path, n=20, steering=Steering(condition="3", guidance=2.0)).x
+    each = sample_run(tmp_path, n=20, steering=Steering(guidance=2.0)).x
     torch.testing.assert_close(three[3::10], each[3::10], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(three[4], each[4], atol=1e-3)
     # scale 1 is the conditional score; 0 forgets the class
-    assert torch.equal(sample_run(tmp_path, n=4).x, sample_run(tmp_path, n=4, guidance=1.0).x)
+    assert torch.equal(sample_run(tmp_path, n=4).x, sample_run(tmp_path, n=4, steering=Steering(guidance=1.0)).x)
     torch.testing.assert_close(
-        sample_run(tmp_path, n=4, condition="5", guidance=0.0).x, sample_run(tmp_path, n=4, condition="none").x
+        sample_run(tmp_path, n=4, steering=Steering(condition="5", guidance=0.0)).x,
+        sample_run(tmp_path, n=4, steering=Steering(condition="none")).x,
     )
     # the experiment's own guidance
     _, model, _ = load_run(tmp_path)
@@ -190,7 +196,7 @@ def test_a_run_is_guided_away_from_its_own_earlier_checkpoint(classes, tmp_path,
     config, late, _ = load_run(tmp_path)
     early = load_run(tmp_path, step=3)[1]
     labels = torch.arange(4) if classes else None
-    found = sample_run(tmp_path, n=4, guidance=2.0, autoguidance=3)
+    found = sample_run(tmp_path, n=4, steering=Steering(guidance=2.0, autoguidance=3))
     config.sampling.guidance = 2.0
     score = own_score(late, config, labels, early)
     x, sigma = torch.randn(4, *late.data_shape, generator=generator()), torch.tensor(0.8)
@@ -200,7 +206,7 @@ def test_a_run_is_guided_away_from_its_own_earlier_checkpoint(classes, tmp_path,
     expected = sample(score, (4, *late.data_shape), levels, sampler, generator=PerSampleNoise(0))
     torch.testing.assert_close(found.x, expected, rtol=1e-4, atol=1e-4)
     # all of the deviation is brought back at the first level
-    again = sample_run(tmp_path, n=4, guidance=2.0, autoguidance=3, guidance_rescale=1.0).x
+    again = sample_run(tmp_path, n=4, steering=Steering(guidance=2.0, autoguidance=3, guidance_rescale=1.0)).x
     assert not torch.allclose(again, found.x, atol=1e-3)
     config.sampling.guidance_rescale = 1.0
     ends = x + sigma**2 * own_score(late, config, labels, early)(x, sigma)

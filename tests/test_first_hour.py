@@ -32,7 +32,8 @@ from scorelab import (
 )
 from scorelab.cli.main import main
 from scorelab.cli.reference import reference
-from scorelab.cli.sampling import RunSamples, load_run, write_samples
+from scorelab.cli.runs import load_run
+from scorelab.cli.sampling import RunSamples, write_samples
 from scorelab.data import Values
 from scorelab.distributions import target
 from scorelab.nn import MLP, UNet, fitting

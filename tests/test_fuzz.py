@@ -21,7 +21,7 @@ from test_training import small
 
 from scorelab.cli.main import main
 from scorelab.cli.report import report_run
-from scorelab.cli.sampling import load_run
+from scorelab.cli.runs import load_run
 from scorelab.data import Files, load
 from scorelab.training import default_config, train
 

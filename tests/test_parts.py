@@ -21,7 +21,8 @@ from test_training import small
 from scorelab import ScoreModel, losses, processes, samplers, sigmas
 from scorelab.cli.dry_run import activation_bytes
 from scorelab.cli.main import main
-from scorelab.cli.sampling import load_run, sample_run
+from scorelab.cli.runs import load_run
+from scorelab.cli.sampling import sample_run
 from scorelab.codecs import Codec
 from scorelab.data import Coded, digits
 from scorelab.parts import Kind, fits

@@ -124,7 +124,7 @@ class Linear(torch.nn.Module):
 
 def test_a_classifier_model_knows_unscaled_samples():
     """Of logits W x_t the gradient by unscaled x is alpha W' (onehot - softmax)."""
-    model = ClassifierModel(Linear(), DiscreteVP(linear_betas()))
+    model = ClassifierModel(Linear(), DiscreteVP(linear_betas()), data_shape=(2,), label="index")
     x, sigma = randn(5, 2), torch.tensor([0.1, 0.5, 1.0, 3.0, 20.0], dtype=F64)
     labels, alpha = torch.tensor([0, 3, 1, 2, 3]), (1 / (1 + sigma**2).sqrt()).unsqueeze(1)
     share = torch.softmax(alpha * x @ model.net.weight.T, 1)
@@ -140,14 +140,17 @@ def test_a_classifier_model_knows_unscaled_samples():
     one = classifier(lambda x, s: -x / broadcast(s, x) ** 2, model.conditioned(2))
     assert sample(one, (3, 2), [2.0, 1.0, 0.0], dtype=F64).shape == (3, 2)
     images = ClassifierModel(
-        Classifier((1, 8, 8), 3, width=8, multipliers=(1, 2), blocks=1, attention=(), head=4), model.process
+        Classifier((1, 8, 8), 3, width=8, multipliers=(1, 2), blocks=1, attention=(), head=4),
+        model.process,
+        data_shape=(1, 8, 8),
+        label="index",
     )
     pulled = classifier(lambda x, s: torch.zeros_like(x), images.eval().conditioned(torch.tensor([0, 2])))
     assert pulled(torch.randn(2, 1, 8, 8, generator=generator()), torch.tensor(1.0)).abs().max() > 0
 
 
 def test_what_is_no_classifier_of_these_classes_is_refused():
-    model, x = ClassifierModel(Linear(), DiscreteVP(linear_betas())), randn(3, 2)
+    model, x = ClassifierModel(Linear(), DiscreteVP(linear_betas()), data_shape=(2,), label="index"), randn(3, 2)
     sigma = torch.tensor(1.0, dtype=F64)
 
     def guided(log_prob):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from scorelab.cli.sampling import load_run
+from scorelab.cli.runs import load_run
 from scorelab.data import digits
 from scorelab.evaluation import nearest_distances
 from scorelab.plotting import figure, image_grid

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -14,7 +15,8 @@ from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from scorelab.cli.dry_run import in_words
-from scorelab.cli.sampling import bad_of, check_guided, condition_of, guide, load_run
+from scorelab.cli.runs import load_run
+from scorelab.cli.steering import Steering
 from scorelab.data import Coded, Source, Values
 from scorelab.likelihood import bits_per_dim, log_likelihood
 from scorelab.models import ScoreModel
@@ -60,24 +62,15 @@ def calibrate_run(
     starts: int,
     seed: int,
     step: int,
-    condition: str = "",
-    guidance: float | None = None,
-    guidance_interval: str | None = None,
-    guidance_rescale: float | None = None,
-    autoguidance: int | None = None,
+    steering: Steering,
 ) -> str:
     """Fit a sampler of ``nfe`` evaluations to a run's averaged weights, write it to ``out`` and say how good it is.
 
-    condition, guidance, autoguidance: what it will be used for, as for sampling.
+    steering: what it will be used for, as for sampling.
     """
     config, model, found = load_run(workdir, step=step)
-    guide(config, guidance, guidance_interval, guidance_rescale)
-    labels = condition_of(condition, model, workdir, starts)
-    if autoguidance is None:
-        check_guided(labels, guidance, guidance_interval, guidance_rescale)
-        score = own_score(model, config, labels)
-    else:
-        score = own_score(model, config, labels, bad_of(workdir, config, model, autoguidance, found, "ema"))
+    labels, by = steering.applied(workdir, config, model, starts, found=found)
+    score = own_score(model, config, labels, by)
     low, high = model.sigma_range
     grid = resolve(config).sampling.grid
     low, high = grid.get("sigma_min") or low, grid.get("sigma_max") or high
@@ -89,9 +82,8 @@ def calibrate_run(
     out.parent.mkdir(parents=True, exist_ok=True)
     sampler.save(out)
     r = sampler.report
-    asked = {"condition": condition or None, "guidance": guidance, "guidance_interval": guidance_interval}
-    asked |= {"guidance_rescale": guidance_rescale, "autoguidance": autoguidance}
-    same = "".join(f" --{key}={quote(str(value))}" for key, value in asked.items() if value is not None)
+    asked = {key: value for key, value in asdict(steering).items() if value not in (None, "")}
+    same = "".join(f" --{key}={quote(str(value))}" for key, value in asked.items())
     return (
         f"{out}: {nfe} evaluations on step {found}, held-out error {r['held_out_error']:.3g} against "
         f"{r['uncalibrated_held_out_error']:.3g} of Adams-Bashforth, fitted in {r['seconds']:.0f} s; "

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from scorelab.cli.analysis import data_for, held_data, spacing_of, with_data
-from scorelab.cli.sampling import load_run
+from scorelab.cli.runs import load_run
 from scorelab.likelihood import VariationalBound, variational_bound
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise

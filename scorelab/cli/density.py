@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from scorelab.cli.sampling import load_run
+from scorelab.cli.runs import load_run
 from scorelab.likelihood import log_likelihood
 from scorelab.noise import PerSampleNoise
 from scorelab.plotting import density, figure, grid_points, points

@@ -11,6 +11,7 @@ import torch
 from ml_collections import ConfigDict
 
 from scorelab import parallel
+from scorelab.models import ScoreModel
 from scorelab.precision import check_compiler
 from scorelab.training import Trainer, build, resolve
 from scorelab.training.config import without_model
@@ -74,7 +75,7 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     config.data.workers = 0
     trainer = Trainer(experiment, config)
     trainer.rehearse()
-    if config.training.sample_every:
+    if config.training.sample_every and isinstance(model, ScoreModel):
         check_sampling(config, model)
     yield f"{str(without_model(config)).rstrip()}\n---\n{experiment.summary(config)}"
     count = sum(p.numel() for p in model.parameters())

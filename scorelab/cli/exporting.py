@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scorelab.cli.sampling import load_run
+from scorelab.cli.runs import load_run
 from scorelab.interop.exporting import export
 from scorelab.interop.loading import pretrained
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 __all__ = ["GUIDED", "define_guidance", "guidance_of", "guided_names"]
 
-GUIDED: dict[str, str | None] = {"condition": "", "guidance_interval": None}
+GUIDED: dict[str, str | None] = {"condition": "", "guidance_interval": None, "classifier": None}
 """Those that are texts, with their defaults."""
 
 
@@ -21,7 +22,7 @@ def define_guidance(values: flags.FlagValues) -> None:
 
 def guidance_of(values: flags.FlagValues) -> dict[str, Any]:
     """What was asked for, None where nothing was."""
-    names = ("condition", "guidance", "guidance_interval", "guidance_rescale", "autoguidance")
+    names = ("condition", "guidance", "guidance_interval", "guidance_rescale", "autoguidance", "classifier")
     return {name: values[name].value for name in names}
 
 
@@ -32,5 +33,6 @@ def guided_names(values: flags.FlagValues) -> list[str]:
     )
     parts = [str(values["condition"].value), "" if scale is None else f"guided_{scale:g}"]
     parts += [str(interval or "").replace(",", "_"), "" if rescale is None else f"rescaled_{rescale:g}"]
-    parts += ["" if step is None else f"from_{step}"]
+    by = values["classifier"].value
+    parts += ["" if step is None else f"from_{step}", f"by_{Path(by).name}" if by else ""]
     return [part.replace("/", "_") for part in parts]

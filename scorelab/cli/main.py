@@ -33,7 +33,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
                        [--sampler NAME|FILE.json] [--nfe 20] [--grid NAME] [--config.sampling.sampler.eta=0.5]
                        [--step STEP] [--weights ema|model|ema_0.9999|ema_power_0.1] [--batch_size 256] [--device cuda]
                        [--condition each|none|CLASS] [--guidance 2] [--guidance_interval 0.2,5]
-                       [--guidance_rescale 0.7] [--autoguidance STEP]
+                       [--guidance_rescale 0.7] [--autoguidance STEP] [--classifier runs/c]
                        [--precision fp32|bf16|auto] [--compile]
        scorelab sample --model digits|fashion_mnist [--n 64] ...  (comes with scorelab)
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
@@ -191,6 +191,7 @@ def _sample(arguments: list[str]) -> None:
     parse(arguments, values)
     from scorelab import parallel
     from scorelab.cli.sampling import check_out, sample_run, write_samples
+    from scorelab.cli.steering import Steering
     from scorelab.interop.loading import PRETRAINED, pretrained
 
     named = values["model"].value
@@ -222,10 +223,10 @@ def _sample(arguments: list[str]) -> None:
     if out is not None and os.environ.get("RANK", "0") == "0":
         check_out(out)
     weights = str(values["weights"].value)
-    guided = guidance_of(values)
     numbers: dict[str, Any] = {"precision": str(values["precision"].value), "compile": bool(values["compile"].value)}
+    numbers |= {"steering": Steering(**guidance_of(values))}
     numbers |= {"device": str(values["device"].value), "nfe": nfe, "changes": lambda c: sampling_changed(c, given)}
-    run = sample_run(workdir, n=n, seed=seed, step=step, weights=weights, sampler=sampler, **numbers, **guided)
+    run = sample_run(workdir, n=n, seed=seed, step=step, weights=weights, sampler=sampler, **numbers)
     parts = [
         f"drawn_{run.step:08d}" if run.step else "drawn",
         weights if weights != "ema" else "",
@@ -260,6 +261,7 @@ def _calibrate(arguments: list[str]) -> None:
     parse(arguments, values)
     workdir = _workdir(values)
     from scorelab.cli.analysis import calibrate_run
+    from scorelab.cli.steering import Steering
     from scorelab.writing import check_writable
 
     nfe, starts, seed, step = (int(values[name].value or 0) for name in ("nfe", "starts", "seed", "step"))
@@ -273,7 +275,7 @@ def _calibrate(arguments: list[str]) -> None:
         "step": step,
         "method": str(values["method"].value),
     }
-    print(calibrate_run(workdir, out, **options, **guidance_of(values)))
+    print(calibrate_run(workdir, out, steering=Steering(**guidance_of(values)), **options))
 
 
 def _likelihood(arguments: list[str]) -> None:

@@ -18,8 +18,9 @@ from scorelab.described import Constant, LogSigma
 from scorelab.interop.reading import State, read_file, state_of
 from scorelab.interop.schedulers import config_of, prediction_of, process_of, read_config
 from scorelab.interop.unet2d import checked, config_for, filled, state_for
-from scorelab.models import ScoreModel, unwrapped
+from scorelab.models import ScoreModel
 from scorelab.nn import UNet
+from scorelab.noised import unwrapped
 from scorelab.predictions import EPS, X0, V
 from scorelab.processes import VE, DiscreteVP, cosine_betas
 from scorelab.typing import Tensor

@@ -26,7 +26,8 @@ from torch.export import Dim, ExportedProgram
 
 from scorelab import __version__
 from scorelab.checks import broadcast
-from scorelab.models import ScoreModel, unwrapped
+from scorelab.models import ScoreModel
+from scorelab.noised import unwrapped
 from scorelab.typing import Tensor
 from scorelab.writing import check_writable
 

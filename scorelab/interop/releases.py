@@ -205,7 +205,7 @@ def load_classifier(
             f"{path} can't be loaded as a classifier at {image_size} px ({said}): check the size"
         ) from error
     process = _steps(schedule or ("cosine" if image_size == 64 else "linear"), steps)
-    return ClassifierModel(net, process).requires_grad_(False).eval()
+    return ClassifierModel(net, process, data_shape=shape, label="index").requires_grad_(False).eval()
 
 
 _LEVELS = {64: 4, 128: 5, 256: 6, 512: 7}

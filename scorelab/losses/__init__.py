@@ -1,6 +1,7 @@
-"""How a score is learnt: denoising, implicit and sliced score matching, the variational bound."""
+"""How a score is learnt: denoising, implicit and sliced score matching, the variational bound; and a classifier."""
 
 from scorelab.losses.base import Losses, Objective
+from scorelab.losses.classification import CrossEntropy
 from scorelab.losses.denoising import WEIGHTINGS, Denoising, denoising_loss, weighting
 from scorelab.losses.implicit import Implicit, Sliced, implicit_loss, sliced_loss
 from scorelab.losses.variational import Bins, Bound, ContinuousBound, Hybrid
@@ -11,6 +12,7 @@ __all__ = [
     "Bins",
     "Bound",
     "ContinuousBound",
+    "CrossEntropy",
     "Denoising",
     "Hybrid",
     "Implicit",
@@ -30,5 +32,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "hybrid": Hybrid,
     "bound": Bound,
     "continuous_bound": ContinuousBound,
+    "cross_entropy": CrossEntropy,
 }
 """Objectives by the names that configs have for them."""

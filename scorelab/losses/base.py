@@ -30,13 +30,15 @@ class Objective(ABC):
 
     ``draws``: how many standard normals a sample needs for each of its numbers; noise is (B, *D) for one, else
     (B, draws, *D). ``reference``: how many samples of the data ``batch.reference`` must hold at least, 0 for none.
-    ``learns_variance``: the score is called with variance=True and returns (score, v). ``observes``: it goes by the
-    losses of earlier steps, which ``observe`` is told after each of training, and which ``state`` keeps.
+    ``learns_variance``: the score is called with variance=True and returns (score, v). ``classifies``: in place of a
+    score it is called with a ``ClassifierModel``. ``observes``: it goes by the losses of earlier steps, which
+    ``observe`` is told after each of training, and which ``state`` keeps.
     """
 
     draws: int = 1
     reference: int = 0
     learns_variance: bool = False
+    classifies: bool = False
     observes: bool = False
 
     @abstractmethod

@@ -63,5 +63,6 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "edm2": EDM2,
     "dit": DiT,
     "refinenet": RefineNet,
+    "classifier": Classifier,
 }
 """Networks by the names that configs and saved models have for them."""

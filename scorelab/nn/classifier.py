@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from scorelab.nn.layers import given
 from scorelab.nn.unet import ADM, UNet
 from scorelab.typing import Tensor
 
@@ -48,6 +50,8 @@ class Classifier(UNet):
     ValueError for settings that don't fit, and for sizes that its resolutions don't divide.
     """
 
+    classifies: ClassVar[bool] = True
+
     def __init__(
         self,
         data_shape: tuple[int, ...],
@@ -59,7 +63,9 @@ class Classifier(UNet):
         attention: tuple[int, ...] = (1, 2, 3),
         head: int = 64,
         dropout: float = 0.0,
+        embedding: str = "positional_open",
     ) -> None:
+        made_with = given(locals())
         super().__init__(
             data_shape,
             width=width,
@@ -70,8 +76,10 @@ class Classifier(UNet):
             dropout=dropout,
             group=1,
             first=multipliers[0] if multipliers else 1,
-            **ADM,
+            **{**ADM, "embedding": embedding},
         )
+        # its config is that of the U-Net
+        self.made_with, self._count = made_with, num_classes
         last = int(width * multipliers[-1])
         if num_classes < 1 or head < 1 or (last % head and last > head):
             raise ValueError(
@@ -79,6 +87,11 @@ class Classifier(UNet):
             )
         channels, sizes = last, tuple(n >> (len(multipliers) - 1) for n in data_shape[1:])
         self.norm, self.pool = self.style.norm(channels), AttentionPool(channels, sizes, head, num_classes)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes it tells apart."""
+        return self._count
 
     def _build_up(self, now: int, kept: list[int], stage: Callable[..., nn.Module]) -> None:
         """Nothing goes up."""

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from scorelab.models import ScoreModel
+from scorelab.noised import NoisedModel
 from scorelab.typing import Tensor
 
 __all__ = ["files_of", "latest", "place_of", "places", "prune", "read", "sound", "sweep", "verify", "write"]
@@ -61,7 +61,7 @@ def place_of(folder: Path, step: int) -> Path:
 def write(
     folder: Path,
     step: int,
-    model: ScoreModel,
+    model: NoisedModel,
     weights: dict[str, Tensor],
     averages: Averages,
     training: dict[str, Any],

@@ -15,17 +15,19 @@ from ml_collections import ConfigDict
 from torch import nn
 
 from scorelab.checks import nearest_name
+from scorelab.classifiers import ClassifierModel
 from scorelab.codecs import Codec
 from scorelab.data import Coded, Files, Source, load
 from scorelab.described import remember
 from scorelab.interop.loading import pretrained
 from scorelab.losses import Bins, Objective
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
+from scorelab.noised import NoisedModel
 from scorelab.precision import settled_precision
 from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
 from scorelab.processes import DiscreteVP, Process
 from scorelab.sigmas import FromSigmas
-from scorelab.training.settings import check_types, check_used, default_config, part, plain, resolve
+from scorelab.training.settings import check_types, check_used, default_config, named_part, part, plain, resolve
 from scorelab.typing import Batch, Tensor
 
 __all__ = ["Experiment", "Scales", "build", "choose", "load_data", "network", "scales_of", "sigma_data_of"]
@@ -48,10 +50,11 @@ _UNIT = Scales(1.0, 0.004, 20.0)
 
 @dataclass
 class Experiment:
-    """The parts of an experiment: data, a model with fresh weights, and the training objective."""
+    """The parts of an experiment: data, a model with fresh weights, a ``ScoreModel`` or a ``ClassifierModel``, and the
+    training objective."""
 
     data: Source
-    model: ScoreModel
+    model: NoisedModel
     objective: Objective
     held_out: Batch | None = None
     """Samples that training does not see, ``data.validation`` of them."""
@@ -80,6 +83,7 @@ class Experiment:
             "sigma_min": "sigma_min, a 250th of that, can't be seen",
             "sigma_max": "sigma_max is the largest distance of samples, or 20 times that",
         }
+        predicts = f"prediction {model.prediction.name}" if isinstance(model, ScoreModel) else "of the class"
         parameters = sum(p.numel() for p in model.parameters())
         saved = config.model.saved
         whose = f" of {saved}, with its process and prediction, whatever the config's," if saved else ","
@@ -88,8 +92,8 @@ class Experiment:
                 f"data: {config.data.source}, {count} of shape {data.data_shape}{classes}{span}",
                 f"noise: {type(model.process).__name__}, sigma from {low:.6g} to {high:.6g} beside a root mean "
                 f"square of {scales.sigma_data:.4g}" + "".join(f"; {why[k]}" for k in chosen),
-                f"model: {type(model.net).__name__}{whose} {parameters:,} parameters, prediction "
-                f"{model.prediction.name}, in {settled_precision(t.precision, model)}",
+                f"model: {type(model.net).__name__}{whose} {parameters:,} parameters, {predicts}, in "
+                f"{settled_precision(t.precision, model)}",
                 f"training: {t.steps:,} steps of {t.batch_size}, {t.steps * t.batch_size:,} samples",
             ]
         )
@@ -165,6 +169,10 @@ def _classes(config: ConfigDict, data: Source) -> dict[str, Any]:
     if not 0 <= config.training.label_dropout < 1:
         raise ValueError(f"training.label_dropout is {config.training.label_dropout:g}; expected 0 <= share < 1")
     if not config.model.conditional:
+        if getattr(named_part(config, "model.net"), "classifies", False):
+            raise ValueError(
+                f"model.net.name={config.model.net.name!r} learns classes; expected model.conditional=True"
+            )
         return {}
     if not data.classes:
         labels = getattr(data.source if isinstance(data, Coded) else data, "labels", None)
@@ -196,7 +204,7 @@ _PUBLISHED_UNSCALED = ("ncsnpp", "ddpm", "refinenet")
 """Networks that were published with inputs which grow with the noise."""
 
 
-def _warn_of_scale(x0: Tensor, model: ScoreModel, sigma_data: float, net: str) -> None:
+def _warn_of_scale(x0: Tensor, model: NoisedModel, sigma_data: float, net: str) -> None:
     """RuntimeWarning if the largest noise does not cover the data, for samples begin as noise alone, or if the network
     sees inputs whose scale is that of the noise."""
     process = model.process
@@ -327,7 +335,7 @@ def _mean(reference: Tensor) -> Tensor:
 
 def _model(
     config: ConfigDict, data: Source, codec: Codec | None, process: Process, sigmas: Any, sigma_data: float
-) -> ScoreModel:
+) -> NoisedModel:
     """A model with fresh weights."""
     m = config.model
     if isinstance(process, nn.Module):
@@ -351,23 +359,31 @@ def _model(
         "unit_data": Constant(1 / sigma_data),
     }
     usual = "unit_variance" if m.prediction == "edm" else "process"
-    return ScoreModel(
-        net,
-        process,
-        prediction,
-        data_shape=data.data_shape,
-        input_scale=input_scales[_choice(config, "input_scale", net, _INPUT_SCALES, usual)],
-        label=LogSigma(sigma_data) if label == "relative_log_sigma" else label,
-        label_scale=m.label_scale or getattr(net, "label_scale", 1.0),
-        index_order=m.index_order,
-        levels=None if isinstance(process, DiscreteVP) else levels,
-        codec=codec,
-        variance=bool(m.net.get("variance")),
-    )
+    options: dict[str, Any] = {
+        "data_shape": data.data_shape,
+        "input_scale": input_scales[_choice(config, "input_scale", net, _INPUT_SCALES, usual)],
+        "label": LogSigma(sigma_data) if label == "relative_log_sigma" else label,
+        "label_scale": m.label_scale or getattr(net, "label_scale", 1.0),
+        "index_order": m.index_order,
+        "levels": None if isinstance(process, DiscreteVP) else levels,
+        "codec": codec,
+    }
+    if getattr(net, "classifies", False):
+        return ClassifierModel(net, process, **options)
+    return ScoreModel(net, process, prediction, variance=bool(m.net.get("variance")), **options)
 
 
-def _check_variance(model: ScoreModel, objective: Objective) -> None:
-    """Refuse (ValueError) a variance that nothing learns, and an objective that misses one."""
+def _check_objective(model: NoisedModel, objective: Objective) -> None:
+    """Refuse (ValueError) an objective of another kind of model, a variance that nothing learns, and an objective that
+    misses one."""
+    if objective.classifies != isinstance(model, ClassifierModel):
+        wanted = "model.net.name='classifier'" if objective.classifies else "training.objective.name='cross_entropy'"
+        raise ValueError(
+            f"training.objective is {type(objective).__name__}, and the network a {type(model.net).__name__}; expected "
+            f"{wanted}: a classifier learns by cross-entropy, and nothing else does"
+        )
+    if not isinstance(model, ScoreModel):
+        return
     if model.variance and not objective.learns_variance:
         raise ValueError(
             f"the network returns a variance, and {type(objective).__name__} learns none; expected "
@@ -412,14 +428,15 @@ def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
     model.data_mean = _mean(reference)
     model.data_range = None if data.values is None or codec is not None else data.values.ends
     _warn_of_scale(reference, model, sigma_data, m.net.name)
-    weight = part(config, "training.weighting", sigmas=sigmas, prediction=model.prediction, **known)
+    weight = part(config, "training.weighting", sigmas=sigmas, prediction=getattr(model, "prediction", EPS), **known)
     uncertainty = model.uncertainty if getattr(model.net, "last_uncertainty", None) is not None else None
+    known["num_classes"] = model.num_classes
     values = data.values
     known["bins"] = None
     if values is not None and values.step and codec is None:
         ends = values.inside(torch.tensor([values.least, values.most], dtype=torch.float64)).tolist()
         known["bins"] = Bins(values.spacing, *ends)
     objective = part(config, "training.objective", sigmas=sigmas, weight=weight, uncertainty=uncertainty, **known)
-    _check_variance(model, objective)
+    _check_objective(model, objective)
     held_out = data.hold_out(config.data.validation) if config.data.validation else None
     return Experiment(data, model, objective, held_out, scales._replace(sigma_data=sigma_data))

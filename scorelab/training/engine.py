@@ -23,8 +23,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from scorelab import parallel
-from scorelab.models import ScoreModel
 from scorelab.noise import counter_generator
+from scorelab.noised import NoisedModel
 from scorelab.precision import prepare
 from scorelab.training import checkpoint
 from scorelab.training.batches import Batches, Draw
@@ -95,7 +95,7 @@ class Trainer:
         self.averages = averages_of(self.parameters, tuple(config.optim.ema), tuple(config.optim.ema_power))
         self.ema = self.averages[0]
         self.step = self.skipped = 0
-        self._evaluated: ScoreModel | None = None
+        self._evaluated: NoisedModel | None = None
         if t.batch_size < self.processes * t.accumulate:
             raise ValueError(
                 f"training.batch_size is {t.batch_size} for {self.processes} processes, accumulate = {t.accumulate}; "
@@ -263,14 +263,14 @@ class Trainer:
         self.skipped += 1
         self.step += 1
 
-    def averaged(self) -> ScoreModel:
+    def averaged(self) -> NoisedModel:
         """A copy of the model with the (first) averaged weights, in evaluation mode and single precision."""
         copied = copy.deepcopy(self.model if self._whole is None else self._whole)
         copied.precision = "fp32"
         copied.load_weights(self.ema.weights(self.model))
         return copied.to(self.model.device).requires_grad_(False).eval()
 
-    def evaluated(self) -> ScoreModel:
+    def evaluated(self) -> NoisedModel:
         """The same, computing as training does, in one copy that is made once and filled again at each call."""
         if self._evaluated is None:
             t = self.config.training

@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 from scorelab import parallel
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise, counted
+from scorelab.noised import NoisedModel
 from scorelab.parts import Kind
 from scorelab.training.batches import Draw
 from scorelab.training.engine import BINS, Trainer
 from scorelab.training.sampling import in_turn, sample_model
-from scorelab.training.settings import EVALUATION
+from scorelab.training.settings import EVALUATION, named_part
 from scorelab.typing import Tensor
 
 __all__ = ["Evaluation", "FixedNoiseLoss", "Found", "Samples", "evaluations"]
@@ -53,8 +54,9 @@ class Evaluation(ABC):
         return bool(self.every and step) and (step % self.every == 0 or step == last)
 
     @abstractmethod
-    def run(self, model: ScoreModel, trainer: Trainer) -> Found:
-        """Measure the averaged weights; all processes call it, and the first one's results are written."""
+    def run(self, model: Any, trainer: Trainer) -> Found:
+        """Measure the averaged weights, of a ``ScoreModel`` or a ``ClassifierModel``; all processes call it, and the
+        first one's results are written."""
 
 
 _SETTLED = 500
@@ -64,9 +66,14 @@ _SETTLED = 500
 class FixedNoiseLoss(Evaluation):
     """The loss in each part of the noise levels: of held-out samples if there are any, always with the same noise."""
 
-    key, what = "validation_loss", "validation loss"
+    key, what, bins = "validation_loss", "validation loss", "validation_bins"
 
-    def run(self, model: ScoreModel, trainer: Trainer) -> Found:
+    def each(self, objective: Any, model: NoisedModel, draw: Draw) -> Tensor:
+        """The number of each sample, (B,)."""
+        losses: Tensor = objective.losses(model, *draw)
+        return losses
+
+    def run(self, model: NoisedModel, trainer: Trainer) -> Found:
         e, batches = trainer.experiment, trainer.batches
         held = batches.known(e.data.batch(0, 0, _FIXED) if e.held_out is None else e.held_out.part(slice(_FIXED)))
         # every part of the levels has as many samples
@@ -79,10 +86,20 @@ class FixedNoiseLoss(Evaluation):
         with torch.no_grad():
             for first in range(mine.start, mine.stop, batches.size):
                 some = draw.part(slice(first, min(first + batches.size, mine.stop)))
-                found.append(e.objective.losses(model, *some.mapped(lambda t: t.to(batches.device))))
-        losses = parallel.gather(torch.cat(found), count)
-        bins = losses.double().cpu().reshape(BINS, -1).mean(1).tolist()
-        return Found({self.key: float(np.mean(bins)), "validation_bins": bins})
+                found.append(self.each(e.objective, model, some.mapped(lambda t: t.to(batches.device))))
+        numbers = parallel.gather(torch.cat(found), count)
+        bins = numbers.double().cpu().reshape(BINS, -1).mean(1).tolist()
+        return Found({self.key: float(np.mean(bins)), self.bins: bins})
+
+
+class Accuracy(FixedNoiseLoss):
+    """The share of samples whose likeliest class is their own, in the same parts with the same noise."""
+
+    key, what, bins = "accuracy", "accuracy", "accuracy_bins"
+
+    def each(self, objective: Any, model: NoisedModel, draw: Draw) -> Tensor:
+        right: Tensor = objective.right(model, *draw)
+        return right
 
 
 def moments(x: Tensor) -> tuple[list[float], list[float]]:
@@ -154,9 +171,12 @@ class Samples(Evaluation):
 
 
 def evaluations(config: ConfigDict) -> list[Evaluation]:
-    """Those of a resolved config: the loss at fixed noise, samples, and what ``config.evaluation`` names."""
+    """Those of a resolved config: the loss at fixed noise, samples, of classifiers the accuracy, and what
+    ``config.evaluation`` names."""
     t = config.training
-    found: list[Evaluation] = [FixedNoiseLoss(t.validate_every), Samples(t.sample_every)]
+    classifies = getattr(named_part(config, "training.objective"), "classifies", False)
+    found: list[Evaluation] = [FixedNoiseLoss(t.validate_every)]
+    found.append(Accuracy(t.validate_every) if classifies else Samples(t.sample_every))
     kind = Kind("evaluation", EVALUATION.table, Evaluation)
     for name, settings in config.evaluation.items():
         made: Evaluation = kind.make(settings.to_dict(), f"config.evaluation.{name}", {})

@@ -27,6 +27,7 @@ from scorelab import parallel
 from scorelab.checks import check_range
 from scorelab.data import Values
 from scorelab.models import ScoreModel
+from scorelab.noised import NoisedModel
 from scorelab.precision import settled_precision
 from scorelab.training import checkpoint
 from scorelab.training.config import Scales, build
@@ -102,12 +103,12 @@ def _defaults(config: ConfigDict) -> ConfigDict:
     return resolve(found)
 
 
-def _check_saved(workdir: Path, model: ScoreModel) -> None:
+def _check_saved(workdir: Path, model: NoisedModel) -> None:
     """Refuse (ValueError) to go on with other settings than those of the run's own last checkpoint."""
     place = checkpoint.latest(workdir / "checkpoints")
     then = _read(place / "model.json") if place is not None else None
     now = json.loads(json.dumps(model.to_dict()))
-    changed = [k for k in now if then is not None and k != "data_mean" and then.get(k) != now[k]]
+    changed = [k for k in now if then is not None and k in then and k != "data_mean" and then[k] != now[k]]
     if changed:
         raise ValueError(
             f"model.saved is another model than {workdir} was begun with ({', '.join(changed)} differ); expected the "
@@ -289,15 +290,16 @@ def train(
     accept_changes: bool = False,
     step: int | None = None,
     spare_threads: bool = False,
-) -> ScoreModel:
+) -> NoisedModel:
     """Train an experiment to ``training.steps`` in a run directory, going on from its last whole checkpoint if it has
     one; under torchrun with all its processes, on the GPU if there is one. step: go on from this checkpoint instead,
     and set later ones aside. spare_threads: compute in one thread where a second gains little, so that another busy
     process costs little.
 
-    Returns the model with averaged weights. Raises ValueError for bad settings, another experiment's directory (unless
-    ``accept_changes``) or checkpoints of which none is whole, NonFiniteError, OSError for a checkpoint that can't be
-    written, and Interrupted once it has saved where SIGINT or SIGTERM stopped it (a second signal stops at once).
+    Returns the model with averaged weights, a ``ScoreModel`` or a ``ClassifierModel``. Raises ValueError for bad
+    settings, another experiment's directory (unless ``accept_changes``) or checkpoints of which none is whole,
+    NonFiniteError, OSError for a checkpoint that can't be written, and Interrupted once it has saved where SIGINT or
+    SIGTERM stopped it (a second signal stops at once).
     """
     workdir, config = Path(workdir).expanduser(), resolve(check_types(config))
     with _Signals() as signals, ExitStack() as held:
@@ -315,7 +317,7 @@ def train(
             # a run keeps the precision that it was begun in
             begun = (recorded or {}).get("training", {}).get("precision")
             config.training.precision = begun or settled_precision("auto", experiment.model)
-        if config.training.sample_every:
+        if config.training.sample_every and isinstance(experiment.model, ScoreModel):
             check_sampling(config, experiment.model)
         trainer = Trainer(experiment, config)
         if experiment.model.data_range is not None:
@@ -340,7 +342,7 @@ def train(
     return trainer.averaged()
 
 
-def _is_small(model: ScoreModel, batch_size: int) -> bool:
+def _is_small(model: NoisedModel, batch_size: int) -> bool:
     """Whether a forward pass makes fewer than 2^25 products, where two threads were at most 11 % faster than one."""
     each = sum(p.numel() for p in model.parameters()) * math.prod(model.data_shape[1:])
     return batch_size * each < 2**25

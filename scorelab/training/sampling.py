@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 
 from scorelab.adapters import clipped
 from scorelab.checks import broadcast
+from scorelab.classifiers import ClassifierModel
 from scorelab.guidance.autoguidance import autoguidance
+from scorelab.guidance.classifier import classifier
 from scorelab.guidance.classifier_free import classifier_free
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
@@ -136,17 +138,26 @@ def check_sampling(config: ConfigDict, model: ScoreModel) -> None:
 
 
 def own_score(
-    model: ScoreModel, config: ConfigDict, condition: Tensor | None = None, bad: ScoreModel | None = None
+    model: ScoreModel,
+    config: ConfigDict,
+    condition: Tensor | None = None,
+    by: ScoreModel | ClassifierModel | None = None,
 ) -> ScoreFn:
     """The score that an experiment samples with: for a condition guided, with the denoised sample clamped to the data's
-    range, as it says. bad: guide away from this model instead, for a condition or none. Raises ValueError for
-    guidance of a model that can't leave the condition out.
+    range, as it says. by: guide away from this model instead, for a condition or none, or by this classifier, to the
+    condition. Raises ValueError for guidance of a model that can't leave the
+    condition out.
     """
     c = config.sampling
-    score: ScoreFn = model if condition is None else model.conditioned(condition)
     interval, rescale = tuple(c.guidance_interval) or None, c.guidance_rescale
-    if bad is not None:
-        other = bad if condition is None else bad.conditioned(condition)
+    score: ScoreFn = model if condition is None or not model.conditional else model.conditioned(condition)
+    if isinstance(by, ClassifierModel):
+        if condition is not None:
+            # of a model that always takes a class, the class's own score is sharpened
+            free = score if model.conditional and model.null_condition is None else model
+            score = classifier(free, by.conditioned(condition), c.guidance, interval=interval)
+    elif by is not None:
+        other = by if condition is None else by.conditioned(condition)
         score = autoguidance(score, other, c.guidance, interval=interval, rescale=rescale)
     elif condition is not None and c.guidance != 1:
         if not config.training.label_dropout:
@@ -170,16 +181,16 @@ def sample_model(
     generator: torch.Generator | PerSampleNoise,
     *,
     condition: Tensor | None = None,
-    bad: ScoreModel | None = None,
+    by: ScoreModel | ClassifierModel | None = None,
     sampler: Path | None = None,
     progress: bool = True,
 ) -> Tensor:
     """n samples, decoded, for a condition (n, ...) or (1, ...) or none, with the experiment's own sampler and batch
-    size, or with a calibrated sampler's file. bad: see ``own_score``.
+    size, or with a calibrated sampler's file. by: see ``own_score``.
     """
     noise_levels, own = build_sampling(config, model)
     codes = sample(
-        own_score(model, config, condition, bad),
+        own_score(model, config, condition, by),
         (n, *model.data_shape),
         noise_levels if sampler is None else None,
         own if sampler is None else Calibrated.load(sampler),

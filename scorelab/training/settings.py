@@ -46,7 +46,7 @@ PARTS = {
     "optim.schedule": Kind("schedule", SCHEDULES),
     "training.sigmas": Kind("levels", LEVELS, SigmaDistribution),
     "training.weighting": Kind("weighting", WEIGHTINGS),
-    "training.objective": Kind("objective", OBJECTIVES, Objective),
+    "training.objective": Kind("objective", OBJECTIVES, Objective, given=("num_classes",)),
     "sampling.grid": Kind("grid", GRIDS),
     "sampling.sampler": Kind(
         "sampler",

@@ -1,0 +1,16 @@
+"""A classifier of noised digits, by ADM's half U-Net, to guide ddpm.py: scorelab sample --classifier."""
+
+from ml_collections import ConfigDict
+
+from scorelab.experiments import classifier
+
+
+def get_config() -> ConfigDict:
+    c = classifier()
+    c.data.source, c.data.validation = "digits", 300
+    c.model.net.width, c.model.net.multipliers, c.model.net.blocks = 32, (1, 2), 1
+    c.model.net.attention, c.model.net.head, c.model.net.dropout = (1,), 32, 0.1
+    c.training.steps, c.training.batch_size = 2000, 64
+    c.training.checkpoint_every = c.training.validate_every = 500
+    c.optim.lr, c.optim.schedule.name, c.optim.ema = 1e-3, "cosine", (0.995,)
+    return c

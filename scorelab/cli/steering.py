@@ -1,0 +1,149 @@
+"""What samples are conditioned on and guided by, as the command line asks for it."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ml_collections import ConfigDict
+
+from scorelab.checks import nearest_name
+from scorelab.classifiers import ClassifierModel
+from scorelab.cli.runs import load_run
+from scorelab.models import ScoreModel
+from scorelab.training.run import recorded_data
+from scorelab.typing import Tensor
+
+__all__ = ["Steering", "condition_of"]
+
+
+@dataclass(frozen=True)
+class Steering:
+    """The flags, None where nothing was asked for. condition: see ``condition_of``; guidance: the scale, and at which
+    noise levels, "low,high", and how much of its deviation is taken back; autoguidance: the earlier step to guide away
+    from, instead of from no class; classifier: the directory of one to guide by."""
+
+    condition: str = ""
+    guidance: float | None = None
+    guidance_interval: str | None = None
+    guidance_rescale: float | None = None
+    autoguidance: int | None = None
+    classifier: str | None = None
+
+    def classes(self, model: ScoreModel) -> int | None:
+        """How many classes can be asked for."""
+        return model.num_classes if self.classifier is None else self._classifier(model).num_classes
+
+    def applied(
+        self, workdir: Path, config: ConfigDict, model: ScoreModel, n: int, *, found: int, weights: str = "ema"
+    ) -> tuple[Tensor | None, ScoreModel | ClassifierModel | None]:
+        """The classes of n samples (n,), and what guides them beside the model, of step ``found``, where that is; the
+        rest goes into the experiment's settings. Raises ValueError for what does not go together.
+        """
+        _guide(config, self.guidance, self.guidance_interval, self.guidance_rescale)
+        if self.classifier is not None:
+            if self.autoguidance is not None or self.guidance_rescale is not None:
+                raise ValueError("--classifier goes with neither --autoguidance nor --guidance_rescale; expected one")
+            by = self._classifier(model)
+            return condition_of(self.condition, by, Path(self.classifier).expanduser(), n), by
+        labels = condition_of(self.condition, model, workdir, n)
+        if self.autoguidance is not None:
+            return labels, _earlier(workdir, config, model, self.autoguidance, found, weights)
+        _check_guided(labels, self.guidance, self.guidance_interval, self.guidance_rescale)
+        return labels, None
+
+    def _classifier(self, model: ScoreModel) -> ClassifierModel:
+        """The classifier, where the model is; ValueError for one of other data, classes or noise levels."""
+        found = ClassifierModel.load(str(self.classifier))
+        said = f"--classifier={self.classifier}"
+        if found.data_shape != model.data_shape or found.data_range != model.data_range:
+            raise ValueError(
+                f"{said} is of data {found.data_shape} from {found.data_range}, the model of {model.data_shape} from "
+                f"{model.data_range}; expected the same"
+            )
+        if model.num_classes not in (None, found.num_classes):
+            raise ValueError(
+                f"{said} tells {found.num_classes} classes apart, and the model knows {model.num_classes}; expected "
+                "the same"
+            )
+        (low, high), (least, most) = found.sigma_range, model.sigma_range
+        if low > least * (1 + 1e-6) or high < most * (1 - 1e-6):
+            raise ValueError(
+                f"{said} knows noise levels from {low:.4g} to {high:.4g}, and the model's go from {least:.4g} to "
+                f"{most:.4g}; expected one that was trained by a process that covers them"
+            )
+        return found.to(model.device)
+
+
+def _guide(config: ConfigDict, scale: float | None, interval: str | None, rescale: float | None = None) -> None:
+    """Put guidance that was asked for into the experiment's settings; ValueError for an interval or share of none."""
+    if scale is not None:
+        config.sampling.guidance = scale
+    if rescale is not None:
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"--guidance_rescale is {rescale:g}; expected a share from 0 (none) to 1, such as 0.7")
+        config.sampling.guidance_rescale = rescale
+    if interval is not None:
+        try:
+            low, high = (float(part) for part in interval.split(","))
+        except ValueError as error:
+            raise ValueError(f"--guidance_interval is {interval!r}; expected two noise levels such as 0.2,5") from error
+        if not 0 <= low < high:
+            raise ValueError(
+                f"--guidance_interval is {interval!r}; expected the lower noise level first, such as 0.2,5"
+            )
+        config.sampling.guidance_interval = (low, high)
+
+
+def _check_guided(labels: Tensor | None, *asked: object) -> None:
+    """Refuse (ValueError) guidance that was asked for without a class to guide to."""
+    if labels is None and any(option is not None for option in asked):
+        raise ValueError(
+            "--guidance needs a class to guide to; expected a model with classes, and no --condition=none, or "
+            "--autoguidance=STEP, or --classifier=DIRECTORY"
+        )
+
+
+def _earlier(workdir: Path, config: ConfigDict, model: ScoreModel, step: int, found: int, weights: str) -> ScoreModel:
+    """The model of an earlier checkpoint, to guide ``model`` of step ``found`` away from, where that one is.
+
+    Raises ValueError for a checkpoint that is missing or no earlier one, and where no scale was asked for.
+    """
+    if config.sampling.guidance == 1:
+        raise ValueError(f"--autoguidance={step} has a scale of 1, which is none; expected --guidance, such as 2")
+    if not 0 < step < found:
+        raise ValueError(f"--autoguidance is {step}; expected an earlier step than that of the samples, {found}")
+    return load_run(workdir, step=step, weights=weights)[1].to(model.device)
+
+
+def condition_of(text: str, model: ScoreModel | ClassifierModel, workdir: Path, n: int) -> Tensor | None:
+    """The classes (n,) that ``--condition`` asks for: a class's name or number, "each" in turn, or "none".
+
+    Nothing ("") is each, of a model that has classes. Raises ValueError for what the model does not know.
+    """
+    if model.num_classes is None:
+        if text:
+            raise ValueError(
+                f"--condition is {text!r}, but this model has no classes; train with model.conditional=True"
+            )
+        return None
+    names = recorded_data(workdir).get("classes") or [str(k) for k in range(model.num_classes)]
+    called = [name.casefold() for name in names]
+    if called.count(text.casefold()) == 1 or text in names:
+        return torch.full((n,), names.index(text) if text in names else called.index(text.casefold()))
+    if text in ("", "each"):
+        return torch.arange(n) % model.num_classes
+    if text == "none":
+        # refused where the model knows no such condition
+        if isinstance(model, ScoreModel):
+            model.conditioned(None)
+        return None
+    # by its place only where no class is called by a number
+    if text.isascii() and text.isdigit() and int(text) < model.num_classes and not any(n.isdigit() for n in names):
+        return torch.full((n,), int(text))
+    numbers = "" if any(n.isdigit() for n in names) else f", or a number from 0 to {len(names) - 1}"
+    meant = nearest_name(text, [*names, *difflib.get_close_matches(text, ["each", "none"], cutoff=0.7)])
+    others = ", each or none" if meant.startswith("known") else ""
+    raise ValueError(f"--condition is {text!r}; {meant}{others}{numbers}")

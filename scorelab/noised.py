@@ -354,7 +354,7 @@ class NoisedModel(nn.Module):
             raise ValueError(f"model settings have format {settings.get('format')!r}; this version reads 1")
         # scores were all there were once
         if (kind := settings.get("kind", "score")) != cls.kind:
-            raise _Unfit(f"it holds a {kind} model, and that is no {cls.__name__}")
+            raise _Unfit(f"it holds a {kind} model and no {cls.kind} model; expected {kind.capitalize()}Model.load")
         if net is None:
             if settings["net"] is None:
                 raise _Unfit(

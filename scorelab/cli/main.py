@@ -165,7 +165,8 @@ def _train(arguments: list[str]) -> None:
     accept, spare = bool(values["accept_changes"].value), "OMP_NUM_THREADS" not in os.environ
     train(config, workdir, accept_changes=accept, step=step or None, spare_threads=spare)
     if parallel.world()[0] == 0:
-        print(f"trained to step {last_step(workdir)}; sample with: scorelab sample --workdir {quote(str(workdir))}")
+        option = "--classifier" if config.training.objective.name == "cross_entropy" else "--workdir"
+        print(f"trained to step {last_step(workdir)}; sample with: scorelab sample {option} {quote(str(workdir))}")
 
 
 def _keep_freed_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,8 @@ class Steering:
         return labels, None
 
     def _classifier(self, model: ScoreModel) -> ClassifierModel:
-        """The classifier, where the model is; ValueError for one of other data, classes or noise levels."""
+        """The classifier, where the model is; ValueError for one of other data or classes, RuntimeWarning for one that
+        does not know all of its noise levels."""
         found = ClassifierModel.load(str(self.classifier))
         said = f"--classifier={self.classifier}"
         if found.data_shape != model.data_shape or found.data_range != model.data_range:
@@ -70,9 +72,11 @@ class Steering:
             )
         (low, high), (least, most) = found.sigma_range, model.sigma_range
         if low > least * (1 + 1e-6) or high < most * (1 - 1e-6):
-            raise ValueError(
-                f"{said} knows noise levels from {low:.4g} to {high:.4g}, and the model's go from {least:.4g} to "
-                f"{most:.4g}; expected one that was trained by a process that covers them"
+            warnings.warn(
+                f"{said} knows noise levels from {low:.4g} to {high:.4g} and guides at those only: the model's go from "
+                f"{least:.4g} to {most:.4g}",
+                RuntimeWarning,
+                stacklevel=3,
             )
         return found.to(model.device)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from scorelab.checks import broadcast, check_output, level_of
-from scorelab.scores import Combined, Formula
+from scorelab.scores import Combined, Formula, sigma_range
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = ["Guided", "Interval", "check_scores"]
@@ -44,6 +44,13 @@ class Guided(Combined):
         """Whether it guides at a noise level."""
         # in single precision, as a level that is one of the ends may come
         return self.low < _single(sigma) <= self.high
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The levels that the first score knows, and where it guides the second, too."""
+        (low, high), (least, most) = map(sigma_range, self.scores)
+        below, above = self.low < _single(least), self.high > _single(most)
+        return max(low, least) if below else low, min(high, most) if above else high
 
     def outputs(self, x: Tensor, sigma: Tensor) -> tuple[Any, ...]:
         known = level_of(sigma)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -145,7 +146,7 @@ def own_score(
 ) -> ScoreFn:
     """The score that an experiment samples with: for a condition guided, with the denoised sample clamped to the data's
     range, as it says. by: guide away from this model instead, for a condition or none, or by this classifier, to the
-    condition. Raises ValueError for guidance of a model that can't leave the
+    condition at the noise levels that it knows. Raises ValueError for guidance of a model that can't leave the
     condition out.
     """
     c = config.sampling
@@ -155,6 +156,9 @@ def own_score(
         if condition is not None:
             # of a model that always takes a class, the class's own score is sharpened
             free = score if model.conditional and model.null_condition is None else model
+            (low, high), (least, most) = interval or (0.0, math.inf), by.sigma_range
+            if model.sigma_range[0] < least or model.sigma_range[1] > most:
+                interval = (max(low, least), min(high, most))
             score = classifier(free, by.conditioned(condition), c.guidance, interval=interval)
     elif by is not None:
         other = by if condition is None else by.conditioned(condition)

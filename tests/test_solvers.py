@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 
@@ -43,7 +44,8 @@ BUMPS = mixture()
 START, END = 8.0, 0.3
 
 
-def solution(levels: list[float]) -> torch.Tensor:
+@functools.cache
+def solution(levels: tuple[float, ...]) -> torch.Tensor:
     """SciPy's solution of dx/dlog(sigma) = -sigma^2 score at the levels, (n, 2, 2)."""
     x = START * torch.tensor([[0.4, -0.7], [-0.2, 1.1]], dtype=F64)
 
@@ -59,7 +61,7 @@ def solution(levels: list[float]) -> torch.Tensor:
 def error(sampler: Sampler, n: int, exact_starts: int) -> float:
     """Error at the last level; the first steps start from the exact solution, and leave exact values behind."""
     levels = sigmas.geometric(n + 1, sigma_min=END, sigma_max=START).tolist()
-    exact = solution(levels)
+    exact = solution(tuple(levels))
     x, state = exact[0], sampler.init(exact[0], levels)
     for i, (a, b) in enumerate(pairwise(levels)):
         if i < exact_starts:
@@ -116,7 +118,7 @@ def test_orders(sampler, cold):
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-6])
 def test_adaptive_pairs_meet_their_tolerance(method, tolerance):
-    exact = solution([START, END])
+    exact = solution((START, END))
     x = sample(BUMPS.score, exact[0], [START, END], ProbabilityFlow(tolerance, tolerance, method=method))
     assert float((x - exact[-1]).abs().max()) < 20 * tolerance
 
@@ -173,25 +175,24 @@ class Moments:
         self.d = Gaussian(torch.tensor([mean], dtype=F64), torch.tensor([variance], dtype=F64))
         self.sampler, self.levels = sampler, levels
 
-    def run(self, x: float, kicks: list[float]) -> float:
-        """The end, from x, with the k-th noise drawn being kicks[k]."""
+    def run(self, x: list[float], kicks: torch.Tensor) -> torch.Tensor:
+        """The ends (R,), from x (R,), with the k-th noise drawn being kicks[k], (R,)."""
         drawn = iter(kicks)
-        point = torch.tensor([[x]], dtype=F64)
+        point = torch.tensor(x, dtype=F64).unsqueeze(1)
         state = self.sampler.init(point, self.levels)
         for a, b in pairwise(self.levels):
             point, state = self.sampler.step(
-                Context(self.d.score, point, a, b, state, lambda y: torch.full_like(y, next(drawn)))
+                Context(self.d.score, point, a, b, state, lambda y: next(drawn).unsqueeze(1))
             )
-        return float(point)
+        return point.squeeze(1)
 
     def end(self) -> tuple[float, float]:
         """Mean and variance of the sampler's output when x starts from the exact law."""
         n = 2 * len(self.levels)
-        zero = self.run(0.0, [0.0] * n)
-        slope = self.run(1.0, [0.0] * n) - zero
-        kicks = [self.run(0.0, [0.0] * k + [1.0] + [0.0] * (n - k - 1)) - zero for k in range(n)]
-        start = float(self.d.variances) + self.levels[0] ** 2
-        return zero + slope * float(self.d.mean), slope**2 * start + sum(k**2 for k in kicks)
+        # a row that starts at 0, one that starts at 1, and one for each kick
+        zero, one, *kicked = self.run([0.0, 1.0] + [0.0] * n, torch.eye(n + 2, dtype=F64)[2:]).tolist()
+        slope, start = one - zero, float(self.d.variances) + self.levels[0] ** 2
+        return zero + slope * float(self.d.mean), slope**2 * start + sum((k - zero) ** 2 for k in kicked)
 
 
 WEAK: list[tuple[Sampler, int]] = [
@@ -235,11 +236,10 @@ def test_churn_raises_the_level_as_published():
     assert seen == pytest.approx([10, 5, 5 * math.sqrt(2), 2, 2 * math.sqrt(2), 1, math.sqrt(2)])
     # the added noise has variance raised^2 - sigma^2 times s_noise^2
     flat = Moments(Churn(2.0, 0.0, 1.5, 1.1), [2.0, 1.0, 0.5])
-    base = flat.run(0.0, [0.0] * 4)
-    kick = flat.run(0.0, [1.0] + [0.0] * 3) - base
+    base, kicked = flat.run([0.0, 0.0], torch.tensor([[0.0, 1.0], *[[0.0, 0.0]] * 3], dtype=F64)).tolist()
     raised = 1.0 * min(2.0 / 2 + 1, math.sqrt(2))
-    heun = Moments(Heun(), [raised, 0.5])
-    assert kick == pytest.approx(1.1 * math.sqrt(raised**2 - 1) * (heun.run(1.0, []) - heun.run(0.0, [])), rel=1e-9)
+    zero, one = Moments(Heun(), [raised, 0.5]).run([0.0, 1.0], torch.empty(0)).tolist()
+    assert kicked - base == pytest.approx(1.1 * math.sqrt(raised**2 - 1) * (one - zero), rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "families")
     options = parser.parse_args()
     # those of the larger images take longest
-    every = [f"{d}/{p.stem}" for d in reversed(DATA) for p in sorted((ROOT / "configs" / d).glob("*.py"))]
+    every = [
+        f"{d}/{p.stem}"
+        for d in reversed(DATA)
+        for p in sorted((ROOT / "configs" / d).glob("*.py"))
+        if p.stem != "classifier"
+    ]
     names = options.names or every
     options.out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.jobs) as pool:

@@ -153,8 +153,9 @@ def size(path: Path) -> tuple[int, int]:
 
 def test_samples_of_classes_are_drawn_each_in_turn_and_guided(tmp_path, capsys):
     c = conditional(
-        2, sampling__samples=27, training__sample_every=2, sampling__grid__n=4, optim__warmup=0, optim__lr=0.1
+        2, sampling__samples=27, training__sample_every=2, sampling__grid__n=4, optim__lr=0.1, training__batch_size=16
     )
+    c.optim.warmup = 0
     train(c, tmp_path, progress=False)
     run = sample_run(tmp_path)
     assert run.labels.tolist() == list(range(10)) * 2
@@ -189,10 +190,12 @@ def test_samples_of_classes_are_drawn_each_in_turn_and_guided(tmp_path, capsys):
 def test_a_run_is_guided_away_from_its_own_earlier_checkpoint(classes, tmp_path, capsys):
     """With classes and without: early + 2 (late - early), rescaled where that is asked for; calibrated alike."""
     options = {"training__checkpoint_every": 3, "sampling__grid__n": 4, "optim__warmup": 0, "optim__lr": 0.1}
-    train((conditional if classes else small)(6, **options), tmp_path, progress=False)
+    options["training__batch_size"] = 16
+    points = {"data__source": "moons", "model__net__name": "mlp"}
+    train(conditional(6, **options) if classes else small(6, **options, **points), tmp_path, progress=False)
     asked = ["--guidance=2", "--autoguidance=3", "--n=4"]
     assert main(["sample", f"--workdir={tmp_path}", *asked]) == 0
-    assert (tmp_path / "samples" / "drawn_00000006_guided_2_from_3.png").is_file()
+    assert (tmp_path / "samples" / f"drawn_00000006_guided_2_from_3.{'png' if classes else 'npz'}").is_file()
     config, late, _ = load_run(tmp_path)
     early = load_run(tmp_path, step=3)[1]
     labels = torch.arange(4) if classes else None
@@ -212,6 +215,8 @@ def test_a_run_is_guided_away_from_its_own_earlier_checkpoint(classes, tmp_path,
     ends = x + sigma**2 * own_score(late, config, labels, early)(x, sigma)
     wanted = (x + sigma**2 * first(x, sigma)).flatten(1).std(1)
     torch.testing.assert_close(ends.flatten(1).std(1), wanted, rtol=1e-4, atol=1e-4)
+    if classes:
+        return
     capsys.readouterr()
     options = ["--nfe=3", "--starts=16", "--guidance=2", "--autoguidance=3", "--guidance_rescale=0.5"]
     assert main(["calibrate", f"--workdir={tmp_path}", *options]) == 0
@@ -342,9 +347,9 @@ def test_other_objectives_train_from_a_config(name, tmp_path, capsys):
     assert main(["report", f"--workdir={tmp_path}"]) == 0
     # images by their exact trace, and in several parts
     c = small(
-        2, training__objective__name=name, training__batch_size=4, training__accumulate=2, model__net__dropout=0.0
+        2, training__objective__name=name, training__batch_size=2, training__accumulate=2, model__net__dropout=0.0
     )
-    whole = small(2, training__objective__name=name, training__batch_size=4, model__net__dropout=0.0)
+    whole = small(2, training__objective__name=name, training__batch_size=2, model__net__dropout=0.0)
     a, b = Trainer(build(c), c), Trainer(build(whole), whole)
     for _ in range(2):
         x, y = a.advance(), b.advance()

@@ -45,7 +45,7 @@ def small(steps: int = 6, **changes):
     c = default_config()
     c.model.net.width, c.model.net.blocks, c.model.net.multipliers, c.model.net.dropout = 8, 1, (1, 2), 0.1
     c.process.sigma_max = 10.0
-    c.training.steps, c.training.batch_size = steps, 700  # 1797 digits: epochs end inside batches
+    c.training.steps, c.training.batch_size = steps, 400  # 1797 digits: epochs end inside batches
     c.training.checkpoint_every, c.training.log_every = 2, 1
     c.training.validate_every = c.training.sample_every = 0
     # what "auto" means differs from machine to machine
@@ -201,6 +201,7 @@ def test_old_checkpoints_are_removed(tmp_path):
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, monkeypatch, capsys):
     command = [sys.executable, "-m", "scorelab.cli", "train", "--config", "configs/digits/ncsn.py"]
     command += ["--config.training.steps=100000", "--config.training.log_every=1", "--workdir", str(tmp_path / "run")]
+    command += ["--config.training.batch_size=16", "--config.model.net.width=8", "--config.training.sample_every=0"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):

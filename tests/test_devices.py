@@ -21,6 +21,8 @@ from scorelab import (
     from_time_score,
     sigmas,
 )
+from scorelab.guidance import Projected, Thresholded, autoguidance, classifier
+from scorelab.inverse import Inpainting, Measurement, dps, pseudo_inverse
 from scorelab.losses import Denoising, Implicit, Sliced, denoising_loss, implicit_loss, sliced_loss
 from scorelab.losses.denoising import posterior_mean
 from scorelab.models import Constant, LogSigma, ScoreModel
@@ -155,6 +157,29 @@ def test_adapters(score):
             assert out.device.type == "cuda"
             assert out.dtype == torch.float32
         assert run(Euler(), score, x).device.type == "cuda"
+
+
+GUIDED = {
+    "autoguidance": lambda: autoguidance(linear, lambda x, s: -x, 2.0, rescale=0.7, threshold=Thresholded(0.9)),
+    "projected": lambda: autoguidance(linear, lambda x, s: -x, 2.0, interval=(0.2, 5.0), projected=Projected(0.0, 2.0)),
+    "classifier": lambda: classifier(linear, lambda x, s: -x.square().flatten(1).sum(1), 2.0),
+    "dps": lambda: dps(linear, inpainted()),
+    "pseudo-inverse": lambda: pseudo_inverse(linear, inpainted(), 0.5),
+}
+
+
+def inpainted() -> Measurement:
+    """Two of four numbers."""
+    return Measurement(Inpainting(torch.tensor([True, False, True, False])), torch.zeros(1, 2), 0.1)
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_steered_scores_stay_on_the_device(name):
+    """On "meta", for a CPU build has no gradients on "cuda"; the measurement comes to the samples."""
+    x, sigma = torch.randn(3, 4, device="meta"), torch.full((3,), 0.7, device="meta")
+    found = GUIDED[name]()(x, sigma)
+    assert found.device.type == "meta"
+    assert (found.shape, found.dtype) == (x.shape, torch.float32)
 
 
 @pytest.mark.parametrize("objective", [Denoising, Implicit, Sliced])

@@ -335,11 +335,11 @@ def test_samples_begin_around_the_mean_of_the_data_and_densities_end_there():
     for mean, expected in ((None, 0.6 * (1 - along / math.hypot(along, high))), (torch.full((64,), 0.6), 0.6)):
         score = Offset(mean)
         for s in (score, combined(lambda x, sigma, out: out, score)):
-            x = sample(s, (4000, 64), grid, generator=generator(), dtype=F64)
-            # its standard error is .3/sqrt(4000)
-            assert float(x.mean()) == pytest.approx(expected, abs=0.015)
+            x = sample(s, (1000, 64), grid, generator=generator(), dtype=F64)
+            # its standard error is .3/sqrt(1000)
+            assert float(x.mean()) == pytest.approx(expected, abs=0.03)
         x = score.mean + 0.05 * randn(5, 64)
-        found = log_likelihood(score, x, 0.05, high, rtol=1e-7, atol=1e-7).log_prob - score.log_prob(x, 0.05)
+        found = log_likelihood(score, x, 0.05, high, rtol=1e-5, atol=1e-5).log_prob - score.log_prob(x, 0.05)
         # a prior that is too narrow along one direction, and one that besides stands |m|^2/(2 sigma^2) = 0.03 off
         narrow = 0.5 * math.log1p(along**2 / high**2)
         off = 0.0 if mean is None else narrow

@@ -19,7 +19,7 @@ import torch
 
 from scorelab.checks import check_sigmas
 from scorelab.guidance.base import Guided, Interval
-from scorelab.samplers.base import Context, Counted, Sampler, State, Wrapper
+from scorelab.samplers.base import Context, Counted, Sampler, State, Wrapper, check_sampler
 from scorelab.samplers.ode import Heun
 from scorelab.scores import Combined
 from scorelab.typing import ScoreFn, Tensor
@@ -68,8 +68,7 @@ class ByStep(Wrapper):
     steps: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sampler, Sampler):
-            raise TypeError(f"sampler is {self.sampler!r}; expected a sampler such as scorelab.samplers.Heun()")
+        check_sampler(self.sampler)
         if self.steps is not None and not 0 <= self.steps[0] <= self.steps[1]:
             raise ValueError(f"steps is {self.steps}; expected (first, last), 0 <= first <= last, such as (17, 22)")
 

@@ -23,7 +23,7 @@ import torch
 from scorelab.checks import broadcast, check_batch, check_finite, check_sigmas
 from scorelab.noise import Noise, PerSampleNoise
 from scorelab.samplers import Ancestral, Context, Euler, Sampler, State, Wrapper, sample
-from scorelab.samplers.base import Counted
+from scorelab.samplers.base import Counted, check_sampler
 from scorelab.scores import check_known
 from scorelab.typing import ScoreFn, Tensor
 
@@ -58,8 +58,7 @@ def encode(
     """
     check_batch(x0, "x0")
     check_finite(x0, "x0")
-    if not isinstance(sampler, Sampler):
-        raise TypeError(f"sampler is {sampler!r}; expected a sampler object such as scorelab.samplers.Euler()")
+    check_sampler(sampler)
     grid = check_sigmas(sigmas, at_least=2)
     check_known(score, min(s for s in grid if s > 0), grid[0])
     if sampler.order is None or sampler.init(x0, grid) is not None:

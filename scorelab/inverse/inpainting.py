@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from scorelab.inverse.linear import Inpainting
 from scorelab.inverse.measurement import Measurement
-from scorelab.samplers.base import Context, Sampler, State, Wrapper
+from scorelab.samplers.base import Context, Sampler, State, Wrapper, check_sampler
 from scorelab.samplers.stochastic import Ancestral
 from scorelab.typing import Tensor
 
@@ -40,8 +40,7 @@ class Replacement(Wrapper):
         if not isinstance(self.measurement, Measurement) or not isinstance(self.measurement.operator, Inpainting):
             got = getattr(self.measurement, "operator", self.measurement)
             raise TypeError(f"got {type(got).__name__}; expected a Measurement of an Inpainting: see DDRM, DPS or DAPS")
-        if not isinstance(self.inner, Sampler):
-            raise TypeError(f"inner is {self.inner!r}; expected a sampler such as Ancestral()")
+        check_sampler(self.inner, "inner")
 
     @property
     def order(self) -> int | None:  # type: ignore[override]

@@ -20,7 +20,7 @@ from scorelab.checks import broadcast
 from scorelab.inverse.measurement import Measurement, linear, noisy
 from scorelab.inverse.operators import SVD, LinearOperator
 from scorelab.processes import Process
-from scorelab.samplers.base import Context, Sampler, State, Wrapper, evaluate
+from scorelab.samplers.base import Context, Sampler, State, Wrapper, check_sampler, evaluate
 from scorelab.samplers.ode import Euler
 from scorelab.samplers.stochastic import Ancestral
 from scorelab.scores import Combined
@@ -79,8 +79,7 @@ class DPS(Wrapper):
     def __post_init__(self) -> None:
         if not 0 <= self.zeta < math.inf:
             raise ValueError(f"zeta is {self.zeta:g}; expected a finite number >= 0")
-        if not isinstance(self.inner, Sampler):
-            raise TypeError(f"inner is {self.inner!r}; expected a sampler such as Ancestral()")
+        check_sampler(self.inner, "inner")
 
     @property
     def order(self) -> int | None:  # type: ignore[override]

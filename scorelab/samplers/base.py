@@ -56,6 +56,7 @@ __all__ = [
     "Step",
     "StoppedEarly",
     "Wrapper",
+    "check_sampler",
     "drive",
     "evaluate",
 ]
@@ -158,6 +159,12 @@ class Wrapper(Sampler):
 
     def reached(self, sigma: float, sigma_next: float) -> float:
         return self.inner.reached(sigma, sigma_next)
+
+
+def check_sampler(sampler: object, what: str = "sampler") -> None:
+    """Refuse (TypeError) what is no sampler."""
+    if not isinstance(sampler, Sampler):
+        raise TypeError(f"{what} is {sampler!r}; expected a sampler object such as scorelab.samplers.Heun()")
 
 
 def warn_of_training(score: object) -> None:
@@ -331,8 +338,7 @@ def drive(
     """Check the inputs once, then yield the start and every step; ``denoised`` fills x0_hat."""
     if not callable(score):
         raise TypeError(f"score is {type(score).__name__}; expected a callable score(x, sigma)")
-    if not isinstance(sampler, Sampler):
-        raise TypeError(f"sampler is {sampler!r}; expected a sampler object such as scorelab.samplers.Heun()")
+    check_sampler(sampler)
     grid = grid_of(score, sigmas, sampler)
     check_known(score, min(s for s in grid if s > 0), grid[0])
     noise = Noise(generator, reuse=not differentiable)

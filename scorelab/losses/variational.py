@@ -27,7 +27,7 @@ import torch
 
 from scorelab.checks import broadcast, widened
 from scorelab.losses.base import Objective, conditioned
-from scorelab.processes import DiscreteVP, Learned, Process
+from scorelab.processes import DiscreteVP, Learned, Process, step_variances
 from scorelab.tables import Table
 from scorelab.typing import Batch, Tensor
 
@@ -93,11 +93,10 @@ class _Steps(Objective):
         self.process, self.bins, self.steps = process, bins, process.steps
         sigma = process.step_sigmas
         r = torch.cat([torch.zeros(1, dtype=sigma.dtype), sigma[:-1]])
-        gap = (sigma - r) * (sigma + r)
-        posterior, forward = r**2 * gap / sigma**2, gap * (1 + r**2) / (1 + sigma**2)
+        posterior, forward = step_variances(sigma, r)
         # that of the first step is 0: the release takes the second's, of scaled x
         posterior[0] = posterior[1] / (1 + sigma[0] ** 2) if self.steps > 1 else forward[0]
-        self._sigma, self._reach = Table(sigma), Table(gap / sigma)
+        self._sigma, self._reach = Table(sigma), Table((sigma - r) * (sigma + r) / sigma)
         self._posterior, self._forward = Table(posterior.log()), Table(forward.log())
 
     def index(self, u: Tensor) -> Tensor:

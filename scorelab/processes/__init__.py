@@ -6,6 +6,7 @@ from scorelab.processes.base import Process
 from scorelab.processes.continuous import VE, VP, Cosine, Flow, SubVP
 from scorelab.processes.discrete import DiscreteVP, cosine_betas, ddpm, ddpm_cosine, linear_betas
 from scorelab.processes.learned import Learned
+from scorelab.processes.steps import step_variances
 
 __all__ = [
     "PROCESSES",
@@ -19,6 +20,7 @@ __all__ = [
     "SubVP",
     "cosine_betas",
     "linear_betas",
+    "step_variances",
 ]
 
 

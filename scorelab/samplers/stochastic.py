@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 
 from scorelab.checks import level
-from scorelab.processes import Process
+from scorelab.processes import Process, step_variances
 from scorelab.samplers.base import Context, Sampler, State, evaluate
 from scorelab.typing import ScoreFn, Tensor
 
@@ -60,12 +60,9 @@ class Ancestral(Sampler):
 
     def variances(self, sigma: float, sigma_next: float) -> tuple[float, float]:
         """Posterior and forward variance of a step."""
-        gap = (sigma - sigma_next) * (sigma + sigma_next)
         if self.process is None:
-            forward = gap * (1 + sigma_next**2) / (1 + sigma**2)
-        else:
-            forward = gap * (_alpha(self.process, sigma) / _alpha(self.process, sigma_next)) ** 2
-        return sigma_next**2 * gap / sigma**2, forward
+            return step_variances(sigma, sigma_next)
+        return step_variances(sigma, sigma_next, (_alpha(self.process, sigma) / _alpha(self.process, sigma_next)) ** 2)
 
     def transition(
         self, score: ScoreFn, x: Tensor, sigma: float, sigma_next: float, least: float = 0.0

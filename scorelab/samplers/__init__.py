@@ -2,6 +2,7 @@
 
 from scorelab.samplers.adaptive import ProbabilityFlow
 from scorelab.samplers.adaptive_sde import AdaptiveReverseSDE
+from scorelab.samplers.analytic import AnalyticVariance, analytic_variance
 from scorelab.samplers.base import Context, Sampler, State, Step, Wrapper
 from scorelab.samplers.calibrated import Calibrated, calibrate
 from scorelab.samplers.corrected import AnnealedCorrector, Corrector, LangevinCorrector, PredictorCorrector
@@ -29,6 +30,7 @@ __all__ = [
     "SAMPLERS",
     "AdamsBashforth",
     "AdaptiveReverseSDE",
+    "AnalyticVariance",
     "Ancestral",
     "AnnealedCorrector",
     "AnnealedLangevin",
@@ -57,6 +59,7 @@ __all__ = [
     "UnderdampedLangevin",
     "UniPC",
     "Wrapper",
+    "analytic_variance",
     "calibrate",
     "sample",
     "trajectory",

@@ -5,6 +5,7 @@ From sigma to r < sigma, unscaled, with d = (x - x0_hat) = -sigma^2 score:
     DDIM        x0_hat + sqrt(r^2 - c^2) d / sigma + c z,     c^2 = eta^2 r^2 (1 - r^2/sigma^2)
     ancestral   x0_hat + (r^2/sigma^2) d + s z                posterior: s^2 = r^2 (1 - r^2/sigma^2)
                                                               forward:   s^2 = (sigma^2-r^2)(1+r^2)/(1+sigma^2)
+                                                              analytic:  see scorelab.samplers.analytic
 
 Ho et al., 2020, arXiv:2006.11239; Song, Meng and Ermon, Denoising Diffusion Implicit Models, 2021, arXiv:2010.02502.
 """
@@ -19,6 +20,7 @@ import torch
 
 from scorelab.checks import level
 from scorelab.processes import Process, step_variances
+from scorelab.samplers.analytic import AnalyticVariance
 from scorelab.samplers.base import Context, Sampler, State, evaluate
 from scorelab.typing import ScoreFn, Tensor
 
@@ -33,21 +35,25 @@ def _alpha(process: Process, sigma: float) -> float:
 
 @dataclass(frozen=True)
 class Ancestral(Sampler):
-    """DDPM's sampler; ``variance`` "posterior" (beta tilde), "forward" (beta) or "learned".
+    """DDPM's sampler; ``variance`` "posterior" (beta tilde), "forward" (beta), "learned" or an ``AnalyticVariance``.
 
     The forward variance is that of x_t given x_s: (sigma^2 - r^2) (alpha_t/alpha_s)^2, unscaled, with the scales of
     ``process``, by default a variance-preserving one's. Learned variance
     asks the score for ``score_and_variance(x, sigma) -> (score, v)``, v (B, *D) in [0, 1], and takes
     log s^2 = v log(forward) + (1 - v) log(posterior); a score without it is a TypeError. Nichol and Dhariwal, 2021,
-    arXiv:2102.09672.
+    arXiv:2102.09672. "analytic", of a config, stands for one that is still to be estimated from its data.
     """
 
-    variance: str = "posterior"
+    variance: str | AnalyticVariance = "posterior"
     process: Process | None = None
 
     def __post_init__(self) -> None:
-        if self.variance not in ("posterior", "forward", "learned"):
-            raise ValueError(f"variance is {self.variance!r}; expected 'posterior', 'forward' or 'learned'")
+        names = ("posterior", "forward", "learned", "analytic")
+        if self.variance not in names and not isinstance(self.variance, AnalyticVariance):
+            raise ValueError(
+                f"variance is {self.variance!r}; expected 'posterior', 'forward', 'learned', or "
+                "analytic_variance(score, x0, sigmas)"
+            )
 
     def step(self, at: Context) -> tuple[Tensor, State]:
         score, x, sigma, sigma_next, state, noise = at
@@ -73,6 +79,13 @@ class Ancestral(Sampler):
         """
         posterior, forward = self.variances(sigma, sigma_next)
         gap = (sigma - sigma_next) * (sigma + sigma_next)
+        if self.variance == "analytic":
+            raise ValueError(
+                "variance is 'analytic'; expected one of data, analytic_variance(score, x0, sigmas)"
+            )
+        if isinstance(self.variance, AnalyticVariance):
+            mean = x.add(evaluate(score, x, sigma), alpha=gap)
+            return mean, math.sqrt(posterior + self.variance.beyond(sigma, sigma_next))
         if self.variance != "learned":
             mean = x.add(evaluate(score, x, sigma), alpha=gap)
             return mean, math.sqrt(posterior if self.variance == "posterior" else forward)

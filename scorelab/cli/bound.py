@@ -18,9 +18,9 @@ from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.plotting import figure
 from scorelab.processes import DiscreteVP
-from scorelab.samplers import Ancestral
+from scorelab.samplers import Ancestral, Sampler
 from scorelab.sigmas import from_betas
-from scorelab.training import resolve
+from scorelab.training import resolve, with_statistics
 from scorelab.typing import Tensor
 from scorelab.writing import check_writable, whole
 
@@ -30,14 +30,24 @@ _AT_ONCE = 64
 
 
 def bound_run(
-    workdir: Path, out: Path, *, n: int, levels: int, seed: int, step: int, steps: int, data: ConfigDict | None = None
+    workdir: Path,
+    out: Path,
+    *,
+    n: int,
+    levels: int,
+    seed: int,
+    step: int,
+    steps: int,
+    variance: str = "",
+    data: ConfigDict | None = None,
 ) -> str:
     """The bound of ``n`` data of a run, held-out ones if it has any, on what ancestral sampling generates over
     ``steps`` noise levels, 0: all of a process of steps, 1,000 of another; in nats, or with ``levels`` in bits per
     dimension (see ``likelihood_run``). Its terms over the levels are drawn into ``out``, a .png.
 
-    data: see ``likelihood_run``. The variance is the learned one, or that which the run samples with. Raises ValueError
-    for a model of codes.
+    variance: of the chain's steps, "posterior", "forward", "learned" or "analytic", from training data; by default the
+    learned one, or that which the run samples with. data: see ``likelihood_run``. Raises ValueError for a model of
+    codes.
     """
     check_writable(out)
     config, model, found = load_run(workdir, step=step)
@@ -46,22 +56,25 @@ def bound_run(
         raise ValueError("the bound of a model of codes is not that of its data; expected --method=ode")
     source = data_for(model, config)
     batch = held_data(source, config, n).mapped(lambda t: t.to(model.device))
-    sampler = resolve(config).sampling.sampler
-    variance = "learned" if model.variance else sampler.get("variance", "posterior")
+    own = "learned" if model.variance else resolve(config).sampling.sampler.get("variance", "posterior")
+    variance = variance or own
+    if variance == "learned" and not model.variance:
+        raise ValueError("--variance=learned, but the network learned none; expected posterior, forward or analytic")
+    sampler: Sampler = Ancestral(variance, model.process)
     options: dict[str, Any] = {"data_std": _prior_std(model, batch.x0)}
     if levels:
         options["spacing"] = spacing_of(source.values, levels)
     grid = _grid(model, steps)
+    # the bound is that of the bare score
+    config.sampling.clip = False
+    sampler = with_statistics(sampler, model, config, grid)
+    assert isinstance(sampler, Ancestral)
     score = model.conditioned(batch.condition) if model.conditional else model
     terms = []
     for rows in tqdm(torch.split(torch.arange(len(batch.x0)), _AT_ONCE), desc=f"bound of {len(batch.x0)}", unit="part"):
         noise = PerSampleNoise(seed, int(rows[0]))
         mine = rows.to(model.device)
-        terms.append(
-            variational_bound(
-                score.rows(mine), batch.x0[mine], grid, Ancestral(variance, model.process), generator=noise, **options
-            )
-        )
+        terms.append(variational_bound(score.rows(mine), batch.x0[mine], grid, sampler, generator=noise, **options))
     told = {
         "step": found,
         "samples": len(batch.x0),

@@ -46,6 +46,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab new images|points runs/my.py --path DATA [--size 32,32] [--layout channels_last]
        scorelab likelihood --workdir runs/x [--n 64] [--bits] [--divergence hutchinson] [--probes 1]
        scorelab likelihood --workdir runs/x --method bound [--n 64] [--bits] [--steps 250] [--out FILE.png]
+                       [--variance posterior|forward|learned|analytic]
            (--config configs/digits/edm.py: of that config's data, for a saved or converted model)"""
 
 
@@ -284,7 +285,8 @@ def _likelihood(arguments: list[str]) -> None:
     if any(argument.partition("=")[0] == "--config" for argument in arguments):
         data, arguments = config_file(arguments)
     values = _run_flags(
-        {"n": 64, "probes": 1, "levels": 0, "steps": 0}, {"divergence": "hutchinson", "method": "ode", "out": None}
+        {"n": 64, "probes": 1, "levels": 0, "steps": 0},
+        {"divergence": "hutchinson", "method": "ode", "out": None, "variance": ""},
     )
     flags.DEFINE_float("tolerance", 1e-3, "of the adaptive solver", flag_values=values)
     flags.DEFINE_bool("bits", False, "per dimension, of data that takes some values", flag_values=values)
@@ -303,10 +305,12 @@ def _likelihood(arguments: list[str]) -> None:
         from scorelab.cli.bound import bound_run
 
         out = Path(values["out"].value or workdir / "samples" / "bound.png").expanduser()
-        print(bound_run(workdir, out, n=n, levels=levels, seed=seed, step=step, steps=steps, data=data))
+        variance = str(values["variance"].value or "")
+        asked: dict[str, Any] = {"n": n, "levels": levels, "seed": seed, "step": step, "steps": steps, "data": data}
+        print(bound_run(workdir, out, variance=variance, **asked))
         return
-    if steps or values["out"].value:
-        raise ValueError("--steps and --out are for --method=bound; expected neither with --method=ode")
+    if steps or values["out"].value or values["variance"].value:
+        raise ValueError("--steps, --variance and --out are for --method=bound; expected none with --method=ode")
     kind, tolerance = str(values["divergence"].value), float(values["tolerance"].value or 0)
     options: dict[str, Any] = {"n": n, "probes": probes, "levels": levels, "seed": seed, "step": step, "data": data}
     print(likelihood_run(workdir, divergence=kind, tolerance=tolerance, **options))

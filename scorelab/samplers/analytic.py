@@ -12,10 +12,12 @@ By x0 = x - sigma eps and E[eps | x] = -sigma score, with eps split into its mea
              = sigma^2 E||sigma score + eps||^2 / D               "error"
 
 for the true score. The first is the paper's; where sigma is large it is a small difference of large numbers, and the
-second is not. Of a score with errors the second is what is best for its own mean. No linear denoiser beats E[x0 | x],
-so, with v the variance of the data averaged over dimensions (Jensen's inequality for what is concave in it),
+second is not. No linear denoiser beats E[x0 | x], so, with v the variance of the data averaged over dimensions
+(Jensen's inequality for what is concave in it),
 
     0 <= c(sigma) <= sigma^2 v / (sigma^2 + v)
+
+Of a score with errors the second is what is best for its own mean, and then has no upper bound.
 
 Bao, Li, Zhu and Zhang, Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance in Diffusion Probabilistic
 Models, 2022, arXiv:2201.06503; of imperfect means: Bao, Li, Sun, Zhu and Zhang, Estimating the Optimal Covariance with
@@ -42,8 +44,8 @@ __all__ = ["AnalyticVariance", "analytic_variance"]
 @dataclass(frozen=True)
 class AnalyticVariance:
     """``Ancestral``'s optimal variance: at ``sigmas``, descending and positive, ``denoised`` estimates c, the variance
-    of x0 given x averaged over dimensions, with standard ``errors``; ``data_std`` is the root of v, infinity for no
-    bound. All in the data's units.
+    of x0 given x averaged over dimensions, with standard ``errors``; ``data_std`` is the root of v, infinity where the
+    upper bound does not hold. All in the data's units.
     """
 
     sigmas: tuple[float, ...]
@@ -60,7 +62,8 @@ class AnalyticVariance:
         """c at one of ``sigmas``, within its bounds; ValueError for another level."""
         for known, c in zip(self.sigmas, self.denoised, strict=True):
             if math.isclose(known, sigma, rel_tol=1e-6):
-                return min(max(c, 0.0), sigma**2 / (1 + (sigma / self.data_std) ** 2))
+                most = 1 / (sigma**-2 + self.data_std**-2) if self.data_std < math.inf else math.inf
+                return min(max(c, 0.0), most)
         raise ValueError(
             f"the analytic variance was estimated at {len(self.sigmas)} levels from {self.sigmas[0]:g} to "
             f"{self.sigmas[-1]:g}, and {sigma:g} is none of them; expected analytic_variance(score, x0, sigmas) of the "
@@ -109,6 +112,7 @@ def analytic_variance(
             c = sigma**2 * torch.cat(each)
             check_finite(c[:, None], f"the score's norm at sigma = {sigma:g}", "check the score function")
             found.append((sigma, float(c.mean()), float(c.std()) / math.sqrt(len(c))))
-    spread = float(x0.flatten(1).double().var(0).mean().sqrt())
+    # what errors of the score add to c is not bounded by the data
+    spread = math.inf if method == "error" else float(x0.flatten(1).double().var(0).mean().sqrt())
     sigma_at, denoised, errors = zip(*found, strict=True)
     return AnalyticVariance(sigma_at, denoised, errors, spread)

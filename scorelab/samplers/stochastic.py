@@ -35,13 +35,14 @@ def _alpha(process: Process, sigma: float) -> float:
 
 @dataclass(frozen=True)
 class Ancestral(Sampler):
-    """DDPM's sampler; ``variance`` "posterior" (beta tilde), "forward" (beta), "learned" or an ``AnalyticVariance``.
+    """DDPM's sampler; ``variance`` "posterior" (beta tilde), "forward" (beta), "learned" or "analytic".
 
     The forward variance is that of x_t given x_s: (sigma^2 - r^2) (alpha_t/alpha_s)^2, unscaled, with the scales of
     ``process``, by default a variance-preserving one's. Learned variance
     asks the score for ``score_and_variance(x, sigma) -> (score, v)``, v (B, *D) in [0, 1], and takes
     log s^2 = v log(forward) + (1 - v) log(posterior); a score without it is a TypeError. Nichol and Dhariwal, 2021,
-    arXiv:2102.09672. "analytic", of a config, stands for one that is still to be estimated from its data.
+    arXiv:2102.09672. The analytic, optimal variance is estimated beforehand: an ``AnalyticVariance`` in code, from
+    the run's training data where a config says "analytic".
     """
 
     variance: str | AnalyticVariance = "posterior"
@@ -80,9 +81,7 @@ class Ancestral(Sampler):
         posterior, forward = self.variances(sigma, sigma_next)
         gap = (sigma - sigma_next) * (sigma + sigma_next)
         if self.variance == "analytic":
-            raise ValueError(
-                "variance is 'analytic'; expected one of data, analytic_variance(score, x0, sigmas)"
-            )
+            raise ValueError("variance is 'analytic'; expected one of data, analytic_variance(score, x0, sigmas)")
         if isinstance(self.variance, AnalyticVariance):
             mean = x.add(evaluate(score, x, sigma), alpha=gap)
             return mean, math.sqrt(posterior + self.variance.beyond(sigma, sigma_next))

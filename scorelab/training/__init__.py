@@ -4,7 +4,7 @@ from scorelab.training.config import Experiment, build, load_data, network
 from scorelab.training.ema import EMA, Snapshot, reconstruct
 from scorelab.training.engine import NonFiniteError, Trainer
 from scorelab.training.run import Interrupted, train
-from scorelab.training.sampling import build_sampling, in_turn, own_score, sample_model, with_nfe
+from scorelab.training.sampling import build_sampling, in_turn, own_score, sample_model, with_nfe, with_statistics
 from scorelab.training.settings import default_config, resolve
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "sample_model",
     "train",
     "with_nfe",
+    "with_statistics",
 ]

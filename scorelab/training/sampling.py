@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,12 +20,16 @@ from scorelab.guidance.classifier_free import classifier_free
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.processes import DiscreteVP
-from scorelab.samplers import Calibrated, Sampler, sample, trajectory
+from scorelab.samplers import Ancestral, Calibrated, Sampler, analytic_variance, sample, trajectory
 from scorelab.scores import combined
+from scorelab.training.config import load_data
 from scorelab.training.settings import part, resolve
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["build_sampling", "check_sampling", "in_turn", "own_score", "sample_model", "with_nfe"]
+__all__ = ["build_sampling", "check_sampling", "in_turn", "own_score", "sample_model", "with_nfe", "with_statistics"]
+
+_STATISTICS = 512
+"""Training samples that an analytic variance is estimated from."""
 
 
 def build_sampling(config: ConfigDict, model: ScoreModel) -> tuple[Tensor, Sampler]:
@@ -41,6 +46,35 @@ def build_sampling(config: ConfigDict, model: ScoreModel) -> tuple[Tensor, Sampl
     return levels, sampler
 
 
+def _is_analytic(sampler: Sampler) -> bool:
+    return isinstance(sampler, Ancestral) and sampler.variance == "analytic"
+
+
+def _without_statistics(sigmas: Tensor, sampler: Sampler) -> tuple[Tensor, Sampler]:
+    """A sampler whose steps can be tried without data."""
+    return sigmas, Ancestral() if _is_analytic(sampler) else sampler
+
+
+def with_statistics(sampler: Sampler, model: ScoreModel, config: ConfigDict, sigmas: Tensor) -> Sampler:
+    """A sampler of ``variance="analytic"`` with the variance that training samples of the config's data have under the
+    model's score at ``sigmas``, each given its class and without guidance; any other sampler as it is.
+
+    It takes ``_STATISTICS`` evaluations of one sample a level, and is the same for a model and config wherever it runs.
+    """
+    if not _is_analytic(sampler):
+        return sampler
+    source = load_data(config)
+    if config.data.validation:
+        source.hold_out(config.data.validation)
+    batch = source.batch(config.seed, 0, _STATISTICS).mapped(lambda t: t.to(model.device))
+    plain = ConfigDict(config)
+    plain.sampling.guidance = 1.0
+    with torch.no_grad():
+        x0 = model.encode(batch.x0)
+    score = own_score(model, plain, batch.condition if model.conditional else None)
+    return replace(sampler, variance=analytic_variance(score, x0, sigmas, generator=PerSampleNoise(config.seed)))  # type: ignore[type-var]
+
+
 def with_nfe(config: ConfigDict, model: ScoreModel, nfe: int) -> ConfigDict:
     """The config with as many noise levels as take ``nfe`` evaluations at most.
 
@@ -54,7 +88,7 @@ def with_nfe(config: ConfigDict, model: ScoreModel, nfe: int) -> ConfigDict:
 
     def takes(n: int) -> int:
         grid[key] = n
-        levels, sampler = build_sampling(config, model)
+        levels, sampler = _without_statistics(*build_sampling(config, model))
         return list(trajectory(_Gaussian(), (1, 2), levels, sampler, generator=PerSampleNoise(0)))[-1].nfe
 
     # a process of steps has no more
@@ -114,7 +148,7 @@ def check_sampling(config: ConfigDict, model: ScoreModel) -> None:
         raise ValueError(f"sampling.guidance_interval is {c.guidance_interval}; expected (low, high), or () for all")
     if c.clip and model.data_range is None:
         raise ValueError("sampling.clip is for data scaled to [-1, 1], images of bytes or digits; expected False")
-    noise_levels, sampler = build_sampling(config, model)
+    noise_levels, sampler = _without_statistics(*build_sampling(config, model))
     low, high = model.sigma_range
     least, most = float(noise_levels[noise_levels > 0].min()), float(noise_levels[0])
     if least < low * (1 - 1e-6) or most > high * (1 + 1e-6):
@@ -193,6 +227,8 @@ def sample_model(
     size, or with a calibrated sampler's file. by: see ``own_score``.
     """
     noise_levels, own = build_sampling(config, model)
+    if sampler is None:
+        own = with_statistics(own, model, config, noise_levels)
     codes = sample(
         own_score(model, config, condition, by),
         (n, *model.data_shape),

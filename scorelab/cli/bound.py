@@ -20,7 +20,7 @@ from scorelab.plotting import figure
 from scorelab.processes import DiscreteVP
 from scorelab.samplers import Ancestral, Sampler
 from scorelab.sigmas import from_betas
-from scorelab.training import resolve, with_statistics
+from scorelab.training import own_score, resolve, with_statistics
 from scorelab.typing import Tensor
 from scorelab.writing import check_writable, whole
 
@@ -45,6 +45,9 @@ def bound_run(
     ``steps`` noise levels, 0: all of a process of steps, 1,000 of another; in nats, or with ``levels`` in bits per
     dimension (see ``likelihood_run``). Its terms over the levels are drawn into ``out``, a .png.
 
+    Where the run samples with denoised samples clamped to the data's range (``sampling.clip``), the chain's are: data
+    lies there, so no term grows, and from sigma = 2e4 a small error of eps is a large one of x0_hat.
+
     variance: of the chain's steps, "posterior", "forward", "learned" or "analytic", from training data; by default the
     learned one, or that which the run samples with. data: see ``likelihood_run``. Raises ValueError for a model of
     codes.
@@ -65,11 +68,10 @@ def bound_run(
     if levels:
         options["spacing"] = spacing_of(source.values, levels)
     grid = _grid(model, steps)
-    # the bound is that of the bare score
-    config.sampling.clip = False
     sampler = with_statistics(sampler, model, config, grid)
     assert isinstance(sampler, Ancestral)
-    score = model.conditioned(batch.condition) if model.conditional else model
+    config.sampling.guidance = 1.0
+    score: Any = own_score(model, config, batch.condition if model.conditional else None)
     terms = []
     for rows in tqdm(torch.split(torch.arange(len(batch.x0)), _AT_ONCE), desc=f"bound of {len(batch.x0)}", unit="part"):
         noise = PerSampleNoise(seed, int(rows[0]))

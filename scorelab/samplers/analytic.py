@@ -55,7 +55,7 @@ class AnalyticVariance:
 
     @property
     def norms(self) -> tuple[float, ...]:
-        """E||score||^2 / D at each level, of a score that is the true one."""
+        """E||score||^2 / D at each level, of the true score, with standard errors ``errors`` / sigma^4."""
         return tuple((1 - c / s**2) / s**2 for s, c in zip(self.sigmas, self.denoised, strict=True))
 
     def at(self, sigma: float) -> float:

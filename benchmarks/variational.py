@@ -40,7 +40,7 @@ from scorelab.typing import Batch, Tensor
 ROOT = Path(__file__).parents[1]
 NAMES = ("ddpm", "improved_ddpm", "vdm")
 HELD = {"digits": 300, "fashion_mnist": 500}
-FEW, SAMPLES, GROUPS, STATISTICS, DRAWS, BATCHES = 25, 1000, 5, 128, 64, 100
+FEW, FEWER, SAMPLES, GROUPS, STATISTICS, DRAWS, BATCHES = 25, 8, 1000, 5, 128, 64, 100
 
 
 def config_of(source: str, name: str) -> ConfigDict:
@@ -164,23 +164,24 @@ def variances_of(model: ScoreModel) -> list[str]:
     return [*["learned"] * model.variance, "posterior", "forward"]
 
 
-def few_steps(model: ScoreModel, score: Any, x0: Tensor, x: Tensor) -> dict[str, list[float]]:
-    """The energy distance of samples in ``FEW`` steps to held-out data, and their deviation, over the data's."""
-    grid = levels_of(model, FEW)
+def few_steps(model: ScoreModel, score: Any, x0: Tensor, x: Tensor, steps: int) -> dict[str, dict[str, Any]]:
+    """The energy distance of samples in few steps to held-out data x0, in ``GROUPS``, what it is less that of the first
+    variance with the same noise, and the samples' deviation over the data's; x: training data, judged likewise."""
+    grid = levels_of(model, steps)
     kinds: dict[str, Any] = {name: name for name in variances_of(model)}
-    kinds["analytic"] = analytic_variance(in_parts(score), x, grid, generator=PerSampleNoise(1))
-    found: dict[str, list[float]] = {}
-
-    def judged(y: Tensor) -> list[float]:
-        size = len(y) // GROUPS
-        return interval([energy_distance(y[k * size : (k + 1) * size], x0) for k in range(GROUPS)])
-
-    for name, kind in kinds.items():
-        sampler, shape = Ancestral(kind, model.process), (SAMPLES, *model.data_shape)
-        ends = torch.cat([grid, grid.new_zeros(1)])
-        y = sample(score, shape, ends, sampler, generator=PerSampleNoise(2), batch_size=100)
-        found[name] = [*judged(y), float(y.std() / x0.std())]
-    found["training data"] = [*judged(x), float(x.std() / x0.std())]
+    kinds["analytic"] = analytic_variance(in_parts(score), x[:STATISTICS], grid, generator=PerSampleNoise(1))
+    found: dict[str, dict[str, Any]] = {}
+    first: list[float] = []
+    for name, kind in [*kinds.items(), ("training data", None)]:
+        shape, ends = (SAMPLES, *model.data_shape), torch.cat([grid, grid.new_zeros(1)])
+        y = x
+        if kind is not None:
+            sampler = Ancestral(kind, model.process)
+            y = sample(score, shape, ends, sampler, generator=PerSampleNoise(2), batch_size=100)
+        far = [energy_distance(part, x0) for part in y.chunk(GROUPS)]
+        first = first or far
+        found[name] = {"distance": interval(far), "deviation": float(y.std() / x0.std())}
+        found[name]["less"] = interval([a - b for a, b in zip(far, first, strict=True)])
     return found
 
 
@@ -274,7 +275,7 @@ def measure(source: str, minutes: float, n: int, out: Path) -> dict[str, Any]:
         ode = [bits_per_dim(model, p, low, high, spacing=spacing, generator=gen, **options).bits for p in x0.split(50)]
         row["ode"] = with_error(torch.cat(ode))
         if model.variance:
-            row["few"] = few_steps(model, own(model, clip), held, x)
+            row["few"] = {steps: few_steps(model, own(model, clip), held, x, steps) for steps in (FEW, FEWER)}
         if isinstance(model.process, Learned):
             row["schedules"] = schedules(model, x0, x, Bins(spacing, -1.0, 1.0))
         rows[name] = row
@@ -285,6 +286,8 @@ def measure(source: str, minutes: float, n: int, out: Path) -> dict[str, Any]:
 def cell(value: list[float]) -> str:
     """A number with its error, of which one digit is told, two where it begins with 1."""
     mean, error = value
+    if 0 <= mean < 1e-4 and error < 1e-4:
+        return "< 1e-4" if mean else ""
     digits = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 2
     digits -= digits > 0 and error * 10 ** (digits - 1) >= 1.95
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
@@ -310,7 +313,12 @@ def tables(found: dict[str, Any]) -> str:
         for n, r in rows.items()
         for v, b in r["bound, all"].items()
     ]
-    few = [[v, cell(f[:2]), f"{f[2]:.3f}"] for r in rows.values() for v, f in r.get("few", {}).items()]
+    few = [
+        [steps, v, cell(f["distance"]), cell(f["less"]), f"{f['deviation']:.3f}"]
+        for r in rows.values()
+        for steps, by in r.get("few", {}).items()
+        for v, f in by.items()
+    ]
     drawn = [
         [v, *(cell(f[k]) for k in ("bits", "less learned", "variance", "gradient"))]
         for r in rows.values()
@@ -319,7 +327,7 @@ def tables(found: dict[str, Any]) -> str:
     parts = [
         markdown(["config", "steps", "ms a step", "bits/dim by the ODE"], took),
         markdown(["config", "variance", "bound, bits/dim", "noisiest step", "decoder", f"bound, {FEW} steps"], bits),
-        markdown([f"variance, {FEW} steps", "energy distance", "deviation over the data's"], few),
+        markdown(["steps", "variance", "energy distance", "less the learned one's", "deviation over the data's"], few),
         markdown(
             ["schedule", "bound, bits/dim", "less the learned one's", "variance of a draw", "of a gradient"], drawn
         ),

@@ -11,7 +11,7 @@ import torch
 from problems import F64, generator, randn
 from scipy.integrate import quad
 
-from scorelab import PerSampleNoise, sample
+from scorelab import PerSampleNoise, sample, variational_bound
 from scorelab.cli.main import main
 from scorelab.cli.sampling import load_run, sample_run
 from scorelab.distributions import Gaussian, GaussianMixture
@@ -119,6 +119,17 @@ def test_it_stays_within_its_bounds():
     # what a wrong mean adds is not cut off
     wrong = analytic_variance(lambda x, s: GAUSSIAN.score(x, s) + 2, x0, [1.0], generator=generator(1))
     assert wrong.at(1.0) == pytest.approx(0.2 + 4, rel=0.05)
+
+
+def test_values_in_bins_are_decoded_by_the_forward_variance():
+    """That of x0 given x is best for a density, which a few numbers that are far off would widen."""
+    levels, x0 = [2.0, 0.5], torch.round(4 * GAUSSIAN.sample(20, generator())).clamp(-4, 4) / 4
+    found = [
+        variational_bound(GAUSSIAN.score, x0, levels, Ancestral(v), spacing=0.25, generator=generator(1))
+        for v in (exact(levels), "forward")
+    ]
+    assert torch.equal(found[0].decoder, found[1].decoder)
+    assert not torch.equal(found[0].steps, found[1].steps)
 
 
 def test_rows_of_a_bound_score_are_evaluated_in_parts():

@@ -109,8 +109,8 @@ def variational_bound(
     spacing: None for the log-density of continuous x0; else x0 lies on values that far apart in ``data_range`` and the
     decoder gives the mass of bins, open at both ends (2/255 for k/127.5 - 1). decoder_std: of the last step, by default
     from the sampler's forward variance; guided-diffusion takes the posterior variance of the step before, and learned
-    variance, here too, lies between both; an analytic variance is that of x0 given x. draws: K; 1 averages closed forms
-    of the divergences over one chain, more weigh whole chains and tighten the bound.
+    variance, here too, lies between both; an analytic variance is that of x0 given x, without ``spacing``. draws: K; 1
+    averages closed forms of the divergences over one chain, more weigh whole chains and tighten the bound.
 
     bits/dim are ``-log_prob / (D log 2)``. Raises ValueError for shapes, levels or counts that don't fit.
     """
@@ -174,7 +174,8 @@ class _Chain:
         mean, own = self.sampler.transition(self.score, self.x, last, 0.0, least)
         if std is not None:
             own = std
-        elif isinstance(self.sampler.variance, AnalyticVariance):
+        elif isinstance(self.sampler.variance, AnalyticVariance) and spacing is None:
+            # best for a density: a few numbers that are far off would widen it, which bins do not need
             own = own or math.sqrt(self.sampler.variances(last, 0.0)[1])
         elif self.sampler.variance != "learned" or not least:
             own = math.sqrt(self.sampler.variances(last, 0.0)[1])

@@ -314,7 +314,7 @@ def tables(found: dict[str, Any]) -> str:
         for v, b in r["bound, all"].items()
     ]
     few = [
-        [steps, v, cell(f["distance"]), cell(f["less"]), f"{f['deviation']:.3f}"]
+        [steps, v, cell(f["distance"]), "" if v == "training data" else cell(f["less"]), f"{f['deviation']:.3f}"]
         for r in rows.values()
         for steps, by in r.get("few", {}).items()
         for v, f in by.items()

@@ -17,7 +17,7 @@ from scorelab.cli.sampling import load_run, sample_run
 from scorelab.distributions import Gaussian, GaussianMixture
 from scorelab.samplers import AnalyticVariance, Ancestral, analytic_variance
 from scorelab.samplers.base import Context
-from scorelab.training import build_sampling, default_config, load_data, train
+from scorelab.training import build_sampling, default_config, load_data, train, with_statistics
 
 S = 0.5
 GAUSSIAN = Gaussian(torch.zeros(2, dtype=F64), S**2)
@@ -175,6 +175,10 @@ def test_a_run_samples_and_has_its_bound_with_it(tmp_path, capsys):
     torch.testing.assert_close(
         sample(model, (3, 1, 8, 8), levels, Ancestral(v, model.process), generator=PerSampleNoise(0)), x
     )
+    # the estimate is without guidance, and leaves the run's own as it was
+    c.sampling.guidance = 2.0
+    with_statistics(Ancestral("analytic", model.process), model, c, levels)
+    assert c.sampling.guidance == 2
     command = ["likelihood", f"--workdir={tmp_path / 'a'}", "--method=bound", "--bits", "--n=20", "--steps=4"]
     bits = {}
     for kind in ("analytic", "forward"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from dataclasses import replace
@@ -67,7 +68,7 @@ def with_statistics(sampler: Sampler, model: ScoreModel, config: ConfigDict, sig
     if config.data.validation:
         source.hold_out(config.data.validation)
     batch = source.batch(config.seed, 0, _STATISTICS).mapped(lambda t: t.to(model.device))
-    plain = ConfigDict(config)
+    plain = copy.deepcopy(config)
     plain.sampling.guidance = 1.0
     with torch.no_grad():
         x0 = model.encode(batch.x0)

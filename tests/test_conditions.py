@@ -236,6 +236,9 @@ def test_conditional_settings_that_do_not_fit_are_refused(tmp_path):
         build(conditional(training__label_dropout=1.0))
     with pytest.raises(ValueError, match="training.label_dropout is 0.1, which model.conditional=False does not read"):
         build(small(training__label_dropout=0.1))
+    for interval in ((1.0,), (5.0, 0.2), (-1.0, 2.0)):
+        with pytest.raises(ValueError, match="sampling.guidance_interval is .*; expected noise levels .low, high.,"):
+            build(conditional(sampling__guidance_interval=interval))
     for name, labels in (("gap", np.arange(20) % 3 + 1), ("far", 1000 * (np.arange(20) % 2))):
         np.savez(tmp_path / f"{name}.npz", x0=randn(20, 2).numpy(), labels=labels)
     with pytest.warns(RuntimeWarning, match=r"of 4 classes 1 have no sample \(0\), .* expected labels 0, 1, ..."):
@@ -244,6 +247,16 @@ def test_conditional_settings_that_do_not_fit_are_refused(tmp_path):
         build(conditional(**mlp, data__path=str(tmp_path / "far.npz")))
     with pytest.raises(ValueError, match="labels go up to 3, for 2 names"):
         Images(torch.arange(4 * 4, dtype=torch.uint8).reshape(4, 1, 2, 2), torch.arange(4), classes=("a", "b"))
+
+
+def test_levels_of_training_beyond_the_processs_are_told():
+    """All of them are refused, a part is warned of; a normal distribution's tails are not."""
+    log_uniform = {"training__sigmas__name": "log_uniform", "process__sigma_min": 0.1}
+    with pytest.raises(ValueError, match=r"goes from 20\S* to 49\S*, 100% of it beyond the process's \[0.1, 10\]"):
+        build(small(**log_uniform, training__sigmas__sigma_min=20.0, training__sigmas__sigma_max=50.0))
+    with pytest.warns(RuntimeWarning, match="26% of it beyond the process's"):
+        build(small(**log_uniform, training__sigmas__sigma_max=50.0))
+    build(small(training__sigmas__name="log_normal", process__sigma_min=0.01))
 
 
 def test_a_conditional_run_goes_on_bit_for_bit(tmp_path):

@@ -26,7 +26,7 @@ from scorelab.noised import NoisedModel
 from scorelab.precision import settled_precision
 from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
 from scorelab.processes import DiscreteVP, Process
-from scorelab.sigmas import FromSigmas
+from scorelab.sigmas import FromSigmas, SigmaDistribution
 from scorelab.training.settings import check_types, check_used, default_config, named_part, part, plain, resolve
 from scorelab.typing import Batch, Tensor
 
@@ -158,10 +158,33 @@ def _check_training(config: ConfigDict) -> None:
             f"training.keep_every is {t.keep_every}, of which few checkpoints are a multiple; expected a multiple of "
             f"training.checkpoint_every, {t.checkpoint_every}"
         )
+    interval = tuple(config.sampling.guidance_interval)
+    if interval and (len(interval) != 2 or not 0 <= interval[0] < interval[1]):
+        raise ValueError(
+            f"sampling.guidance_interval is {interval}; expected noise levels (low, high), 0 <= low < high, or "
+            "() for all"
+        )
     if t.batch_size % t.accumulate:
         raise ValueError(
             f"training.accumulate is {t.accumulate} for a batch_size of {t.batch_size}; expected a divisor of it"
         )
+
+
+def _check_levels(sigmas: SigmaDistribution, process: Process, name: str) -> None:
+    """RuntimeWarning where training visits noise levels beyond the process's, at which nothing is sampled; ValueError
+    where most are."""
+    levels, (low, high) = sigmas((torch.arange(1000) + 0.5) / 1000).detach(), process.sigma_range
+    beyond = float(((levels < low * (1 - 1e-4)) | (levels > high * (1 + 1e-4))).float().mean())
+    if beyond < 0.05:
+        return
+    said = (
+        f"training.sigmas ({name}) goes from {float(levels.min()):.4g} to {float(levels.max()):.4g}, {beyond:.0%} of "
+        f"it beyond the process's [{low:.4g}, {high:.4g}], where samples are drawn; expected it inside: set its ends, "
+        "or process.sigma_min and sigma_max"
+    )
+    if beyond > 0.5:
+        raise ValueError(said)
+    warnings.warn(said, RuntimeWarning, stacklevel=3)
 
 
 def _classes(config: ConfigDict, data: Source) -> dict[str, Any]:
@@ -424,6 +447,7 @@ def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
     low, high = process.sigma_range
     known = {"process": process, "sigma_min": low, "sigma_max": high, "sigma_data": sigma_data, "knee": 2 * sigma_data}
     sigmas = part(config, "training.sigmas", **known)
+    _check_levels(sigmas, process, config.training.sigmas.name)
     model = saved or _model(config, data, codec, process, sigmas, sigma_data)
     model.data_mean = _mean(reference)
     model.data_range = None if data.values is None or codec is not None else data.values.ends

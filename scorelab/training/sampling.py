@@ -145,8 +145,6 @@ def check_sampling(config: ConfigDict, model: ScoreModel) -> None:
     for key in ("samples", "batch_size"):
         if c[key] < 1:
             raise ValueError(f"sampling.{key} is {c[key]}; expected at least 1")
-    if len(c.guidance_interval) not in (0, 2):
-        raise ValueError(f"sampling.guidance_interval is {c.guidance_interval}; expected (low, high), or () for all")
     if c.clip and model.data_range is None:
         raise ValueError("sampling.clip is for data scaled to [-1, 1], images of bytes or digits; expected False")
     noise_levels, sampler = _without_statistics(*build_sampling(config, model))

@@ -26,7 +26,8 @@ def adm_state() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("flag", "legacy"), [("--legacy", True), ("--legacy=true", True), ("--legacy=False", False)])
 def test_flags_of_convert_mean_what_they_say(tmp_path, flag, legacy):
     torch.save(adm_state(), tmp_path / "adm.pt")
-    command = ["convert", str(tmp_path / "adm.pt"), "--release=guided_diffusion", f"--out={tmp_path / 'out'}", flag]
+    # before the file it takes the file for no value
+    command = ["convert", flag, str(tmp_path / "adm.pt"), "--release", "guided_diffusion", f"--out={tmp_path / 'out'}"]
     assert main([*command, *(f"--{k}={v}" for k, v in ADM.items())]) == 0
     expected = load(tmp_path / "adm.pt", "guided_diffusion", legacy=legacy, **ADM).net.state_dict()
     found = ScoreModel.load(tmp_path / "out").net.state_dict()

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from scorelab.interop.loading import load
+from scorelab.interop.releases import RELEASES
 from scorelab.writing import check_writable
 
-__all__ = ["convert"]
+__all__ = ["convert", "switches"]
+
+
+def switches(release: str) -> tuple[str, ...]:
+    """A release's options that are true or false."""
+    known = inspect.signature(RELEASES[release]).parameters.values() if release in RELEASES else ()
+    return tuple(parameter.name for parameter in known if isinstance(parameter.default, bool))
 
 
 def convert(file: Path, release: str, out: Path, options: dict[str, Any]) -> str:

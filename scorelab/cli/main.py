@@ -23,7 +23,16 @@ from ml_collections import config_flags
 
 from scorelab.checks import nearest_name
 from scorelab.cli.guided import GUIDED, define_guidance, guidance_of, guided_names
-from scorelab.cli.overrides import check_keys, config_file, literal, parse, sampling_changed, settings_of, with_parts
+from scorelab.cli.overrides import (
+    check_keys,
+    config_file,
+    literal,
+    parse,
+    parted,
+    sampling_changed,
+    settings_of,
+    with_parts,
+)
 
 __all__ = ["main"]
 
@@ -324,33 +333,24 @@ def _settings(arguments: list[str]) -> None:
 
 
 def _convert(arguments: list[str]) -> None:
-    named = [a for a in arguments[1:] if not a.startswith("--")]
-    given = {a[2:].partition("=")[0]: a.partition("=")[2] or "True" for a in arguments[1:] if a.startswith("--")}
-    # an option and its value may stand apart
-    for i, argument in enumerate(arguments[1:-1], 1):
-        if argument.startswith("--") and "=" not in argument and not arguments[i + 1].startswith("--"):
-            given[argument[2:]] = arguments[i + 1]
-            named.remove(arguments[i + 1])
+    from scorelab.cli.convert import convert, switches
+
+    named, given = parted(arguments, switches(parted(arguments)[1].get("release", "")))
     release, out = given.pop("release", ""), given.pop("out", "")
-    if len(named) != 1 or release in ("", "True") or out in ("", "True"):
+    if len(named) != 1 or not release or not out:
         raise ValueError("expected scorelab convert FILE --release=NAME --out=DIRECTORY, and the release's own options")
-    from scorelab.cli.convert import convert
-
-    options = {key: literal(text.title() if text.lower() in ("true", "false") else text) for key, text in given.items()}
+    options = {
+        key: literal(text.title() if text.lower() in ("true", "false") else text or "True")
+        for key, text in given.items()
+    }
     print(convert(Path(named[0]).expanduser(), release, Path(out).expanduser(), options))
-
-
-def _names(arguments: list[str]) -> list[str]:
-    """What of a command's arguments (its name first) is neither an option nor an option's value."""
-    apart = [before.startswith("--") and "=" not in before for before in arguments]
-    return [a for a, value in zip(arguments[1:], apart, strict=False) if not value and not a.startswith("-")]
 
 
 def _export(arguments: list[str]) -> None:
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     flags.DEFINE_integer("step", 0, "the checkpoint, by default the last", flag_values=values)
     flags.DEFINE_string("weights", "ema", "averaged ones, or model", flag_values=values)
-    named = _names(arguments)[:2]
+    named = parted(arguments)[0][:2]
     parse([a for a in arguments if a not in named], values)
     if len(named) < 2:
         raise ValueError("expected scorelab export RUN_OR_SAVED_MODEL FILE.onnx: a directory, and a file to write")
@@ -365,7 +365,7 @@ def _new(arguments: list[str]) -> None:
     flags.DEFINE_string("path", None, "the data", flag_values=values)
     flags.DEFINE_string("size", "", "height,width", flag_values=values)
     flags.DEFINE_string("layout", "", "of an array's images, as data.layout", flag_values=values)
-    named = _names(arguments)[:2]
+    named = parted(arguments)[0][:2]
     parse([a for a in arguments if a not in named], values)
     if len(named) < 2 or not values["path"].value:
         raise ValueError(

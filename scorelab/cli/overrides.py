@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from scorelab.checks import nearest_name
 
-__all__ = ["check_keys", "config_file", "literal", "parse", "sampling_changed", "settings_of", "with_parts"]
+__all__ = ["check_keys", "config_file", "literal", "parse", "parted", "sampling_changed", "settings_of", "with_parts"]
 
 
 _MEANT = {
@@ -199,6 +199,22 @@ def sampling_changed(config: ConfigDict, arguments: list[str]) -> ConfigDict:
         for key, _, text in (a.removeprefix("--config.").partition("=") for a in rest):
             config.update_from_flattened_dict({key: literal(text)})
     return resolve(check_types(config))
+
+
+def parted(arguments: list[str], switches: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
+    """What of a command's arguments (its name first) is neither an option nor its value, and the options, "" for those
+    without a value. An option and its value may stand apart, but for ``switches``, which say true by being there."""
+    named, options, left = [], dict[str, str](), arguments[1:]
+    while left:
+        word, *left = left
+        if not word.startswith("--"):
+            named.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        if not equals and name not in switches and left and not left[0].startswith("--"):
+            value, *left = left
+        options[name] = value
+    return named, options
 
 
 def parse(arguments: list[str], values: flags.FlagValues) -> None:

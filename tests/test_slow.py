@@ -32,7 +32,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def threads():
-    torch.set_num_threads(2)
+    # a second thread is worth it on a machine that does nothing else
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(scope="module")

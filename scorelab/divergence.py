@@ -17,22 +17,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scorelab.noise import randn
 from scorelab.typing import Tensor
 
-__all__ = ["exact", "hutchinson", "hutchpp", "probes", "rademacher", "split"]
+__all__ = ["exact", "hutchinson", "hutchpp", "kernels", "probes", "rademacher", "split"]
 
 Field = Callable[[Tensor], Tensor]
+
+
+def kernels(twice: bool) -> AbstractContextManager[None]:
+    """Within it what is to be differentiated twice computes attention by matrix products: fused kernels have one
+    derivative only."""
+    return sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
 
 
 def exact(field: Field, x: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
     """f(x) and tr(df/dx), (B,), by one backward pass a dimension; x (B, *D), every sample independent of the others."""
     with torch.enable_grad():
         x = x if create_graph and x.requires_grad else x.detach().requires_grad_(True)
-        value = field(x)
+        with kernels(create_graph):
+            value = field(x)
         flat = value.reshape(len(x), -1)
         trace = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         if not value.requires_grad:  # a constant field
@@ -50,7 +59,8 @@ def hutchinson(field: Field, x: Tensor, probes: Tensor, *, create_graph: bool = 
     """f(x), tr(df/dx) as the mean of v'Jv over probes (P, B, *D), and the P single estimates (P, B)."""
     with torch.enable_grad():
         x = x if create_graph and x.requires_grad else x.detach().requires_grad_(True)
-        value = field(x)
+        with kernels(create_graph):
+            value = field(x)
         estimates = []
         if not value.requires_grad:  # a constant field
             still = torch.zeros(len(probes), len(x), dtype=x.dtype, device=x.device)

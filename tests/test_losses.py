@@ -12,6 +12,7 @@ from scorelab.distributions import Empirical
 from scorelab.divergence import rademacher
 from scorelab.losses import Denoising, denoising_loss, implicit_loss, sliced_loss, weighting
 from scorelab.losses.denoising import posterior_mean
+from scorelab.nn import UNet
 from scorelab.predictions import V
 
 STD, SIGMA, N = 1.5, 0.8, 40_000
@@ -168,3 +169,29 @@ def test_bad_input_is_refused():
         denoising_loss(mixture().score, X0[:4], torch.ones(3, dtype=F64), EPS[:4])
     with pytest.raises(ValueError, match="LogUniform"):
         weighting("likelihood")
+
+
+@pytest.mark.parametrize("name", ["exact", "probes", "sliced"])
+def test_networks_with_attention_learn_by_their_own_derivatives(name):
+    """Fused kernels of attention can be differentiated once only; the slope is that of differences, in float64."""
+    net = UNet((1, 4, 4), width=4, multipliers=(1,), blocks=1, attention=(0,), head=4).double().eval()
+    torch.nn.init.normal_(net.last.weight, std=0.3, generator=generator())
+    x, sigma, probes = randn(2, 1, 4, 4), torch.tensor(0.7, dtype=F64), randn(1, 2, 1, 4, 4, seed=5)
+    score = lambda y, s: net(y, s.expand(len(y)))  # noqa: E731
+
+    def loss():
+        if name == "sliced":
+            return sliced_loss(score, x, sigma, probes).sum()
+        return implicit_loss(score, x, sigma, probes=probes if name == "probes" else None).sum()
+
+    weight = net.middle[0].attention.qkv.weight
+    (slope,) = torch.autograd.grad(loss(), weight)
+    move = 1e-5 * randn(*weight.shape, seed=6)
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * move
+        ends.append(float(loss().detach()))
+        with torch.no_grad():
+            weight -= sign * move
+    assert float((slope * move).sum()) == pytest.approx((ends[0] - ends[1]) / 2, rel=1e-4)

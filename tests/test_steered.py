@@ -13,7 +13,7 @@ from scorelab.classifiers import ClassifierModel
 from scorelab.distributions import Gaussian
 from scorelab.guidance import Projected, Thresholded, autoguidance, classifier
 from scorelab.nn import Classifier
-from scorelab.processes import DiscreteVP, linear_betas
+from scorelab.processes import VE, DiscreteVP, linear_betas
 
 LEVELS = [torch.tensor(0.4, dtype=F64), torch.linspace(0.05, 9.0, 12, dtype=F64)]
 LABELS = torch.arange(12) % 4
@@ -102,6 +102,12 @@ def test_a_classifiers_gradient_is_differentiated_where_it_is_asked_for():
     found = log_likelihood(guided, x, 0.05, 8000.0, rtol=1e-6, atol=1e-6).log_prob
     expected = torch.cat([part.log_prob(x[k : k + 1], 0.05) for k, part in enumerate(LABELLED.parts)])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    # of a network with attention, whose fused kernels have one derivative only
+    net = Classifier((1, 8, 8), 3, width=8, multipliers=(1, 2), blocks=1, attention=(1,), head=4).eval()
+    images = ClassifierModel(net, VE(0.1, 10.0), data_shape=(1, 8, 8), label="log_sigma").conditioned(1)
+    guided = classifier(lambda x, s: -x / (1 + broadcast(s, x) ** 2), images)
+    options = {"divergence": "hutchinson", "generator": generator(), "rtol": 0.1, "atol": 0.1}
+    assert log_likelihood(guided, randn(2, 1, 8, 8).float(), 0.1, 10.0, **options).log_prob.isfinite().all()
     # of -a x^2/2 beside the score -x/(1 + s^2): Euler's step from s to 0 is x + s^2 (score - 2 a x)
     a = torch.tensor(0.3, dtype=F64, requires_grad=True)
     at = randn(3, 2)

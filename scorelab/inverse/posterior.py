@@ -20,13 +20,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scorelab.checks import broadcast
+from scorelab.divergence import kernels
 from scorelab.inverse.measurement import Measurement, linear, noisy
 from scorelab.inverse.solvers import conjugate_gradients, gmres
 from scorelab.scores import Combined
@@ -91,9 +90,7 @@ class Posterior(Combined):
 
     def outputs(self, x: Tensor, sigma: Tensor) -> tuple[Any, ...]:
         graph = torch.is_grad_enabled() and x.requires_grad
-        # fused kernels of attention can be differentiated once only
-        kernels = sdpa_kernel(SDPBackend.MATH) if graph or self.twice else nullcontext()
-        with torch.enable_grad(), kernels:
+        with torch.enable_grad(), kernels(graph or self.twice):
             inside = x if graph else x.detach().requires_grad_(True)
             (s,) = super().outputs(inside, sigma)
             at = Denoised(s, inside, sigma, graph)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from scorelab.checks import broadcast
+from scorelab.divergence import kernels
 from scorelab.inverse.measurement import Measurement, linear, noisy
 from scorelab.inverse.operators import SVD, LinearOperator
 from scorelab.processes import Process
@@ -41,7 +42,7 @@ class _Watched(Combined):
         if self.slopes:
             return super().outputs(x, sigma)
         graph = torch.is_grad_enabled() and x.requires_grad
-        with torch.enable_grad():
+        with torch.enable_grad(), kernels(graph):
             inside = x if graph else x.detach().requires_grad_(True)
             (s,) = super().outputs(inside, sigma)
             residual = self.measurement.residual(inside + broadcast(sigma, inside) ** 2 * s)

@@ -172,3 +172,23 @@ def test_the_range_of_a_model_that_is_trained_on_is_that_of_its_new_data(tmp_pat
     mine = config(tmp_path, **settings, **{"data.source": "arrays", "data.path": str(tmp_path / "mine.npz")})
     assert main(["train", "--config", mine, "--workdir", str(tmp_path / "run")]) == 0
     assert ScoreModel.load(tmp_path / "run").data_range == (0.0, 255.0)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": {f"model.{k}": v for k, v in state.items()}, "epoch": 3},
+        lambda state: {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}, "step": 7},
+        lambda state: {f"_orig_mod.{k}": v for k, v in state.items()},
+    ],
+    ids=["Lightning", "a trainer's dict of a compiled network", "compiled"],
+)
+def test_what_trainers_put_around_weights_is_taken_off(tmp_path, wrap):
+    torch.save(adm_state(), tmp_path / "plain.pt")
+    torch.save(wrap(adm_state()), tmp_path / "wrapped.pt")
+    plain, found = (load(tmp_path / f"{name}.pt", "guided_diffusion", **ADM) for name in ("plain", "wrapped"))
+    expected = plain.net.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in found.net.state_dict().items())
+    torch.save({"model": adm_state(), "state_dict": adm_state()}, tmp_path / "both.pt")
+    with pytest.raises(ValueError, match="check the release and options"):
+        load(tmp_path / "both.pt", "guided_diffusion", **ADM)

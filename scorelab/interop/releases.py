@@ -46,9 +46,22 @@ def _filled(net: nn.Module, state: State) -> Any:
     return net
 
 
-def _plain(state: Any) -> State:
-    """A state dict without what DataParallel puts before its names."""
-    return {k.removeprefix("module."): v for k, v in state_of(state).items()}
+def _plain(found: Any) -> State:
+    """A state dict by the network's own names: without what DataParallel, torch.compile and Lightning put before them,
+    and out of the dict that a trainer keeps it in."""
+    if isinstance(found, dict) and not any(isinstance(v, Tensor) for v in found.values()):
+        inner = [found[k] for k in ("state_dict", "model") if isinstance(found.get(k), dict)]
+        found = inner[0] if len(inner) == 1 else found
+    state = {_bare(k): v for k, v in state_of(found).items()}
+    if state and all(k.startswith("model.") for k in state):
+        state = {_bare(k.removeprefix("model.")): v for k, v in state.items()}
+    return state
+
+
+def _bare(name: str) -> str:
+    while (shorter := name.removeprefix("module.").removeprefix("_orig_mod.")) != name:
+        name = shorter
+    return name
 
 
 def _times(net: Any, factor: float) -> Any:
@@ -397,26 +410,32 @@ def _score_sde(
     maker: Any = {"ddpm": ddpm, "ncsnpp": ncsnpp}[name]
     made = maker((channels, image_size, image_size), **{**settings, **own})
     _filled(made, from_score_sde(made, state))
-    options: dict[str, Any] = {"data_shape": made.config["data_shape"], "data_range": _PIXELS}
     if (sde == "ve") < (made.config["embedding"] == "gaussian"):
         raise ValueError(f"sde is {sde!r}, but the network takes log sigma, as those of VE alone; expected sde='ve'")
     if sde == "ve":
-        # the release's network takes 2x - 1 of data in [0, 1]; what it returns, over sigma, is the score there
-        scale = 1.0 if centered else 2.0
-        process, options["input_scale"] = VE(scale * float(levels.min()), scale * float(levels.max())), Constant(1.0)
-        if made.config["embedding"] == "gaussian":
-            options["label"] = LogSigma(scale)
-        else:
-            grid = geometric(len(levels), sigma_min=process.sigma_min, sigma_max=process.sigma_max)
-            options |= {"label": "index", "index_order": "descending", "levels": grid}
-        if scale_by_sigma is False:
-            return ScoreModel(_times(made, 1 / scale), process, SCORE, **options)
-        return ScoreModel(_times(made, -1), process, **options)
+        return _exploding(made, levels, 1.0 if centered else 2.0, scale_by_sigma is not False)
+    options: dict[str, Any] = {"data_shape": made.config["data_shape"], "data_range": _PIXELS}
     if continuous is not False:
         return ScoreModel(made, {"vp": VP, "subvp": SubVP}[sde](0.1, 20.0), label_scale=999.0, **options)
     if sde == "subvp":
         raise ValueError("the release has no sub-VP in steps; expected continuous=True")
     return ScoreModel(made, DiscreteVP(linear_betas(1000)), label="index", **options)
+
+
+def _exploding(made: Any, levels: Tensor, scale: float, scale_by_sigma: bool) -> ScoreModel:
+    """score_sde's VE, whose network takes 2x - 1 of data in [0, 1] (scale 2); what it returns, over sigma where that is
+    so, is the score there."""
+    process = VE(scale * float(levels.min()), scale * float(levels.max()))
+    options: dict[str, Any] = {"data_shape": made.config["data_shape"], "data_range": _PIXELS}
+    options["input_scale"] = Constant(1.0)
+    if made.config["embedding"] == "gaussian":
+        options["label"] = LogSigma(scale)
+    else:
+        grid = geometric(len(levels), sigma_min=process.sigma_min, sigma_max=process.sigma_max)
+        options |= {"label": "index", "index_order": "descending", "levels": grid}
+    if scale_by_sigma:
+        return ScoreModel(_times(made, -1), process, **options)
+    return ScoreModel(_times(made, 1 / scale), process, SCORE, **options)
 
 
 def resembled(found: Any) -> str:

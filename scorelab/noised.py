@@ -332,18 +332,20 @@ class NoisedModel(nn.Module):
                     f"{folder} holds no {name}; expected a directory written by {cls.__name__}.save, or of a run"
                 )
         try:
+            state = load_file(folder / weights)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder / weights} is damaged ({error}): save the model again") from error
+        try:
             settings = json.loads((folder / "model.json").read_text())
             if not isinstance(settings, dict):
                 raise TypeError(f"it holds {settings!r}")
+            if net is None:
+                _check_count(settings, state)
             model = cls.from_dict(settings, net)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             said = f"it lacks {error}" if isinstance(error, KeyError) else error
             remedy = "" if isinstance(error, _Unfit) else ": save the model again"
             raise ValueError(f"{folder / 'model.json'} can't be used ({said}){remedy}") from error
-        try:
-            state = load_file(folder / weights)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{folder / weights} is damaged ({error}): save the model again") from error
         model.load_weights(state, folder / weights)
         return model.eval()
 
@@ -361,11 +363,8 @@ class NoisedModel(nn.Module):
                     "this model has a network of your own, without a config attribute that says how it is made; pass "
                     f"it: {cls.__name__}.load(path, net=...)"
                 )
-            name = str(settings["net"]["name"])
             with torch.random.fork_rng(devices=[]):
-                # names were those of classes once
-                made = part_from_dict({**settings["net"], "name": name if ":" in name else name.lower()}, NETWORK)
-            net = made
+                net = _network(settings["net"])
         return cls(net, process_from_dict(settings["process"]), **cls._arguments(settings))
 
     @classmethod
@@ -383,6 +382,26 @@ class NoisedModel(nn.Module):
             "codec": None if settings.get("codec") is None else part_from_dict(settings["codec"], CODEC),
             "data_mean": settings.get("data_mean"),
         }
+
+
+def _network(settings: dict[str, Any]) -> nn.Module:
+    """The network of ``part_to_dict``."""
+    name = str(settings["name"])
+    # names were those of classes once
+    made: nn.Module = part_from_dict({**settings, "name": name if ":" in name else name.lower()}, NETWORK)
+    return made
+
+
+def _check_count(settings: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Refuse (ValueError) a network of more weights than there are, before memory is taken for it."""
+    own = settings.get("net") or {}
+    if ":" in str(own.get("name", ":")):
+        return
+    with torch.device("meta"):
+        count = sum(p.numel() for p in _network(own).state_dict().values())
+    held = sum(v.numel() for v in state.values())
+    if count > held:
+        raise ValueError(f"its network has {count:,} numbers, and the file of weights {held:,}")
 
 
 def unwrapped(net: nn.Module) -> nn.Module:

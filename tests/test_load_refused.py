@@ -11,10 +11,10 @@ from published import released
 from test_score_sde import SIZES, checkpoint, saved
 
 import scorelab
-from scorelab import ScoreModel
+from scorelab import VE, ScoreModel
 from scorelab.cli.main import main
 from scorelab.interop import load
-from scorelab.nn import ncsnpp
+from scorelab.nn import UNet, ncsnpp
 
 ADM = {"image_size": 16, "head": 16, "schedule": "linear"}
 
@@ -192,3 +192,12 @@ def test_what_trainers_put_around_weights_is_taken_off(tmp_path, wrap):
     torch.save({"model": adm_state(), "state_dict": adm_state()}, tmp_path / "both.pt")
     with pytest.raises(ValueError, match="check the release and options"):
         load(tmp_path / "both.pt", "guided_diffusion", **ADM)
+
+
+def test_a_network_larger_than_its_file_takes_no_memory(tmp_path):
+    """Settings of terabytes beside the weights of a small network."""
+    ScoreModel(UNet((1, 8, 8), width=8), VE(), data_shape=(1, 8, 8)).save(tmp_path)
+    path = tmp_path / "model.json"
+    path.write_text(path.read_text().replace('"width": 8', '"width": 4000000'))
+    with pytest.raises(ValueError, match=r"its network has 13,\S* numbers, and the file of weights 57,473"):
+        ScoreModel.load(tmp_path)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -238,7 +239,8 @@ def test_the_documented_code_samples_without_pytorch(tmp_path, capsys):
     model.save(tmp_path / "saved")
     assert main(["export", str(tmp_path / "saved"), str(tmp_path / "digits.onnx")]) == 0
     assert "x (batch, 2), sigma (batch,) and condition (batch,)" in capsys.readouterr().out
-    (code,) = [c for c in re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.S) if "Inf" in c]
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.S)
+    (code,) = [block for block in blocks if "Inf" in block]
     code += "\nimport sys\nassert not {'torch', 'scorelab'} & set(sys.modules)\nnp.savez('made', x=x, **about)\n"
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -252,6 +254,19 @@ def test_the_documented_code_samples_without_pytorch(tmp_path, capsys):
     assert relative(found["x"], (expected.clamp(-1, 1) * 8 + 8).numpy()) < SAME
     assert found["null_condition"] == 3
     assert found["scorelab"] == scorelab.__version__
+    # and the other file, here
+    assert main(["export", str(tmp_path / "saved"), str(tmp_path / "digits.pt2")]) == 0
+    (code,) = [
+        c for c in re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.S) if ".pt2" in c
+    ]
+    own: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(code.replace("digits.pt2", str(tmp_path / "digits.pt2")), own)
+        torch.manual_seed(0)
+        x = 20 * torch.randn(10, 2) + torch.tensor([0.5, -1.0])
+    expected = sample(score, x, sigmas.karras(30, sigma_min=0.01, sigma_max=20.0), Euler())
+    assert relative(own["x"].numpy(), expected.numpy()) < SAME
 
 
 def test_runs_are_exported_with_averaged_weights(tmp_path):

@@ -6,6 +6,7 @@ output = net(input_scale(sigma) x, label(sigma), ...),     x = x0 + sigma eps, u
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -295,10 +296,18 @@ class NoisedModel(nn.Module):
 
         The network is saved without what torch.compile or DataParallel wrap around it, shared weights under each of
         their names. dtype: of the numbers in the file, by default their own; torch.float16 halves it, and ``load``
-        gives what is left in single precision. Raises ValueError for a process, prediction or function of one's own.
+        gives what is left in single precision. Raises ValueError for a process, prediction or function of one's own;
+        RuntimeWarning for a network that ``load`` will need.
         """
-        folder = Path(path)
-        settings, state = json.dumps(self.to_dict(), indent=1), self.weights()
+        folder, described = Path(path), self.to_dict()
+        if described["net"] is None:
+            warnings.warn(
+                f"the file can't say how {type(unwrapped(self.net)).__name__} is made, a network without an attribute "
+                f"config that holds its arguments; pass it again: {type(self).__name__}.load(path, net=...)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        settings, state = json.dumps(described, indent=1), self.weights()
         folder.mkdir(parents=True, exist_ok=True)
         with whole(folder / "model.safetensors") as aside:
             # shared weights are written under each of their names

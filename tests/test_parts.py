@@ -307,6 +307,7 @@ def blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:the file can't say how")
 def test_the_documented_model_in_code_alone_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found: dict[str, Any] = {}
@@ -779,6 +780,7 @@ def odd(tmp_path, monkeypatch):
     sys.modules.pop("odd_parts", None)
 
 
+@pytest.mark.filterwarnings("ignore:the file can't say how")
 def test_a_config_of_a_network_of_ones_own_is_its_own(odd, tmp_path):
     """It is made again by what it was made with; a parameter without a type is set by its default's."""
     c = small(2, training__batch_size=8, model__net__name=f"{odd}:Base", model__net__width=12)

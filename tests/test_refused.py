@@ -385,6 +385,7 @@ class Tied(nn.Module):
         return self.b(torch.tanh(self.a(x)))
 
 
+@pytest.mark.filterwarnings("ignore:the file can't say how")
 def test_shared_weights_are_saved_and_loaded(tmp_path):
     before = model(Tied()).eval()
     before.save(tmp_path)

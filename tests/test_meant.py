@@ -459,7 +459,6 @@ def test_a_dequantised_image_is_written_as_it_was():
     assert float(gap.abs().max()) <= data.values.spacing / 2 + 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:the file can't say how")
 def test_floats_have_their_own_range_in_pictures_and_warnings(tmp_path):
     x = RNG.uniform(0, 255, (40, 1, 8, 6)).astype(np.float32)
     x[0, 0, 0, 0], x[0, 0, 0, 1] = 0, 255

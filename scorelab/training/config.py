@@ -447,7 +447,9 @@ def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
     low, high = process.sigma_range
     known = {"process": process, "sigma_min": low, "sigma_max": high, "sigma_data": sigma_data, "knee": 2 * sigma_data}
     sigmas = part(config, "training.sigmas", **known)
-    _check_levels(sigmas, process, config.training.sigmas.name)
+    # those that follow from the data come with a warning of a process that does not cover it
+    if config.training.sigmas.name != "auto":
+        _check_levels(sigmas, process, config.training.sigmas.name)
     model = saved or _model(config, data, codec, process, sigmas, sigma_data)
     model.data_mean = _mean(reference)
     model.data_range = None if data.values is None or codec is not None else data.values.ends

@@ -139,6 +139,12 @@ def sample(arguments: list[str]) -> None:
         print(write_samples(run, out))
 
 
+def restore(arguments: list[str]) -> None:
+    from scorelab.cli.restoring import restore
+
+    restore(arguments)
+
+
 def _workdir(values: flags.FlagValues) -> Path:
     if not values["workdir"].value:
         raise ValueError("--workdir is missing; expected the directory of a run, e.g. --workdir runs/digits")
@@ -299,6 +305,7 @@ def report(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "sample": sample,
+    "restore": restore,
     "calibrate": calibrate,
     "likelihood": likelihood,
     "report": report,

@@ -29,6 +29,9 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
                        [--guidance_rescale 0.7] [--autoguidance STEP] [--classifier runs/c]
                        [--precision fp32|bf16|auto] [--compile]
        scorelab sample --model digits|fashion_mnist [--n 64] ...  (comes with scorelab)
+       scorelab restore --workdir runs/x --task inpaint --mask MASK.png --image IMAGE.png [--n 4] [--noise_std 0]
+                       [--method NAME] [--nfe 100] [--condition CLASS] ...  (of the mask: white is to be filled in)
+       scorelab restore ... --task colourise | super_resolve --factor 2 | deblur --blur STD_IN_PIXELS
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
                        [--condition ...] [--guidance ...] [--guidance_interval ...] [--autoguidance ...] ...
        scorelab report --workdir runs/x

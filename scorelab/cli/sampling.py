@@ -25,7 +25,7 @@ from scorelab.training.run import recorded_values
 from scorelab.typing import Tensor
 from scorelab.writing import check_writable, whole
 
-__all__ = ["RunSamples", "check_out", "sample_run", "write_samples"]
+__all__ = ["RunSamples", "check_out", "sample_run", "values_of", "write_samples"]
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ def sample_run(
     if by is not None:
         prepare(by, precision, compile=compile)
     x = sample_model(model, config, count, PerSampleNoise(seed), condition=labels, by=by, sampler=sampler)
-    return RunSamples(x, _values(workdir, model), model, found, labels)
+    return RunSamples(x, values_of(workdir, model), model, found, labels)
 
 
-def _values(workdir: Path, model: ScoreModel) -> Values | None:
+def values_of(workdir: Path, model: ScoreModel) -> Values | None:
     """What a run's numbers mean; of one that did not record it, by the model's range."""
     found = recorded_values(workdir)
     if found or model.data_range is None:

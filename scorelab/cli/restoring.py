@@ -1,0 +1,347 @@
+"""``scorelab restore``: images of which a part, a mean or a blurred copy is known, drawn from the posterior of a model.
+
+y = A(x0) + noise_std eps, in the model's scale (black -1, white 1):
+
+    inpaint        A takes the pixels where the mask is black
+    colourise      the mean of the channels
+    super_resolve  the means of blocks of factor x factor pixels
+    deblur         the convolution with a Gaussian, circular at the edges
+
+Sample i of an image follows from (seed, i) and that image alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from absl import flags
+from ml_collections import ConfigDict
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from scorelab import parallel
+from scorelab.checks import check_range, checked_device, nearest_name
+from scorelab.cli.overrides import parse, sampling_changed
+from scorelab.cli.runs import load_run
+from scorelab.cli.sampling import RunSamples, values_of, write_samples
+from scorelab.cli.steering import condition_of
+from scorelab.data import Files, Values, load
+from scorelab.data.decoding import Listing, decode
+from scorelab.data.sources import Stored
+from scorelab.interop.loading import PRETRAINED, pretrained
+from scorelab.inverse import (
+    DAPS,
+    DDRM,
+    DPS,
+    Blur,
+    Colourisation,
+    Inpainting,
+    LinearOperator,
+    Measurement,
+    RePaint,
+    Replacement,
+    SuperResolution,
+    moment_matching,
+    pseudo_inverse,
+)
+from scorelab.models import ScoreModel
+from scorelab.noise import PerSampleNoise
+from scorelab.plotting.pictures import are_images, tiled
+from scorelab.samplers import Sampler, sample
+from scorelab.training import build_sampling, with_nfe
+from scorelab.training.sampling import own_score
+from scorelab.typing import ScoreFn, Shape, Tensor
+from scorelab.writing import check_writable, whole
+
+__all__ = ["METHODS", "Measured", "default_method", "measure", "operator_of", "posterior_samples", "restore"]
+
+_OPTION = {"inpaint": "mask", "colourise": "", "super_resolve": "factor", "deblur": "blur"}
+"""The tasks, and the option that each has to itself."""
+_ROUNDING = 2 / 255 / math.sqrt(12)
+"""What rounding to bytes leaves in an image, as a standard deviation: a blur can't be undone beyond it."""
+_DATA_STD = 0.5
+"""Of a pixel, in images scaled to [-1, 1]; EDM's sigma_data."""
+
+_POSTERIORS: dict[str, Callable[[ScoreFn, Measurement], ScoreFn]] = {
+    "pseudo_inverse": lambda score, m: pseudo_inverse(score, m, _DATA_STD),
+    "moment_matching": lambda score, m: moment_matching(score, m, solver="gmres", tol=1e-2),
+}
+_SAMPLERS: dict[str, Callable[[Measurement], Sampler]] = {
+    "ddrm": DDRM,
+    "daps": lambda m: DAPS(m, data_std=_DATA_STD),
+    "dps": DPS,
+    "replacement": Replacement,
+    "repaint": lambda m: RePaint(m, jump=2, resample=5),
+}
+METHODS = (*_POSTERIORS, *_SAMPLERS)
+"""Those that are scores run with the experiment's own sampler, the others are samplers, of 100 levels."""
+_LEVELS = 100
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of images: y (K, *operator.shape) and the picture of it (K, *data_shape), as the model sees them;
+    ``degraded``: what was done to the images beforehand, "" if nothing was."""
+
+    operator: LinearOperator
+    y: Tensor
+    picture: Tensor
+    degraded: str = ""
+
+
+def restore(arguments: list[str]) -> None:
+    """The command; its name first. Raises ValueError for what can't be used."""
+    given = [a for a in arguments if a.startswith("--config.")]
+    values = _flags()
+    parse([a for a in arguments if not a.startswith("--config.")], values)
+    asked: dict[str, Any] = {name: values[name].value for name in values}
+    task, n, nfe = _checked(asked)
+    workdir, place = _place(asked)
+    step, weights, seed = int(asked["step"] or 0), str(asked["weights"]), int(asked["seed"] or 0)
+    config, model, found = load_run(workdir, step=step, weights=weights)
+    config = sampling_changed(config, given)
+    if not are_images(model.data_shape) or model.codec is not None:
+        raise ValueError(f"{workdir} is a model of {model.data_shape}; expected one of gray or colour images as pixels")
+    numbers = values_of(workdir, model)
+    operator = operator_of(task, model.data_shape, mask=asked["mask"], factor=asked["factor"], blur=asked["blur"])
+    images = _read(Path(asked["image"]).expanduser(), numbers, model.data_shape[0] == 1, config.data.background)
+    measured = measure(operator, images, asked["image"])
+    noise_std = max(float(asked["noise_std"]), _ROUNDING if task == "deblur" else 0.0)
+    method = asked["method"] or default_method(task, noise_std)
+    parts = [task, Path(asked["image"]).stem, f"{found:08d}" if found else "", weights if weights != "ema" else ""]
+    parts += [asked["method"] or "", f"nfe_{nfe}" if nfe else "", str(asked["condition"] or "").replace("/", "_")]
+    name = "_".join(filter(None, [*parts, f"seed_{seed}" if seed else ""]))
+    out = Path(asked["out"]).expanduser() if asked["out"] else place / f"{name}.png"
+    check_writable(out)
+
+    model.to(checked_device(asked["device"]) if asked["device"] else parallel.join())
+    labels = condition_of(asked["condition"] or ("none" if model.conditional else ""), model, workdir, n)
+    x = posterior_samples(
+        model, config, measured, n, seed, method=method, noise_std=noise_std, labels=labels, nfe=nfe, progress=True
+    )
+    misfit = float((operator(x.flatten(0, 1)) - measured.y.repeat_interleave(n, 0)).square().mean().sqrt())
+    if out.suffix == ".npz":
+        write_samples(RunSamples(x.flatten(0, 1), numbers, model, found), out)
+    else:
+        rows = torch.cat([measured.picture.unsqueeze(1), x], 1).flatten(0, 1)
+        with whole(out) as aside:
+            Image.fromarray(tiled(rows, numbers, columns=1 + n)).save(aside, "PNG")
+    said = f"; {measured.degraded}" if measured.degraded else ""
+    many = f"{len(x)} image{'s' if len(x) > 1 else ''}"
+    print(f"{n} samples of {many} by {method}, {misfit:.2g} off what was measured (white - black: 2){said}: {out}")
+
+
+def _flags() -> flags.FlagValues:
+    values = flags.FlagValues()  # type: ignore[no-untyped-call]
+    for name, number in {"n": 4, "seed": 0, "step": 0, "factor": None, "nfe": None}.items():
+        flags.DEFINE_integer(name, number, name, flag_values=values)
+    for name, size in {"noise_std": 0.0, "blur": None}.items():
+        flags.DEFINE_float(name, size, name, flag_values=values)
+    texts: dict[str, str | None] = dict.fromkeys(["workdir", "model", "task", "image", "mask", "method", "out"])
+    for name, text in {**texts, "weights": "ema", "condition": "", "device": ""}.items():
+        flags.DEFINE_string(name, text, name, flag_values=values)
+    return values
+
+
+def _checked(asked: dict[str, Any]) -> tuple[str, int, int]:
+    """Task, number of samples and evaluations (0: the default) of options that go together; ValueError for others."""
+    task, n, nfe, noise_std = asked["task"], int(asked["n"] or 0), asked["nfe"], asked["noise_std"]
+    if task not in _OPTION:
+        raise ValueError(f"--task is {task or 'missing'}; {nearest_name(task or '', _OPTION)}")
+    for other, option in _OPTION.items():
+        if option and other != task and asked[option] is not None:
+            raise ValueError(f"--{option} is for --task={other}; expected none with --task={task}")
+    if not asked["image"]:
+        raise ValueError("--image is missing; expected an image file, a folder of them, or a .npy or .npz of arrays")
+    if n < 1 or (nfe is not None and nfe < 1):
+        raise ValueError(f"--n is {n}, --nfe is {nfe}; expected 1 or more")
+    if noise_std is None or not 0 <= noise_std < math.inf:
+        raise ValueError(f"--noise_std is {noise_std}; expected a number >= 0, black being -1 and white 1")
+    method = asked["method"]
+    if method and method not in METHODS:
+        raise ValueError(f"--method is {method!r}; {nearest_name(method, METHODS)}")
+    if method in ("replacement", "repaint") and task != "inpaint":
+        raise ValueError(f"--method={method} is for --task=inpaint; expected another with --task={task}")
+    if asked["out"] and Path(asked["out"]).suffix not in (".png", ".npz"):
+        raise ValueError(f"--out is {asked['out']}; expected a name that ends in .png or .npz")
+    return task, n, int(nfe or 0)
+
+
+def _place(asked: dict[str, Any]) -> tuple[Path, Path]:
+    """The directory of the run or model, and where pictures of it go."""
+    named, workdir = asked["model"], asked["workdir"]
+    if bool(named) == bool(workdir):
+        raise ValueError(f"got {'--model and' if named else 'neither --model nor'} --workdir; expected one of them")
+    if not named:
+        found = Path(workdir).expanduser()
+        return found, found / "samples"
+    found = pretrained(named)
+    if not found.is_dir():
+        raise ValueError(f"--model is {named!r}, no directory of a saved model; {nearest_name(named, PRETRAINED)}")
+    return found, Path("samples") / found.name
+
+
+def operator_of(
+    task: str, shape: Shape, *, mask: str | None = None, factor: int | None = None, blur: float | None = None
+) -> LinearOperator:
+    """What is known of images (C, H, W) in a task; mask: a file, blur: a standard deviation in pixels.
+
+    Raises ValueError for a mask of another size or of one colour, a factor that does not divide the size, a blur that
+    is not positive or too wide, and for colours of a gray model.
+    """
+    if task == "inpaint":
+        return Inpainting(_known(mask, shape), shape)
+    if task == "colourise":
+        if shape[0] == 1:
+            raise ValueError("--task=colourise needs a model of colour images, and this one is of gray ones")
+        return Colourisation(shape)
+    if task == "super_resolve":
+        return SuperResolution(shape, 2 if factor is None else factor)
+    most = min(shape[1:]) / 6
+    if blur is None or not 0 < blur <= most:
+        raise ValueError(
+            f"--blur is {blur or 'missing'}; expected the standard deviation of the blur in pixels, up to {most:.3g}"
+        )
+    reach = min(math.ceil(3 * blur), (min(shape[1:]) - 1) // 2)
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / blur) ** 2)
+    weights /= weights.sum()
+    return Blur(weights.outer(weights), shape)
+
+
+def _known(mask: str | None, shape: Shape) -> Tensor:
+    """True where a mask is black, (1, H, W)."""
+    meaning = "white where pixels are to be filled in, black where they are known"
+    if not mask:
+        raise ValueError(f"--mask is missing; expected an image of {_size(shape)} pixels, {meaning}")
+    known = torch.from_numpy(_decoded(Path(mask).expanduser(), Files(grayscale=True), "--mask")) < 128
+    if known.shape[1:] != shape[1:]:
+        raise ValueError(f"--mask={mask} is {_size(known.shape)}, the model's images {_size(shape)}; expected the same")
+    if bool(known.all()) or not bool(known.any()):
+        raise ValueError(f"--mask={mask} is {'black' if bool(known.all()) else 'white'} everywhere; expected {meaning}")
+    return known
+
+
+def _size(shape: Shape) -> str:
+    return f"{shape[-1]}x{shape[-2]}"
+
+
+def _decoded(place: Path, files: Files, option: str) -> Any:
+    """uint8 (C, H, W) of an image file; ValueError, naming the option, for what is none."""
+    if not place.is_file():
+        raise ValueError(f"{option} is {place}, and there is no such file; expected an image")
+    listing = Listing([place.name], lambda name: place.read_bytes(), None, str(place.parent), [])
+    try:
+        return decode(listing, files)[0][0]
+    except ValueError as error:
+        raise ValueError(f"{option} is {place}, which can't be used: {error.__cause__ or error}") from error
+
+
+def _read(place: Path, numbers: Values | None, gray: bool, background: str) -> Tensor:
+    """Images (K, C, H, W) as the model sees them: of files from black to white, of arrays in the data's own numbers."""
+    own = numbers or Values(-1.0, 1.0)
+    files = Files(str(place), grayscale=gray, background=background)
+    if place.suffix in (".npy", ".npz"):
+        source = load("arrays", Files(str(place)))
+        assert isinstance(source, Stored)
+        x = source.kept(torch.arange(len(source))).float()
+        if own.ends is not None:
+            check_range(x, (own.least, own.most), f"--image={place}")
+        return own.inside(x)
+    if place.is_dir():
+        source = load("folder", files)
+        assert isinstance(source, Stored)
+        pixels = source.kept(torch.arange(len(source)))
+    else:
+        pixels = torch.from_numpy(_decoded(place, files, "--image")).unsqueeze(0)
+    return own.inside(own.least + pixels.float() / 255 * (own.most - own.least))
+
+
+def measure(operator: LinearOperator, images: Tensor, where: str = "the image") -> Measured:
+    """What is known of images (K, C, H, W): of those of the data's shape, the operator's value, of those of y's, all.
+
+    A gray image is one of equal channels to a model of colours. Raises ValueError for images of another shape.
+    """
+    shape, small = operator.data_shape, isinstance(operator, SuperResolution)
+    if images.shape[1] == 1 and not isinstance(operator, Colourisation):
+        images = images.expand(-1, shape[0], -1, -1)
+    got = tuple(images.shape[1:])
+    if isinstance(operator, Blur) and got == shape:
+        return Measured(operator, images, images)
+    if isinstance(operator, Inpainting) and got == shape:
+        y = operator(images)
+        return Measured(operator, y, operator.pasted(torch.zeros_like(images), y))
+    if isinstance(operator, (SuperResolution, Colourisation)) and got in (shape, operator.shape):
+        y = images if got == operator.shape else operator(images)
+        degraded = f"{where} was made {'smaller' if small else 'gray'} first" if got != operator.shape else ""
+        return Measured(operator, y, interpolate(y, shape[1:]).expand(-1, shape[0], -1, -1), degraded)
+    wanted = f"{_size(operator.shape)} pixels, or {_size(shape)} to be made so first" if small else _size(shape)
+    raise ValueError(
+        f"{where} is {_size(got)} with {got[0]} channel{'s' if got[0] > 1 else ''}; expected {wanted}, and "
+        f"{shape[0] if shape[0] == 1 else '1 or 3'}"
+    )
+
+
+def default_method(task: str, noise_std: float) -> str:
+    """The method for a task."""
+    return "pseudo_inverse"
+
+
+def posterior_samples(
+    model: ScoreModel,
+    config: ConfigDict,
+    measured: Measured,
+    n: int,
+    seed: int = 0,
+    *,
+    method: str,
+    noise_std: float = 0.0,
+    labels: Tensor | None = None,
+    nfe: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """n samples for each of K images, (K, n, *data_shape), in [-1, 1] where the model's data is, on the CPU.
+
+    labels: classes (n,) or None. nfe: as many levels as take this many evaluations at most; 0 for the experiment's own
+    number, or of a method that is a sampler, one evaluation a level, 100. Without noise samples agree with y.
+    """
+    own = method in _SAMPLERS
+    if own:
+        config = config.copy_and_resolve_references()
+        config.sampling.sampler = ConfigDict({"name": "ancestral"})
+    if nfe or (own and {"n", "steps"} & set(config.sampling.grid)):
+        config = with_nfe(config, model, nfe or _LEVELS)
+    levels, sampler = build_sampling(config, model)
+    score, found = own_score(model, config, labels), []
+    for k in range(len(measured.y)):
+        m = Measurement(measured.operator, measured.y[k : k + 1], noise_std)
+        x = sample(
+            score if own else _POSTERIORS[method](score, m),
+            (n, *model.data_shape),
+            levels,
+            _SAMPLERS[method](m) if own else sampler,
+            generator=PerSampleNoise(seed),
+            progress=progress,
+            batch_size=config.sampling.batch_size,
+        ).cpu()
+        x = x if model.data_range is None else x.clamp(-1, 1)
+        found.append(x if noise_std else _agreeing(x, m, model.data_range is not None))
+    return torch.stack(found)
+
+
+def _agreeing(x: Tensor, measurement: Measurement, bounded: bool) -> Tensor:
+    """x with operator(x) = y, projected onto that and onto [-1, 1] in turns; of pixels the known ones are y itself."""
+    operator = measurement.operator
+    if isinstance(operator, Inpainting):
+        return operator.pasted(x, measurement.y)
+    if not isinstance(operator, (SuperResolution, Colourisation)):
+        return x
+    for _ in range(200):
+        # A A' = I/size
+        x = x + operator.size * operator.adjoint(measurement.residual(x))
+        x = x.clamp(-1, 1) if bounded else x
+    return x

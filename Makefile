@@ -34,6 +34,7 @@ bench: .venv-bench/.ready
 	.venv-bench/bin/python -m benchmarks.training
 	.venv-bench/bin/python -m benchmarks.networks
 	.venv-bench/bin/python -m benchmarks.inverse
+	.venv-bench/bin/python -m benchmarks.restoring
 	.venv-bench/bin/python -m benchmarks.report
 
 models: .venv/.ready

@@ -55,10 +55,20 @@ from scorelab.plotting.pictures import are_images, tiled
 from scorelab.samplers import Sampler, sample
 from scorelab.training import build_sampling, with_nfe
 from scorelab.training.sampling import own_score
+from scorelab.training.settings import resolve
 from scorelab.typing import ScoreFn, Shape, Tensor
 from scorelab.writing import check_writable, whole
 
-__all__ = ["METHODS", "Measured", "default_method", "measure", "operator_of", "posterior_samples", "restore"]
+__all__ = [
+    "METHODS",
+    "Measured",
+    "default_method",
+    "measure",
+    "operator_of",
+    "posterior_samples",
+    "restore",
+    "usual_nfe",
+]
 
 _OPTION = {"inpaint": "mask", "colourise": "", "super_resolve": "factor", "deblur": "blur"}
 """The tasks, and the option that each has to itself."""
@@ -79,8 +89,7 @@ _SAMPLERS: dict[str, Callable[[Measurement], Sampler]] = {
     "repaint": lambda m: RePaint(m, jump=2, resample=5),
 }
 METHODS = (*_POSTERIORS, *_SAMPLERS)
-"""Those that are scores run with the experiment's own sampler, the others are samplers, of 100 levels."""
-_LEVELS = 100
+"""Those that are scores run with the experiment's own sampler, the others are samplers."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +111,7 @@ def restore(arguments: list[str]) -> None:
     asked: dict[str, Any] = {name: values[name].value for name in values}
     task, n, nfe = _checked(asked)
     workdir, place = _place(asked)
-    step, weights, seed = int(asked["step"] or 0), str(asked["weights"]), int(asked["seed"] or 0)
-    config, model, found = load_run(workdir, step=step, weights=weights)
+    config, model, found = load_run(workdir, step=int(asked["step"] or 0), weights=str(asked["weights"]))
     config = sampling_changed(config, given)
     if not are_images(model.data_shape) or model.codec is not None:
         raise ValueError(f"{workdir} is a model of {model.data_shape}; expected one of gray or colour images as pixels")
@@ -113,27 +121,35 @@ def restore(arguments: list[str]) -> None:
     measured = measure(operator, images, asked["image"])
     noise_std = max(float(asked["noise_std"]), _ROUNDING if task == "deblur" else 0.0)
     method = asked["method"] or default_method(task, noise_std)
-    parts = [task, Path(asked["image"]).stem, f"{found:08d}" if found else "", weights if weights != "ema" else ""]
-    parts += [asked["method"] or "", f"nfe_{nfe}" if nfe else "", str(asked["condition"] or "").replace("/", "_")]
-    name = "_".join(filter(None, [*parts, f"seed_{seed}" if seed else ""]))
-    out = Path(asked["out"]).expanduser() if asked["out"] else place / f"{name}.png"
+    levels_given = any(a.startswith("--config.sampling.grid.") for a in given)
+    evaluations = nfe or (0 if levels_given else usual_nfe(config, method))
+    out = Path(asked["out"] or place / f"{_named(asked, task, found)}.png").expanduser()
     check_writable(out)
 
     model.to(checked_device(asked["device"]) if asked["device"] else parallel.join())
     labels = condition_of(asked["condition"] or ("none" if model.conditional else ""), model, workdir, n)
-    x = posterior_samples(
-        model, config, measured, n, seed, method=method, noise_std=noise_std, labels=labels, nfe=nfe, progress=True
-    )
-    misfit = float((operator(x.flatten(0, 1)) - measured.y.repeat_interleave(n, 0)).square().mean().sqrt())
+    options: dict[str, Any] = {"method": method, "noise_std": noise_std, "labels": labels, "nfe": evaluations}
+    x = posterior_samples(model, config, measured, n, int(asked["seed"] or 0), **options, progress=True)
     if out.suffix == ".npz":
         write_samples(RunSamples(x.flatten(0, 1), numbers, model, found), out)
     else:
         rows = torch.cat([measured.picture.unsqueeze(1), x], 1).flatten(0, 1)
         with whole(out) as aside:
             Image.fromarray(tiled(rows, numbers, columns=1 + n)).save(aside, "PNG")
-    said = f"; {measured.degraded}" if measured.degraded else ""
-    many = f"{len(x)} image{'s' if len(x) > 1 else ''}"
-    print(f"{n} samples of {many} by {method}, {misfit:.2g} off what was measured (white - black: 2){said}: {out}")
+    off = float((operator(x.flatten(0, 1)) - measured.y.repeat_interleave(n, 0)).square().mean().sqrt())
+    notes = [f"{n} samples of {len(x)} image{'s' if len(x) > 1 else ''} by {method}", measured.degraded]
+    notes.append(f"{off:.2g} off what is known, black being -1 and white 1")
+    if off > max(0.05, 5 * noise_std):
+        notes.append(f"no image gives this: check --noise_std{' and --blur' if task == 'deblur' else ''}")
+    print(f"{'; '.join(filter(None, notes))}: {out}")
+
+
+def _named(asked: dict[str, Any], task: str, step: int) -> str:
+    """The name of a picture: what was asked for, and the seed."""
+    weights, seed = str(asked["weights"]), int(asked["seed"] or 0)
+    parts = [task, Path(asked["image"]).stem, f"{step:08d}" if step else "", weights if weights != "ema" else ""]
+    parts += [asked["method"] or "", f"nfe_{asked['nfe']}" if asked["nfe"] else "", asked["condition"] or ""]
+    return "_".join(filter(None, [*parts, f"seed_{seed}" if seed else ""])).replace("/", "_")
 
 
 def _flags() -> flags.FlagValues:
@@ -288,7 +304,13 @@ def measure(operator: LinearOperator, images: Tensor, where: str = "the image") 
 
 def default_method(task: str, noise_std: float) -> str:
     """The method for a task."""
-    return "pseudo_inverse"
+    return "ddrm"
+
+
+def usual_nfe(config: ConfigDict, method: str) -> int:
+    """Evaluations for a sample: 100 of a method that is a sampler, 0, those of the experiment, of others and where a
+    grid has no number of levels."""
+    return 100 if method in _SAMPLERS and {"n", "steps"} & set(resolve(config).sampling.grid) else 0
 
 
 def posterior_samples(
@@ -306,15 +328,16 @@ def posterior_samples(
 ) -> Tensor:
     """n samples for each of K images, (K, n, *data_shape), in [-1, 1] where the model's data is, on the CPU.
 
-    labels: classes (n,) or None. nfe: as many levels as take this many evaluations at most; 0 for the experiment's own
-    number, or of a method that is a sampler, one evaluation a level, 100. Without noise samples agree with y.
+    labels: classes (n,) or None. nfe: as many levels as take this many evaluations at most, 0 for the config's own
+    number; see ``usual_nfe``. Without noise samples agree with y.
     """
     own = method in _SAMPLERS
     if own:
         config = config.copy_and_resolve_references()
         config.sampling.sampler = ConfigDict({"name": "ancestral"})
-    if nfe or (own and {"n", "steps"} & set(config.sampling.grid)):
-        config = with_nfe(config, model, nfe or _LEVELS)
+    if nfe:
+        # of each level as RePaint goes there: 5 times
+        config = with_nfe(config, model, max(1, nfe // 5) if method == "repaint" else nfe)
     levels, sampler = build_sampling(config, model)
     score, found = own_score(model, config, labels), []
     for k in range(len(measured.y)):

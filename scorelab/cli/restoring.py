@@ -51,6 +51,7 @@ from scorelab.inverse import (
 )
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
+from scorelab.noised import unwrapped
 from scorelab.plotting.pictures import are_images, tiled
 from scorelab.samplers import Sampler, sample
 from scorelab.training import build_sampling, with_nfe
@@ -60,9 +61,9 @@ from scorelab.typing import ScoreFn, Shape, Tensor
 from scorelab.writing import check_writable, whole
 
 __all__ = [
+    "DEFAULT",
     "METHODS",
     "Measured",
-    "default_method",
     "measure",
     "operator_of",
     "posterior_samples",
@@ -90,6 +91,8 @@ _SAMPLERS: dict[str, Callable[[Measurement], Sampler]] = {
 }
 METHODS = (*_POSTERIORS, *_SAMPLERS)
 """Those that are scores run with the experiment's own sampler, the others are samplers."""
+DEFAULT = "ddrm"
+"""Takes no gradients and any of the tasks, and no other is better on held-out images (docs/inverse.md)."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,9 @@ def restore(arguments: list[str]) -> None:
     images = _read(Path(asked["image"]).expanduser(), numbers, model.data_shape[0] == 1, config.data.background)
     measured = measure(operator, images, asked["image"])
     noise_std = max(float(asked["noise_std"]), _ROUNDING if task == "deblur" else 0.0)
-    method = asked["method"] or default_method(task, noise_std)
+    method = asked["method"] or DEFAULT
     levels_given = any(a.startswith("--config.sampling.grid.") for a in given)
-    evaluations = nfe or (0 if levels_given else usual_nfe(config, method))
+    evaluations = nfe or (0 if levels_given else usual_nfe(config, model, method))
     out = Path(asked["out"] or place / f"{_named(asked, task, found)}.png").expanduser()
     check_writable(out)
 
@@ -302,15 +305,11 @@ def measure(operator: LinearOperator, images: Tensor, where: str = "the image") 
     )
 
 
-def default_method(task: str, noise_std: float) -> str:
-    """The method for a task."""
-    return "ddrm"
-
-
-def usual_nfe(config: ConfigDict, method: str) -> int:
-    """Evaluations for a sample: 100 of a method that is a sampler, 0, those of the experiment, of others and where a
-    grid has no number of levels."""
-    return 100 if method in _SAMPLERS and {"n", "steps"} & set(resolve(config).sampling.grid) else 0
+def usual_nfe(config: ConfigDict, model: ScoreModel, method: str) -> int:
+    """Evaluations for a sample: 100 of a method that is a sampler; 0, those of the experiment, of others and where its
+    levels are all that there are."""
+    fixed = getattr(unwrapped(model.net), "integer_labels", False)
+    return 100 if method in _SAMPLERS and not fixed and {"n", "steps"} & set(resolve(config).sampling.grid) else 0
 
 
 def posterior_samples(

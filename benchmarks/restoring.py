@@ -169,6 +169,7 @@ def plot() -> None:
         ax.set_yticks(places, ["image", "known", "sample", "sample", "sample"])
         ax.set_xticks([])
         ax.set_title(f"{name}, by {DEFAULT}")
+    made.set_size_inches(9.2, 7.6)
     made.savefig(DOCS / "images" / "restored.png")
 
 

@@ -92,7 +92,7 @@ _SAMPLERS: dict[str, Callable[[Measurement], Sampler]] = {
 METHODS = (*_POSTERIORS, *_SAMPLERS)
 """Those that are scores run with the experiment's own sampler, the others are samplers."""
 DEFAULT = "ddrm"
-"""Takes no gradients and any of the tasks, and no other is better on held-out images (docs/inverse.md)."""
+"""It takes no gradients, and on held-out images no other is clearly better (docs/inverse.md)."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def files(tmp_path, monkeypatch) -> Path:
     Image.fromarray(pixels[:, :5]).save("narrow.png")
     np.save("digit.npy", digit.numpy()[None, None])
     np.save("bright.npy", digit.numpy()[None, None] + 3)
+    np.save("points.npy", digit.numpy())
     mask = np.zeros((8, 8), np.uint8)
     Image.fromarray(mask).save("black.png")
     mask[4:] = 255
@@ -62,6 +63,15 @@ def test_known_pixels_come_back_exactly(files, method):
 def test_pictures_are_read_in_the_data_s_own_numbers(files):
     x = restored(*INPAINT, "--image=digit.png", "--nfe=4")
     assert x[0, 0, :4] == pytest.approx(np.load("digit.npy")[0, 0, :4], abs=0.5 * 16 / 255)
+
+
+def test_a_folder_of_pictures_is_as_good_as_one(files):
+    Path("folder").mkdir()
+    Path("digit.png").rename("folder/b.png")
+    Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save("folder/a.png")
+    x = restored(*INPAINT, "--image=folder", "--nfe=2", n=1)
+    assert x.shape == (2, 1, 8, 8)
+    assert x[0, 0, :4] == pytest.approx(16 * np.eye(8)[:4])
 
 
 @pytest.mark.parametrize("image", ["digit.npy", "small.png"])
@@ -152,6 +162,8 @@ def test_what_is_shown_of_a_measurement():
         ((*INPAINT, "--image=narrow.png"), "narrow.png is 5x8 with 1 channel; expected 8x8, and 1"),
         ((*INPAINT, "--image=text.png"), "--image is text.png, which can't be used: it is no image of a format"),
         ((*INPAINT, "--image=bright.npy"), "--image=bright.npy spans [3, 19] but the declared data_range is [0, 16]"),
+        ((*INPAINT, "--image=points.npy"), "--image=points.npy holds (8, 8); expected images (N, C, H, W)"),
+        ((*INPAINT, "--image=none.npy"), "--image is none.npy, and there is no such file; expected an image"),
         ((*INPAINT, "--image="), "--image is missing; expected an image file, a folder of them"),
         (("--task=inpant",), "--task is inpant; did you mean 'inpaint'?"),
         ((), "--task is missing; known: colourise, deblur, inpaint, super_resolve"),

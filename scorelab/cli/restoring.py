@@ -262,12 +262,16 @@ def _decoded(place: Path, files: Files, option: str) -> Any:
 
 def _read(place: Path, numbers: Values | None, gray: bool, background: str) -> Tensor:
     """Images (K, C, H, W) as the model sees them: of files from black to white, of arrays in the data's own numbers."""
+    if not place.exists():
+        raise ValueError(f"--image is {place}, and there is no such file; expected an image, a folder or arrays")
     own = numbers or Values(-1.0, 1.0)
     files = Files(str(place), grayscale=gray, background=background)
     if place.suffix in (".npy", ".npz"):
         source = load("arrays", Files(str(place)))
         assert isinstance(source, Stored)
         x = source.kept(torch.arange(len(source))).float()
+        if x.ndim != 4:
+            raise ValueError(f"--image={place} holds {tuple(x.shape)}; expected images (N, C, H, W)")
         if own.ends is not None:
             check_range(x, (own.least, own.most), f"--image={place}")
         return own.inside(x)

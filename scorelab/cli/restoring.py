@@ -143,7 +143,7 @@ def restore(arguments: list[str]) -> None:
     notes = [f"{n} samples of {len(x)} image{'s' if len(x) > 1 else ''} by {method}", measured.degraded]
     notes.append(f"{off:.2g} off what is known, black being -1 and white 1")
     if off > max(0.05, 5 * noise_std):
-        notes.append(f"no image gives this: check --noise_std{' and --blur' if task == 'deblur' else ''}")
+        notes.append(f"far more than its noise: check --noise_std{' and --blur' if task == 'deblur' else ''}")
     print(f"{'; '.join(filter(None, notes))}: {out}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -51,3 +52,15 @@ def test_the_command_line_samples_run(command, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert list(tmp_path.rglob("samples/**/*.png"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "toy").glob("[!_]*.py")), ids=lambda p: p.stem)
+def test_every_figure_of_the_gallery_is_drawn_alone(path, monkeypatch, capsys):
+    """By ``python -m toy.NAME``, as far as its options; a slow test and ``make demo`` draw."""
+    if path.stem == "common":
+        return
+    monkeypatch.setattr(sys, "argv", ["toy", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 0
+    assert "usage" in capsys.readouterr().out

@@ -257,13 +257,22 @@ def test_no_checkpoint_holds_a_non_finite_weight(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    """A run with checkpoints of steps 2 and 4, that of step 2 a run's own."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(small(2), folder / "half", progress=False)
+    shutil.copytree(folder / "half", folder / "whole")
+    train(small(4), folder / "whole", progress=False)
+    return folder
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest", "no manifest"])
-def test_damage_costs_the_steps_since_the_checkpoint_before(tmp_path, damage):
+def test_damage_costs_the_steps_since_the_checkpoint_before(tmp_path, damage, four_steps):
     """It is set aside, and the run goes on from the one before; without one it is refused and kept."""
-    whole = tmp_path / "whole"
-    train(small(4), whole, progress=False)
+    whole = four_steps / "whole"
+    shutil.copytree(four_steps / "half", tmp_path / "run")
     tmp_path = tmp_path / "run"
-    train(small(2), tmp_path, progress=False)
     place = tmp_path / "checkpoints" / "step_00000002"
     file = place / "model.safetensors"
     content = file.read_bytes()

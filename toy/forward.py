@@ -10,7 +10,7 @@ from scorelab import VP, trajectory
 from scorelab.distributions import GaussianMixture
 from scorelab.plotting import DENSITY, figure
 from scorelab.samplers import ReverseSDE
-from toy.common import Gallery, parse
+from toy.common import Gallery, options, parse
 
 PROCESS = VP()
 SOURCE = GaussianMixture(torch.tensor([[-2.0], [0.5], [2.0]]), 0.2, torch.tensor([0.4, 0.2, 0.4]))
@@ -82,4 +82,4 @@ def draw(gallery: Gallery) -> None:
 
 
 if __name__ == "__main__":
-    draw(parse(__doc__, ())[0])
+    draw(parse(options(__doc__), ())[0])

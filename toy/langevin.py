@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from scorelab import ScoreFn, sample, sigmas
 from scorelab.plotting import figure, points
 from scorelab.samplers import AnnealedLangevin, Langevin, Sampler
-from toy.common import Gallery, parse
+from toy.common import Gallery, options, parse
 
 CHAINS = 40_000
 QUICK_CHAINS = {"exact score": 8000, "learnt score": 2000}
@@ -110,4 +110,4 @@ def draw(gallery: Gallery) -> None:
 
 
 if __name__ == "__main__":
-    draw(parse(__doc__, ())[0])
+    draw(parse(options(__doc__), ())[0])

@@ -7,7 +7,7 @@ import torch
 from scorelab import VE, VP, Cosine, DiscreteVP, Flow, Process, SubVP
 from scorelab.plotting import figure
 from scorelab.processes import cosine_betas, linear_betas
-from toy.common import Gallery, parse
+from toy.common import Gallery, options, parse
 
 PROCESSES: dict[str, Process] = {
     "VE (0.01 to 50)": VE(),
@@ -45,4 +45,4 @@ def draw(gallery: Gallery) -> None:
 
 
 if __name__ == "__main__":
-    draw(parse(__doc__, ())[0])
+    draw(parse(options(__doc__), ())[0])

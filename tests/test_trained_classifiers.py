@@ -147,7 +147,14 @@ def test_it_guides_at_the_levels_that_it_knows_only():
         (["sample", "--workdir={runs}/free", "--classifier={runs}/both"], "it holds a score model and no classifier"),
         (["sample", "--workdir={runs}/free", "--classifier={runs}/none"], "there is no directory"),
         (["sample", "--workdir={runs}/free", "--classifier={runs}/classifier", "--condition=cat"], "known: 0, 1, 2"),
-        (["sample", "--workdir={runs}/free", "--classifier={runs}/classifier", "--autoguidance=1"], "expected one"),
+        (
+            ["sample", "--workdir={runs}/free", "--classifier={runs}/classifier", "--autoguidance=1"],
+            "expected one of them",
+        ),
+        (
+            ["sample", "--workdir={runs}/free", "--classifier={runs}/classifier", "--guidance_rescale=0.5"],
+            "guidance_rescale is 0.5, which a classifier does not know",
+        ),
         (
             ["sample", "--model=fashion_mnist", "--classifier={runs}/classifier"],
             "is of data (1, 8, 8) from (0.0, 16.0)",

@@ -70,8 +70,7 @@ def bound_run(
     grid = _grid(model, steps)
     sampler = with_statistics(sampler, model, config, grid)
     assert isinstance(sampler, Ancestral)
-    config.sampling.guidance = 1.0
-    score: Any = own_score(model, config, batch.condition if model.conditional else None)
+    score: Any = own_score(model, config, batch.condition if model.conditional else None, guided=False)
     terms = []
     for rows in tqdm(torch.split(torch.arange(len(batch.x0)), _AT_ONCE), desc=f"bound of {len(batch.x0)}", unit="part"):
         noise = PerSampleNoise(seed, int(rows[0]))

@@ -29,7 +29,7 @@ from scorelab.cli.overrides import (
 __all__ = ["COMMANDS"]
 
 
-def train(arguments: list[str]) -> None:
+def _train(arguments: list[str]) -> None:
     config, rest = config_file(arguments)
     config, rest = with_parts(config, rest)
     check_keys(config, rest)
@@ -76,7 +76,7 @@ def _keep_freed_memory() -> None:
         libc.mallopt(trim, 2**31 - 1)
 
 
-def sample(arguments: list[str]) -> None:
+def _sample(arguments: list[str]) -> None:
     given = [a for a in arguments if a.startswith("--config.")]
     arguments = [a for a in arguments if not a.startswith("--config.")]
     values = _run_flags(
@@ -90,18 +90,11 @@ def sample(arguments: list[str]) -> None:
     flags.DEFINE_alias("samples", "n", flag_values=values)
     parse(arguments, values)
     from scorelab import parallel
+    from scorelab.cli.runs import place_of
     from scorelab.cli.sampling import check_out, sample_run, write_samples
     from scorelab.cli.steering import Steering
-    from scorelab.interop.loading import PRETRAINED, pretrained
 
-    named = values["model"].value
-    if named and values["workdir"].value:
-        raise ValueError("got --model and --workdir; expected one of them")
-    workdir = pretrained(named) if named else _workdir(values)
-    if named and not workdir.is_dir():
-        raise ValueError(f"--model is {named!r}, no directory of a saved model; {nearest_name(named, PRETRAINED)}")
-    place = Path("samples") / workdir.name if named else workdir / "samples"
-
+    workdir, place = place_of(values["workdir"].value, values["model"].value)
     n, seed, step = (int(values[name].value or 0) for name in ("n", "seed", "step"))
     if n < 0 or values["n"].value == 0:
         raise ValueError(f"--n is {n}; expected a positive number of samples, or none for the experiment's own")
@@ -139,7 +132,7 @@ def sample(arguments: list[str]) -> None:
         print(write_samples(run, out))
 
 
-def restore(arguments: list[str]) -> None:
+def _restore(arguments: list[str]) -> None:
     from scorelab.cli.restoring import restore
 
     restore(arguments)
@@ -161,7 +154,7 @@ def _run_flags(numbers: dict[str, int | None], texts: dict[str, str | None]) -> 
     return values
 
 
-def calibrate(arguments: list[str]) -> None:
+def _calibrate(arguments: list[str]) -> None:
     values = _run_flags({"nfe": 10, "starts": 64}, {"method": "least_squares", "out": None, **GUIDED})
     define_guidance(values)
     parse(arguments, values)
@@ -184,7 +177,7 @@ def calibrate(arguments: list[str]) -> None:
     print(calibrate_run(workdir, out, steering=Steering(**guidance_of(values)), **options))
 
 
-def likelihood(arguments: list[str]) -> None:
+def _likelihood(arguments: list[str]) -> None:
     data = None
     if any(argument.partition("=")[0] == "--config" for argument in arguments):
         data, arguments = config_file(arguments)
@@ -220,14 +213,14 @@ def likelihood(arguments: list[str]) -> None:
     print(likelihood_run(workdir, divergence=kind, tolerance=tolerance, **options))
 
 
-def settings(arguments: list[str]) -> None:
+def _settings(arguments: list[str]) -> None:
     parse(arguments, flags.FlagValues())  # type: ignore[no-untyped-call]
     from scorelab.cli.reference import reference
 
     print(reference(), end="")
 
 
-def convert(arguments: list[str]) -> None:
+def _convert(arguments: list[str]) -> None:
     from scorelab.cli.convert import convert, switches
 
     named, given = parted(arguments, switches(parted(arguments)[1].get("release", "")))
@@ -241,7 +234,7 @@ def convert(arguments: list[str]) -> None:
     print(convert(Path(named[0]).expanduser(), release, Path(out).expanduser(), options))
 
 
-def export(arguments: list[str]) -> None:
+def _export(arguments: list[str]) -> None:
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     flags.DEFINE_integer("step", 0, "the checkpoint, by default the last", flag_values=values)
     flags.DEFINE_string("weights", "ema", "averaged ones, or model", flag_values=values)
@@ -255,7 +248,7 @@ def export(arguments: list[str]) -> None:
     print(export_run(workdir, out, step=int(values["step"].value or 0), weights=str(values["weights"].value)))
 
 
-def new(arguments: list[str]) -> None:
+def _new(arguments: list[str]) -> None:
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     flags.DEFINE_string("path", None, "the data", flag_values=values)
     flags.DEFINE_string("size", "", "height,width", flag_values=values)
@@ -279,7 +272,7 @@ def new(arguments: list[str]) -> None:
     )
 
 
-def density(arguments: list[str]) -> None:
+def _density(arguments: list[str]) -> None:
     values = _run_flags({"n": 200}, {"out": None})
     parse(arguments, values)
     workdir = _workdir(values)
@@ -292,7 +285,7 @@ def density(arguments: list[str]) -> None:
     print(density_run(workdir, out, n=n, step=step, seed=seed))
 
 
-def report(arguments: list[str]) -> None:
+def _report(arguments: list[str]) -> None:
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
     parse(arguments, values)
@@ -303,16 +296,16 @@ def report(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": train,
-    "sample": sample,
-    "restore": restore,
-    "calibrate": calibrate,
-    "likelihood": likelihood,
-    "report": report,
-    "density": density,
-    "new": new,
-    "settings": settings,
-    "convert": convert,
-    "export": export,
+    "train": _train,
+    "sample": _sample,
+    "restore": _restore,
+    "calibrate": _calibrate,
+    "likelihood": _likelihood,
+    "report": _report,
+    "density": _density,
+    "new": _new,
+    "settings": _settings,
+    "convert": _convert,
+    "export": _export,
 }
 """By name; each takes its arguments, its own name first, and raises what the user is to be told."""

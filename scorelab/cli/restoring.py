@@ -27,13 +27,12 @@ from torch.nn.functional import interpolate
 from scorelab import parallel
 from scorelab.checks import check_range, checked_device, nearest_name
 from scorelab.cli.overrides import parse, sampling_changed
-from scorelab.cli.runs import load_run
+from scorelab.cli.runs import load_run, place_of
 from scorelab.cli.sampling import RunSamples, values_of, write_samples
 from scorelab.cli.steering import condition_of
 from scorelab.data import Files, Values, load
 from scorelab.data.decoding import Listing, decode
 from scorelab.data.sources import Stored
-from scorelab.interop.loading import PRETRAINED, pretrained
 from scorelab.inverse import (
     DAPS,
     DDRM,
@@ -113,7 +112,7 @@ def restore(arguments: list[str]) -> None:
     parse([a for a in arguments if not a.startswith("--config.")], values)
     asked: dict[str, Any] = {name: values[name].value for name in values}
     task, n, nfe = _checked(asked)
-    workdir, place = _place(asked)
+    workdir, place = place_of(asked["workdir"], asked["model"])
     config, model, found = load_run(workdir, step=int(asked["step"] or 0), weights=str(asked["weights"]))
     config = sampling_changed(config, given)
     if not are_images(model.data_shape) or model.codec is not None:
@@ -189,20 +188,6 @@ def _checked(asked: dict[str, Any]) -> tuple[str, int, int]:
     if asked["out"] and Path(asked["out"]).suffix not in (".png", ".npz"):
         raise ValueError(f"--out is {asked['out']}; expected a name that ends in .png or .npz")
     return task, n, int(nfe or 0)
-
-
-def _place(asked: dict[str, Any]) -> tuple[Path, Path]:
-    """The directory of the run or model, and where pictures of it go."""
-    named, workdir = asked["model"], asked["workdir"]
-    if bool(named) == bool(workdir):
-        raise ValueError(f"got {'--model and' if named else 'neither --model nor'} --workdir; expected one of them")
-    if not named:
-        found = Path(workdir).expanduser()
-        return found, found / "samples"
-    found = pretrained(named)
-    if not found.is_dir():
-        raise ValueError(f"--model is {named!r}, no directory of a saved model; {nearest_name(named, PRETRAINED)}")
-    return found, Path("samples") / found.name
 
 
 def operator_of(

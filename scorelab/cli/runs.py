@@ -9,11 +9,28 @@ import torch
 from ml_collections import ConfigDict
 from safetensors.torch import load_file
 
+from scorelab.checks import nearest_name
+from scorelab.interop.loading import PRETRAINED, pretrained
 from scorelab.models import ScoreModel
 from scorelab.training import Snapshot, checkpoint, default_config, reconstruct
 from scorelab.training.run import recorded_config
 
-__all__ = ["load_run"]
+__all__ = ["load_run", "place_of"]
+
+
+def place_of(workdir: str | None, model: str | None) -> tuple[Path, Path]:
+    """The directory that --workdir or --model names, and where its samples go; ValueError unless it is one of them."""
+    if model and workdir:
+        raise ValueError("got --model and --workdir; expected one of them")
+    if not model:
+        if not workdir:
+            raise ValueError("--workdir is missing; expected the directory of a run, e.g. --workdir runs/digits")
+        found = Path(workdir).expanduser()
+        return found, found / "samples"
+    found = pretrained(model)
+    if not found.is_dir():
+        raise ValueError(f"--model is {model!r}, no directory of a saved model; {nearest_name(model, PRETRAINED)}")
+    return found, Path("samples") / found.name
 
 
 def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[ConfigDict, ScoreModel, int]:

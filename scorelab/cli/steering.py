@@ -45,8 +45,8 @@ class Steering:
         """
         _guide(config, self.guidance, self.guidance_interval, self.guidance_rescale)
         if self.classifier is not None:
-            if self.autoguidance is not None or self.guidance_rescale is not None:
-                raise ValueError("--classifier goes with neither --autoguidance nor --guidance_rescale; expected one")
+            if self.autoguidance is not None:
+                raise ValueError("got --classifier and --autoguidance; expected one of them")
             by = self._classifier(model)
             return condition_of(self.condition, by, Path(self.classifier).expanduser(), n), by
         labels = condition_of(self.condition, model, workdir, n)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from dataclasses import replace
@@ -68,11 +67,9 @@ def with_statistics(sampler: Sampler, model: ScoreModel, config: ConfigDict, sig
     if config.data.validation:
         source.hold_out(config.data.validation)
     batch = source.batch(config.seed, 0, _STATISTICS).mapped(lambda t: t.to(model.device))
-    plain = copy.deepcopy(config)
-    plain.sampling.guidance = 1.0
     with torch.no_grad():
         x0 = model.encode(batch.x0)
-    score = own_score(model, plain, batch.condition if model.conditional else None)
+    score = own_score(model, config, batch.condition if model.conditional else None, guided=False)
     return replace(sampler, variance=analytic_variance(score, x0, sigmas, generator=PerSampleNoise(config.seed)))  # type: ignore[type-var]
 
 
@@ -176,16 +173,20 @@ def own_score(
     config: ConfigDict,
     condition: Tensor | None = None,
     by: ScoreModel | ClassifierModel | None = None,
+    *,
+    guided: bool = True,
 ) -> ScoreFn:
     """The score that an experiment samples with: for a condition guided, with the denoised sample clamped to the data's
     range, as it says. by: guide away from this model instead, for a condition or none, or by this classifier, to the
-    condition at the noise levels that it knows. Raises ValueError for guidance of a model that can't leave the
-    condition out.
+    condition at the noise levels that it knows. guided: False leaves classifier-free guidance out. Raises ValueError
+    for guidance of a model that can't leave the condition out, and for a share taken back beside a classifier.
     """
     c = config.sampling
     interval, rescale = tuple(c.guidance_interval) or None, c.guidance_rescale
     score: ScoreFn = model if condition is None or not model.conditional else model.conditioned(condition)
     if isinstance(by, ClassifierModel):
+        if rescale:
+            raise ValueError(f"guidance_rescale is {rescale:g}, which a classifier does not know; expected 0 beside it")
         if condition is not None:
             # of a model that always takes a class, the class's own score is sharpened
             free = score if model.conditional and model.null_condition is None else model
@@ -196,7 +197,7 @@ def own_score(
     elif by is not None:
         other = by if condition is None else by.conditioned(condition)
         score = autoguidance(score, other, c.guidance, interval=interval, rescale=rescale)
-    elif condition is not None and c.guidance != 1:
+    elif guided and condition is not None and c.guidance != 1:
         if not config.training.label_dropout:
             raise ValueError(
                 f"guidance is {c.guidance:g}, but this model was trained with training.label_dropout=0, so it never "

@@ -131,6 +131,25 @@ def test_a_dry_run_of_what_does_not_fit_says_so(monkeypatch, capsys):
     assert time.startswith("time: not measured, for 1 MiB are free on this machine's cpu")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["source=cifar10"], "images of noise (3, 32, 32), of 10 classes, stand for cifar10's"),
+        (
+            ["source=folder", "size=8,12", "grayscale=True"],
+            "images of noise (1, 8, 12), of 1,000 classes, stand for folder's",
+        ),
+    ],
+)
+def test_a_dry_run_without_the_images_takes_noise(settings, said, capsys):
+    small = [f"--config.{x}" for x in ("model.net.width=32", "model.net.blocks=1", "training.batch_size=2")]
+    data = [f"--config.data.{x}" for x in (*settings, "path=", "validation=0")]
+    assert main(["train", "--config", CONFIG, "--dry_run", *small, *data]) == 0
+    first, *_, seconds = capsys.readouterr().out.splitlines()
+    assert first == f"data.path is empty: {said}"
+    assert seconds.startswith("time: ")
+
+
 def test_dry_run_prints_the_experiment_and_writes_nothing(tmp_path, capsys):
     assert main(["train", "--config", CONFIG, "--dry_run", "--workdir", str(tmp_path / "x")]) == 0
     printed = capsys.readouterr().out

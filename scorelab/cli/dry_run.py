@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from ml_collections import ConfigDict
 
 from scorelab import parallel
+from scorelab.data import Images
 from scorelab.models import ScoreModel
+from scorelab.noise import counter_generator
 from scorelab.precision import check_compiler
 from scorelab.training import Trainer, build, resolve
 from scorelab.training.config import without_model
@@ -62,10 +65,30 @@ def free_bytes(device: torch.device) -> int | None:
     return next((1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable")), None)
 
 
+def _stand_in(config: ConfigDict) -> Images | None:
+    """1,000 images of noise for a data set of images that ``data.path`` does not say the place of; None for others."""
+    c = config.data
+    shape = (3, 32, 32) if c.source == "cifar10" else (1 if c.grayscale else 3, *(c.size or ()))
+    if c.path or c.source not in ("cifar10", "folder", "zip") or len(shape) != 3:
+        return None
+    # windows of one row of noise, for of large images a thousand fill the memory
+    row = torch.randint(
+        256, (math.prod(shape) + 999,), dtype=torch.uint8, generator=counter_generator(config.seed, 0, 0)
+    )
+    images = row.unfold(0, math.prod(shape), 1).unflatten(1, shape)
+    return Images(
+        images, torch.arange(1000) % (10 if c.source == "cifar10" else 1000), flip=c.flip, dequantise=c.dequantise
+    )
+
+
 def dry_run(config: ConfigDict) -> Iterator[str]:
-    """The report, in parts as they are known."""
+    """The report, in parts as they are known; of noise where the config names images, but no place of them."""
     config = copy.deepcopy(config)
-    experiment = build(config)
+    noise = _stand_in(config)
+    if noise is not None:
+        shape, classes = noise.data_shape, len(noise.classes)
+        yield f"data.path is empty: images of noise {shape}, of {classes:,} classes, stand for {config.data.source}'s"
+    experiment = build(config, data=noise)
     model = experiment.model.to(parallel.join())
     # all that training would refuse
     evaluations(resolve(config))

@@ -35,12 +35,12 @@ __all__ = ["FORMATS", "Files", "load", "read_idx"]
 
 _IDX_TYPES = {k: np.dtype(v) for k, v in {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}.items()}
 _FASHION = "/usr/share/datasets/fashion-mnist"
+"""Where Debian's package dataset-fashion-mnist puts its files."""
 _NAMES = {
     "fashion_mnist": "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot",
     "cifar10": "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck",
 }
 """What the publishers of data call its classes."""
-"""Where Debian's package dataset-fashion-mnist puts its files."""
 _SUFFIXES = frozenset(
     f".{name}"
     for name in (

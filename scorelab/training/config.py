@@ -419,10 +419,11 @@ def _check_objective(model: NoisedModel, objective: Objective) -> None:
         )
 
 
-def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
+def build(config: ConfigDict, *, data: Source | None = None, scales: Scales | None = None) -> Experiment:
     """All parts; weights are drawn from ``config.seed`` without touching global random state.
 
-    scales: what a model was made for, where the data may have changed since; None: what follows from the data.
+    data: in place of ``config.data``'s; scales: what a model was made for, where the data may have changed since; None:
+    what follows from the data.
 
     Raises ValueError for a value that is not known or does not fit, naming the key.
     """
@@ -430,7 +431,7 @@ def build(config: ConfigDict, *, scales: Scales | None = None) -> Experiment:
     config = resolve(without_model(config))
     m = config.model
     _check_training(config)
-    data = load_data(config)
+    data = load_data(config) if data is None else data
     check_used(config)
     saved = _saved_model(config, data) if m.saved else None
     codec = _codec(config, data) if saved is None else saved.codec

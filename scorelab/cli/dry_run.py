@@ -75,7 +75,7 @@ def _stand_in(config: ConfigDict) -> Images | None:
     row = torch.randint(
         256, (math.prod(shape) + 999,), dtype=torch.uint8, generator=counter_generator(config.seed, 0, 0)
     )
-    images = row.unfold(0, math.prod(shape), 1).unflatten(1, shape)
+    images = row.unfold(0, math.prod(shape), 1).view(-1, *shape)
     return Images(
         images, torch.arange(1000) % (10 if c.source == "cifar10" else 1000), flip=c.flip, dequantise=c.dequantise
     )

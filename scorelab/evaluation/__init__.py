@@ -1,16 +1,32 @@
-"""Distances between sample sets and distributions, and whether a function is the score of given data."""
+"""Distances between sample sets with their errors, and whether a function is the score of given data."""
 
 from scorelab.evaluation.calibration import calibration_ranks, uniformity
-from scorelab.evaluation.distances import KL, energy_distance, kl_to_model, nearest_distances
+from scorelab.evaluation.distances import KL, kl_to_model, nearest_distances
+from scorelab.evaluation.estimates import Estimate
+from scorelab.evaluation.frechet import Frechet, Moments, frechet_distance
+from scorelab.evaluation.kernels import energy_distance, kernel_distance
+from scorelab.evaluation.neighbours import Manifold, manifold
 from scorelab.evaluation.scores import Report, check_score
+from scorelab.evaluation.sliced import sliced_wasserstein
+from scorelab.evaluation.variety import inception_score, vendi_score
 
 __all__ = [
     "KL",
+    "Estimate",
+    "Frechet",
+    "Manifold",
+    "Moments",
     "Report",
     "calibration_ranks",
     "check_score",
     "energy_distance",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
     "kl_to_model",
+    "manifold",
     "nearest_distances",
+    "sliced_wasserstein",
     "uniformity",
+    "vendi_score",
 ]

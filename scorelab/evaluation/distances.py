@@ -1,4 +1,4 @@
-"""Distances between sample sets, and the divergence of a model from a distribution that is known."""
+"""Nearest neighbours, and the divergence of a model from a distribution that is known."""
 
 from __future__ import annotations
 
@@ -14,25 +14,7 @@ from scorelab.likelihood import log_likelihood
 from scorelab.noise import fresh_generator, randn
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["KL", "energy_distance", "kl_to_model", "nearest_distances"]
-
-
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2 E||X - Y|| - E||X - X'|| - E||Y - Y'||, unbiased, in the data's units; x (N, *D), y (M, *D).
-
-    It is 0 in expectation for samples of one distribution, and can then come out negative. Szekely and Rizzo, Energy
-    statistics, 2013.
-    """
-    check_batch(x, "x")
-    check_batch(y, "y", tuple(x.shape[1:]))
-    if len(x) < 2 or len(y) < 2:
-        raise ValueError(f"got {len(x)} and {len(y)} samples; expected at least 2 of each")
-    a, b = _centred(x, y)
-
-    def within(z: Tensor) -> float:
-        return float(torch.cdist(z, z).sum()) / (len(z) * (len(z) - 1))
-
-    return 2 * float(torch.cdist(a, b).mean()) - within(a) - within(b)
+__all__ = ["KL", "kl_to_model", "nearest_distances"]
 
 
 def nearest_distances(x: Tensor, data: Tensor, *, same: bool = False) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from scipy import optimize, special
+from scipy.special import ndtr
 
 from scorelab.checks import check_batch, check_finite, check_sigmas
 from scorelab.processes import VE, DiscreteVP, Process
@@ -404,9 +404,11 @@ def _overlap_ratio(dims: int) -> float:
 
     def gap(g: float) -> float:
         middle = math.sqrt(2 * dims) * (g - 1)
-        return float(special.ndtr(middle + 3 * g) - special.ndtr(middle - 3 * g)) - 0.5
+        return float(ndtr(middle + 3 * g) - ndtr(middle - 3 * g)) - 0.5
 
-    return _MOST if gap(_MOST) > 0 else float(optimize.brentq(gap, 1.0, _MOST))
+    from scipy.optimize import brentq
+
+    return _MOST if gap(_MOST) > 0 else float(brentq(gap, 1.0, _MOST))
 
 
 def _step_share(ratio: float, steps: int) -> tuple[float, float]:
@@ -419,5 +421,7 @@ def _step_share(ratio: float, steps: int) -> tuple[float, float]:
     shares = np.geomspace(1e-6, 0.999, 2000)
     start = int(np.argmin([abs(left(s) - 1) for s in shares]))
     low, high = shares[max(0, start - 1)], shares[min(len(shares) - 1, start + 1)]
-    found = optimize.minimize_scalar(lambda s: abs(left(s) - 1), bounds=(low, high), method="bounded")
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(lambda s: abs(left(s) - 1), bounds=(low, high), method="bounded")
     return float(found.x), left(float(found.x))

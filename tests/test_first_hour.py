@@ -502,7 +502,10 @@ def test_a_small_network_trains_in_one_thread(tmp_path, monkeypatch, width, spar
 
 def test_names_are_imported_when_they_are_asked_for():
     told = (
-        "import sys, scorelab\nassert 'torch' not in sys.modules\nfrom scorelab import *\n"
+        "import sys, scorelab\nassert 'torch' not in sys.modules\n"
+        "import scorelab.training, scorelab.evaluation, scorelab.cli.sampling\n"
+        "slow = {'matplotlib', 'sympy', 'scipy.optimize', 'scipy.stats', 'torch.distributed.tensor'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)\nfrom scorelab import *\n"
         "assert 'nn' not in globals() and 'data' not in globals()\n"
         "assert scorelab.sample is sample and scorelab.training.train and scorelab.nn.MLP\n"
         "assert set(scorelab.__all__) <= set(dir(scorelab)) and all(hasattr(scorelab, n) for n in dir(scorelab))\n"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
-from scipy.stats import norm
 
 from scorelab.checks import check_batch, check_finite
 from scorelab.typing import Tensor
@@ -29,7 +29,7 @@ class Estimate(NamedTuple):
         """Its two ends, by the normal law."""
         if not 0 < level < 1:
             raise ValueError(f"level is {level}; expected a probability between 0 and 1, such as 0.95")
-        reach = float(norm.ppf((1 + level) / 2)) * self.stderr
+        reach = NormalDist().inv_cdf((1 + level) / 2) * self.stderr
         return self.value - reach, self.value + reach
 
     def __str__(self) -> str:

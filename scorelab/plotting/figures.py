@@ -5,13 +5,17 @@ One colour map stands for densities everywhere; points keep equal aspect.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from scorelab.distributions import Distribution
 from scorelab.typing import ScoreFn, Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["DENSITY", "around", "density", "extent_of", "field", "figure", "grid_points", "image_grid", "points"]
 
@@ -23,6 +27,8 @@ Extent = tuple[float, float, float, float]
 
 def figure(columns: int, lines: int = 1, size: float = 3.2) -> tuple[Figure, np.ndarray]:
     """A figure that needs no display, and its axes as an array (lines, columns); size is a panel's, in inches."""
+    from matplotlib.figure import Figure
+
     made = Figure(figsize=(size * columns, size * lines), dpi=110, layout="constrained")
     return made, made.subplots(lines, columns, squeeze=False)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from scorelab.data import Values
 from scorelab.plotting.figures import figure
 from scorelab.typing import Shape, Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["are_images", "picture_bytes", "scatter", "tiled"]
 

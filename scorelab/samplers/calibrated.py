@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from tqdm.auto import tqdm
 
 from scorelab import sigmas as levels_of
@@ -308,6 +307,8 @@ def _descend(
                 best, best_error = now, error
 
         options = {"maxiter": iterations, "maxcor": 50, "maxfun": 2 * iterations, "ftol": 0.0, "gtol": 0.0}
+        from scipy.optimize import minimize
+
         minimize(loss, begin.start, jac=True, method="L-BFGS-B", callback=watch, options=options)
     return best
 

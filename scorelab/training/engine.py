@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from scorelab import parallel
@@ -167,8 +166,9 @@ class Trainer:
 
     def _exchanging(self, last: bool) -> AbstractContextManager[Any]:
         """Processes average their gradients in the last part of a batch only."""
-        if isinstance(self.model.net, FSDPModule):
-            self.model.net.set_requires_gradient_sync(last)
+        if self._whole is not None:
+            spread_net: Any = self.model.net
+            spread_net.set_requires_gradient_sync(last)
         elif isinstance(self._network, DistributedDataParallel) and not last:
             return self._network.no_sync()
         return nullcontext()

@@ -26,7 +26,7 @@ from scorelab import training
 from scorelab.training import engine
 from test_distributed import config
 
-kind, workdir, die = sys.argv[1], sys.argv[2], int(sys.argv[3])
+workdir, die = sys.argv[1], int(sys.argv[2])
 advance = engine.Trainer.advance
 
 def counted(self, measure=True):
@@ -35,20 +35,21 @@ def counted(self, measure=True):
     return advance(self, measure)
 
 engine.Trainer.advance = counted
-training.train(config(kind), workdir, progress=False)
+for kind in sys.argv[3:]:
+    training.train(config(kind), workdir + kind, progress=False)
 """
 
 
 def config(kind: str):
-    """ "plain": nothing depends on the process; "full": workers, dropout, several averages and accumulation."""
+    """ "plain": nothing depends on the process, with conditions; "fsdp": likewise; "full": workers, dropout, several
+    averages and accumulation."""
     from test_training import small
 
     c = small(20)
     c.model.net.dropout, c.training.precision, c.training.batch_size = 0.0, "fp32", 100
     c.training.checkpoint_every, c.training.validate_every, c.data.validation = 10, 10, 50
-    if kind == "fsdp":
-        c.training.fsdp = True
-    if kind == "conditional":
+    c.training.fsdp = kind == "fsdp"
+    if kind in ("plain", "fsdp"):
         c.model.conditional, c.training.label_dropout, c.data.workers = True, 0.2, 2
     if kind == "full":
         c.model.net.dropout, c.data.workers, c.training.accumulate = 0.2, 2, 5
@@ -57,13 +58,16 @@ def config(kind: str):
     return c
 
 
-def launch(tmp_path: Path, kind: str, workdir: Path, processes: int, die: int = -1) -> subprocess.CompletedProcess[str]:
+def launch(
+    tmp_path: Path, kinds: list[str], workdir: Path, processes: int, die: int = -1
+) -> subprocess.CompletedProcess[str]:
+    """One after the other, each in the directory whose name ends in the kind's."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(ROOT / "tests")))
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launcher, str(script), kind, str(workdir), str(die)]
+    command = [*launcher, str(script), str(workdir), str(die), *kinds]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
@@ -73,13 +77,17 @@ def rows(workdir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in found]
 
 
-@pytest.mark.parametrize("kind", ["plain", "fsdp"])
-def test_two_processes_do_what_one_does(tmp_path, kind):
+def test_two_processes_do_what_one_does(tmp_path):
     """Loss after 20 steps within 1e-5, and the loss at fixed noise; so do weights that are spread over them."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(config("plain"), one, progress=False)
-    done = launch(tmp_path, kind, two, 2)
+    train(config("plain"), tmp_path / "one", progress=False)
+    done = launch(tmp_path, ["plain", "fsdp"], tmp_path / "two_", 2)
     assert done.returncode == 0, done.stderr
+    for kind in ("plain", "fsdp"):
+        agree(tmp_path / "one", tmp_path / f"two_{kind}")
+
+
+def agree(one: Path, two: Path) -> None:
+    """Metrics and weights of two runs, up to the order of sums."""
     for a, b in zip(rows(one), rows(two), strict=True):
         assert a["step"] == b["step"]
         for key in a.keys() & {"loss", "validation_loss", "gradient_norm", "lr"}:
@@ -95,11 +103,11 @@ def test_two_processes_do_what_one_does(tmp_path, kind):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, processes):
     """Killed in the middle of an epoch, with workers, dropout, three averages and accumulation on."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert launch(tmp_path, "full", whole, processes).returncode == 0
-    assert launch(tmp_path, "full", killed, processes, die=8).returncode != 0
+    whole, killed = tmp_path / "whole_full", tmp_path / "killed_full"
+    assert launch(tmp_path, ["full"], tmp_path / "whole_", processes).returncode == 0
+    assert launch(tmp_path, ["full"], tmp_path / "killed_", processes, die=8).returncode != 0
     assert checkpoint.verify(checkpoint.latest(killed / "checkpoints")) == 6
-    done = launch(tmp_path, "full", killed, processes)
+    done = launch(tmp_path, ["full"], tmp_path / "killed_", processes)
     assert done.returncode == 0, done.stderr
     for file in sorted((whole / "checkpoints" / "step_00000012").glob("*.safetensors")):
         assert file.read_bytes() == (killed / "checkpoints" / "step_00000012" / file.name).read_bytes(), file.name

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from scorelab.typing import Tensor
 
-__all__ = ["gather", "join", "most", "rows_within", "shard", "world"]
+__all__ = ["gather", "join", "most", "rows_within", "shard", "wait", "world"]
 
 
 def join() -> torch.device:
@@ -59,6 +59,12 @@ def gather(x: Tensor, count: int) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(size)]
     distributed.all_gather(parts, padded)
     return torch.cat([p[: count * (i + 1) // size - count * i // size] for i, p in enumerate(parts)])
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if world()[1] > 1:
+        distributed.barrier()
 
 
 def most(*values: float) -> list[float]:

@@ -3,6 +3,7 @@
 from scorelab.evaluation.calibration import calibration_ranks, uniformity
 from scorelab.evaluation.distances import KL, kl_to_model, nearest_distances
 from scorelab.evaluation.estimates import Estimate
+from scorelab.evaluation.features import Features, FromClassifier, FromModule, Inception, Pixels, collected
 from scorelab.evaluation.frechet import Frechet, Moments, frechet_distance
 from scorelab.evaluation.kernels import energy_distance, kernel_distance
 from scorelab.evaluation.neighbours import Manifold, manifold
@@ -13,12 +14,18 @@ from scorelab.evaluation.variety import inception_score, vendi_score
 __all__ = [
     "KL",
     "Estimate",
+    "Features",
     "Frechet",
+    "FromClassifier",
+    "FromModule",
+    "Inception",
     "Manifold",
     "Moments",
+    "Pixels",
     "Report",
     "calibration_ranks",
     "check_score",
+    "collected",
     "energy_distance",
     "frechet_distance",
     "inception_score",

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,7 +34,7 @@ from scorelab.nn import NETWORKS
 from scorelab.processes import DiscreteVP, Process
 from scorelab.tables import Table
 from scorelab.typing import Shape, Tensor
-from scorelab.writing import whole
+from scorelab.writing import save_tensors, whole
 
 __all__ = ["NoisedModel", "unwrapped"]
 
@@ -310,9 +310,7 @@ class NoisedModel(nn.Module):
         settings, state = json.dumps(described, indent=1), self.weights()
         folder.mkdir(parents=True, exist_ok=True)
         with whole(folder / "model.safetensors") as aside:
-            # shared weights are written under each of their names
-            apart = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
-            save_file({k: v.to(dtype or v.dtype) if v.is_floating_point() else v for k, v in apart.items()}, aside)
+            save_tensors({k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in state.items()}, aside)
         with whole(folder / "model.json") as aside:
             aside.write_text(settings + "\n")
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import math
+import os
 import resource
 import shutil
 import signal
@@ -195,6 +196,19 @@ def test_old_checkpoints_are_removed(tmp_path):
     shutil.copytree(folder / "step_00000006", folder / ".removing_step_00000006")
     train(small(9, **options), tmp_path, progress=False)
     assert sorted(p.name[-2:] for p in folder.iterdir()) == ["03", "06", "08", "09"]
+
+
+def test_who_may_read_a_runs_files_may_read_its_weights(tmp_path):
+    """As the umask says, not as a library that writes them does."""
+    umask = os.umask(0o027)
+    try:
+        train(small(2), tmp_path / "run", progress=False)
+        ScoreModel.load(tmp_path / "run").save(tmp_path / "saved")
+    finally:
+        os.umask(umask)
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} >= {".safetensors", ".json", ".pt"}
+    assert {p.stat().st_mode & 0o777 for p in files} == {0o640}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from scorelab.described import Constant, LogSigma
@@ -24,7 +23,7 @@ from scorelab.noised import unwrapped
 from scorelab.predictions import EPS, X0, V
 from scorelab.processes import VE, DiscreteVP, cosine_betas
 from scorelab.typing import Tensor
-from scorelab.writing import whole
+from scorelab.writing import save_tensors, whole
 
 __all__ = ["Folder", "from_diffusers", "model_of", "read_folder", "to_diffusers"]
 
@@ -151,7 +150,7 @@ def to_diffusers(model: ScoreModel, folder: str | Path, *, clip_sample: bool = F
     for inner in ("unet", "scheduler"):
         (place / inner).mkdir(parents=True, exist_ok=True)
     with whole(place / "unet" / f"{_FILE}.safetensors") as aside:
-        save_file(state_for(net), aside, {"format": "pt"})
+        save_tensors(state_for(net), aside, {"format": "pt"})
     files = (("unet/config.json", config), ("scheduler/scheduler_config.json", scheduler))
     for name, content in (*files, ("model_index.json", {**index, **parts})):
         with whole(place / name) as aside:

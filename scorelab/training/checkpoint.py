@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from scorelab.noised import NoisedModel
 from scorelab.typing import Tensor
+from scorelab.writing import save_tensors
 
 __all__ = ["files_of", "latest", "place_of", "places", "prune", "read", "sound", "sweep", "verify", "write"]
 
@@ -99,10 +100,7 @@ def _fill(aside: Path, step: int, settings: str, states: Averages, training: dic
     aside.mkdir()
     (aside / "model.json").write_text(settings + "\n")
     for file, state in states.items():
-        # shared weights are written under each of their names
-        save_file(
-            {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}, aside / file
-        )
+        save_tensors(state, aside / file)
     torch.save(training, aside / "training.pt")
     files = sorted(p for p in aside.iterdir())
     manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}

@@ -310,6 +310,8 @@ def test_solvers_solve():
         conjugate_gradients(lambda z: (spd @ z.unsqueeze(2)).squeeze(2), b, 1e-12, 2)
     with pytest.warns(RuntimeWarning, match="GMRES left"):
         gmres(lambda z: (root @ z.unsqueeze(2)).squeeze(2), b, 1e-12, 2)
+    with pytest.raises(ValueError, match="GMRES met numbers that are not finite"):
+        gmres(lambda z: z / 0, b, 1e-12, 2)
 
 
 def test_conjugate_gradients_keep_their_best_where_they_fail():

@@ -48,12 +48,14 @@ class _Gradient(Combined):
                     f"log_prob returned {got} for x {tuple(x.shape)}; expected ({len(x)},), log p(y | x, sigma) of "
                     "each sample's class: a ClassifierModel gives it by .conditioned(classes)"
                 )
-            if not found.requires_grad:
+            gradient = None
+            if found.requires_grad:
+                (gradient,) = torch.autograd.grad(found.sum(), at, create_graph=keep, allow_unused=True)
+            if gradient is None:
                 raise ValueError(
                     "log_prob(x, sigma) does not depend on x as far as autograd sees; expected operations of PyTorch, "
                     "and neither no_grad nor detach inside"
                 )
-            (gradient,) = torch.autograd.grad(found.sum(), at, create_graph=keep)
         return (gradient,)
 
 

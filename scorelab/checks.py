@@ -62,12 +62,14 @@ def checked_device(device: torch.device | str) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(found.type, True):
+    try:
+        # numbers are put there and read: "meta" has none
+        torch.zeros((), device=found).item()
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device is {str(device)!r}, but PyTorch {torch.__version__} finds none here; expected 'cpu', or a PyTorch "
             "that is built for the GPU, and its driver"
-        )
+        ) from error
     return found
 
 
@@ -191,7 +193,7 @@ def explained(error: RuntimeError) -> ValueError | None:
 
 
 def check_output(output: object, x: Tensor, sigma: Tensor | float) -> Tensor:
-    """Refuse what a score function returned if it is no tensor of x's shape and dtype."""
+    """Refuse what a score function returned if it is no tensor of x's shape, dtype and device."""
     if not isinstance(output, Tensor):
         raise TypeError(
             f"the score function returned {type(output).__name__}; expected a tensor of shape {tuple(x.shape)}: "
@@ -208,6 +210,11 @@ def check_output(output: object, x: Tensor, sigma: Tensor | float) -> Tensor:
         raise TypeError(
             f"the score function returned {output.dtype} for x of {x.dtype}; expected the dtype of x: "
             "convert its output with .to(x.dtype), or start from x in its precision"
+        )
+    if output.device != x.device:
+        raise ValueError(
+            f"the score function returned a tensor on {output.device} for x on {x.device}; expected the device of x: "
+            "move its output with .to(x.device), or give samples its device, device='cuda' for example"
         )
     return output
 

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from scorelab.noise import randn
 from scorelab.typing import Tensor
 
-__all__ = ["exact", "hutchinson", "hutchpp", "kernels", "probes", "rademacher", "split"]
+__all__ = ["exact", "hutchinson", "hutchpp", "kernels", "leaf", "probes", "rademacher", "split"]
 
 Field = Callable[[Tensor], Tensor]
 
@@ -34,6 +34,14 @@ def kernels(twice: bool) -> AbstractContextManager[None]:
     """Within it what is to be differentiated twice computes attention by matrix products: fused kernels have one
     derivative only."""
     return sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
+
+
+def leaf(x: Tensor) -> Tensor:
+    """x as a new variable to differentiate by; ValueError under torch.inference_mode, where that can't be done."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("this differentiates, and torch.inference_mode is on; expected torch.no_grad in its place")
+    x = x.detach()
+    return (x.clone() if x.is_inference() else x).requires_grad_(True)
 
 
 def exact(field: Field, x: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:

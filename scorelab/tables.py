@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from scorelab.typing import Tensor
@@ -13,7 +15,8 @@ class Table:
     """Numbers (N,), kept in float64 on the CPU, and in the dtype and on the device of whoever asks."""
 
     def __init__(self, values: Tensor) -> None:
-        self.values = values.detach().double().cpu()
+        with torch.inference_mode(False):
+            self.values = values.detach().to("cpu", torch.float64, copy=True)
         self._copies: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def like(self, x: Tensor) -> Tensor:
@@ -21,7 +24,9 @@ class Table:
         key = x.dtype, x.device
         found = self._copies.get(key)
         if found is None:
-            found = self.values.to(device=x.device, dtype=x.dtype)
+            # kept for later, where gradients may be asked for
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+                found = self.values.to(device=x.device, dtype=x.dtype)
             # tensors without storage, of tracing, are none to keep
             if type(found) is Tensor:
                 self._copies[key] = found

@@ -183,6 +183,8 @@ def points(tmp_path_factory):
         (["--config.sampling.sampler.etta=1"], "unknown config key 'sampling.sampler.etta'"),
         (["--sampler=annealed_langevin", "--nfe=3"], "takes 101 for one noise level"),
         (["--device=gpu"], "device is 'gpu'; expected 'cpu', 'cuda'"),
+        (["--device=meta"], "device is 'meta', but PyTorch"),
+        (["--device=vulkan"], "device is 'vulkan', but PyTorch"),
     ],
 )
 def test_a_run_is_sampled_as_one_likes(points, tmp_path, capsys, options, said):

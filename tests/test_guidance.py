@@ -167,11 +167,15 @@ def test_guidance_refuses_what_is_none():
     y, none = model.conditioned(torch.tensor([1])), model.conditioned(None)
     with pytest.raises(ValueError, match="scale is nan; expected a finite number"):
         classifier_free(y, none, math.nan)
-    for interval in ((2.0, 1.0), (-1.0, 1.0), (1.0, 1.0)):
+    for interval in ((2.0, 1.0), (-1.0, 1.0), (1.0, 1.0), (1.0,), (1.0, 2.0, 3.0)):
         with pytest.raises(ValueError, match="interval is .*; expected noise levels"):
             classifier_free(y, none, 2.0, interval=interval)
     with pytest.raises(TypeError, match="got NoneType; expected two scores"):
         classifier_free(y, None, 2.0)
+    with pytest.raises(TypeError, match="projected is 2.5; expected None or one such as Projected"):
+        classifier_free(y, none, 2.0, projected=2.5)
+    with pytest.raises(TypeError, match="threshold is True; expected None or one such as Thresholded"):
+        classifier_free(y, none, 2.0, threshold=True)
 
 
 def test_the_null_condition_is_refused_where_the_network_knows_none():

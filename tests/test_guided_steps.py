@@ -143,6 +143,11 @@ def test_all_steps_are_guidance_and_none_the_condition():
 def test_steps_that_are_none_are_refused():
     with pytest.raises(ValueError, match=r"steps is \(3, 2\); expected \(first, last\)"):
         ByStep(samplers.Heun(), (3, 2))
+    with pytest.raises(ValueError, match=r"steps is \(3,\); expected \(first, last\)"):
+        ByStep(samplers.Heun(), (3,))
+    for interval in ((HIGH, LOW), (float("nan"), HIGH), (LOW,)):
+        with pytest.raises(ValueError, match=r"interval is .*; expected noise levels \(low, high\)"):
+            snapped(grid(12), interval)
     with pytest.raises(TypeError, match="sampler is 'heun'; expected a sampler"):
         ByStep("heun")
     with pytest.raises(ValueError, match=r"steps is \(3, 12\), and 13 levels make 12 steps; expected some of 0 to 11"):

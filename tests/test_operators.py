@@ -59,6 +59,7 @@ def test_adjoints_are_adjoints(name):
     torch.testing.assert_close(a(x[2:3]), a(x)[2:3])
     if "function" not in name:
         torch.testing.assert_close(a(x.float()).double(), a(x), rtol=1e-5, atol=1e-5)
+    assert (a(x[:0]).shape, a.adjoint(y[:0]).shape) == ((0, *a.shape), (0, *a.data_shape))
 
 
 @pytest.mark.parametrize("name", SPECTRAL)
@@ -150,6 +151,11 @@ def test_functions_are_looked_at():
         ),
         (lambda: Measurement(Inpainting(KNOWN), randn(1, 4) / 0), ValueError, "y is not finite at 1 of 1 samples"),
         (lambda: Measurement(Inpainting(KNOWN), randn(1, 4), -0.1), ValueError, "noise_std is -0.1; expected a finite"),
+        (
+            lambda: Measurement(Inpainting(KNOWN), randn(1, 4), 1e200),
+            ValueError,
+            r"noise_std is 1e\+200; .* below 1e19",
+        ),
         (
             lambda: Measurement(Inpainting(KNOWN), 200 + randn(1, 4), 0.1, data_range=(-1, 1)),
             ValueError,

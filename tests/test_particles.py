@@ -9,7 +9,7 @@ from problems import F64, generator, randn
 from test_guidance import LABELLED, LABELS, LOW, _between, _exact, _marked
 from test_steered import Posterior
 
-from scorelab import classifier_free, sample, sigmas
+from scorelab import PerSampleNoise, classifier_free, sample, sigmas
 from scorelab.distributions import Gaussian, GaussianMixture, Labelled
 from scorelab.evaluation import energy_distance
 from scorelab.guidance import ByStep, Projected, Thresholded, autoguidance, classifier, snapped, tilted
@@ -139,3 +139,19 @@ def test_particles_refuse_what_they_cannot_be():
         tilted(NARROW.score, None, 2.0, (10, 2), GRID)
     with pytest.raises(ValueError, match="the particles is not finite"):
         tilted(lambda x, s: x * float("nan"), WIDE.score, 2.0, (10, 2), GRID)
+    with pytest.raises(ValueError, match="the weight is not finite at 10 of 10 samples"):
+        tilted(lambda x, s: -x / s**2, lambda x, s: -x / s**2 + 1e25, 1 + 1e-25, (10, 2), (1.0, 0.9))
+    with pytest.raises(ValueError, match=r"x has shape \(0, 2\); expected at least one particle"):
+        tilted(NARROW.score, WIDE.score, 2.0, (0, 2), GRID)
+    with pytest.raises(TypeError, match="generator is PerSampleNoise; expected a torch.Generator"):
+        tilted(NARROW.score, WIDE.score, 2.0, (10, 2), GRID, generator=PerSampleNoise(0))
+    with pytest.raises(TypeError, match="dtype is torch.int32; expected floating point"):
+        tilted(NARROW.score, WIDE.score, 2.0, (10, 2), GRID, dtype=torch.int32)
+
+
+def test_particles_in_half_precision_have_the_weights_of_single():
+    options = {"scale": 2.0, "x": (64, 2), "sigmas": sigmas.karras(20, sigma_min=1e-3, sigma_max=10.0)}
+    scores = lambda x, s: 600 - x / (1 + s**2), lambda x, s: -x / (1 + s**2)
+    half, single = (tilted(*scores, **options, generator=generator(1), dtype=d) for d in (torch.half, torch.float))
+    torch.testing.assert_close(half.ess, single.ess)
+    torch.testing.assert_close(half.x, single.x.half())

@@ -14,6 +14,7 @@ from problems import F64, correlated, generator, randn
 from scorelab import VE, PerSampleNoise, ScoreModel, log_likelihood, sample, sigmas
 from scorelab.distributions import Gaussian, GaussianMixture
 from scorelab.inverse import (
+    DPS,
     Blur,
     Inpainting,
     LinearFunction,
@@ -31,6 +32,7 @@ from scorelab.inverse.solvers import conjugate_gradients, gmres
 from scorelab.models import Constant, LogSigma
 from scorelab.nn import MLP, UNet
 from scorelab.predictions import edm
+from scorelab.samplers import Heun
 
 LEVELS = (0.01, 0.3, 2.0, 40.0)
 DIAGONAL = Gaussian(randn(6, seed=11), torch.linspace(0.01, 4, 6, dtype=F64))
@@ -308,6 +310,8 @@ def test_solvers_solve():
         conjugate_gradients(lambda z: (spd @ z.unsqueeze(2)).squeeze(2), b, 1e-12, 2)
     with pytest.warns(RuntimeWarning, match="GMRES left"):
         gmres(lambda z: (root @ z.unsqueeze(2)).squeeze(2), b, 1e-12, 2)
+    with pytest.raises(ValueError, match="GMRES met numbers that are not finite"):
+        gmres(lambda z: z / 0, b, 1e-12, 2)
 
 
 def test_conjugate_gradients_keep_their_best_where_they_fail():
@@ -410,3 +414,16 @@ def test_the_example_of_the_page_runs():
     assert float(off.mean().abs()) < 5 * math.sqrt(0.0097 / off.numel()) + 0.01
     assert isinstance(known, torch.Tensor)
     assert float(x[:, ~known].std()) == pytest.approx(0.5, abs=0.05)
+
+
+def test_inference_mode_is_refused_where_it_differentiates_and_spoils_no_operator():
+    operator, x = Matrix(randn(3, 6, seed=14).float()), randn(2, 6).float()
+    with torch.inference_mode():
+        y = operator(ROUND.mean.float()[None])
+        steered = dps(ROUND.score, Measurement(operator, y, 0.3))
+        for made, sampler in ((steered, Heun()), (ROUND.score, DPS(Measurement(operator, y)))):
+            with pytest.raises(ValueError, match=r"inference_mode is on; expected torch.no_grad"):
+                sample(made, x, (2.0, 1.0), sampler)
+        late = x + 0
+    exact = Measurement(operator, y.clone(), 0.3)
+    torch.testing.assert_close(dps(ROUND.score, exact)(late, torch.tensor(1.0)), steered(x, torch.tensor(1.0)))

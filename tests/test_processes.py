@@ -88,6 +88,7 @@ def test_sigmas_are_uniform_in_time():
             p.sigmas(7, 1.0)
         assert p.sigmas(1).tolist() == pytest.approx([p.sigma_range[1]])
     assert DiscreteVP([0.5]).sigmas(1).tolist() == pytest.approx([1.0])
+    assert float(DiscreteVP([0.5]).sigma(torch.tensor(1.0))) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("name", ["ve", "vp", "subvp"])

@@ -173,6 +173,8 @@ def test_what_is_no_classifier_of_these_classes_is_refused():
         guided(model)
     with pytest.raises(ValueError, match="does not depend on x as far as autograd sees"):
         guided(lambda x, s: x.detach().sum(1))
+    with pytest.raises(ValueError, match="does not depend on x as far as autograd sees"):
+        guided(lambda x, s: torch.zeros(3, requires_grad=True))
     with pytest.raises(TypeError, match="log_prob is Tensor; expected a callable"):
         guided(x)
     with pytest.raises(ValueError, match="scale is inf; expected a finite number: 1 is conditional"):
@@ -279,6 +281,8 @@ def test_thresholds_bound_each_sample(level):
     for percentile, limit in ((0.0, 1.0), (99.5, 1.0), (0.9, 0.0)):
         with pytest.raises(ValueError, match="expected 0 < percentile <= 1"):
             Thresholded(percentile, limit)
+    none = classifier_free(lambda x, s: -x, lambda x, s: x, 4.0, rescale=0.7, threshold=Thresholded(0.8, 1.5))
+    assert none(x[:0], sigma).shape == (0, *x.shape[1:])
     with pytest.raises(ValueError, match="rescale is 1.5; expected a share phi"):
         guided(2.0, rescale=1.5)
 

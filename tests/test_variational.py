@@ -202,8 +202,21 @@ def test_a_run_of_it_resumes_bit_for_bit_samples_in_fewer_steps_and_has_a_bound(
         generator=PerSampleNoise(0),
     )
     assert few["bound"]["mean"] == pytest.approx(-float(expected.log_prob.mean()) / (64 * math.log(2)), rel=1e-5)
-    assert main([*command, "--method=elbo"]) == 2
-    assert "--method is 'elbo'; known: bound, ode" in capsys.readouterr().err
+    for wrong, said in (
+        ("--method=elbo", "--method is 'elbo'; known: bound, ode"),
+        ("--variance=postrior", "--variance is 'postrior'; did you mean 'posterior'?"),
+        ("--out=x.pdf", "--out is x.pdf; expected a name that ends in .png"),
+        ("--probes=9", "are for --method=ode; expected none with --method=bound"),
+    ):
+        assert main([*command, wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["likelihood", "--method=bound"], ["calibrate"], ["density"], ["likelihood"]])
+def test_what_is_asked_of_no_run_leaves_nothing(tmp_path, capsys, command):
+    assert main([*command, f"--workdir={tmp_path / 'none'}"]) == 2
+    assert "holds no config.json" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_clamped_samples_bound_better_from_great_noise():

@@ -26,6 +26,7 @@ from scorelab.samplers.calibrated import evaluations_taken
 from scorelab.scores import data_mean
 from scorelab.training import load_data, own_score, resolve
 from scorelab.typing import Batch, ScoreFn, Tensor
+from scorelab.writing import check_writable
 
 __all__ = ["calibrate_run", "held_data", "likelihood_run", "spacing_of"]
 
@@ -69,6 +70,7 @@ def calibrate_run(
     steering: what it will be used for, as for sampling.
     """
     config, model, found = load_run(workdir, step=step)
+    check_writable(out)
     labels, by = steering.applied(workdir, config, model, starts, found=found)
     score = own_score(model, config, labels, by)
     low, high = model.sigma_range

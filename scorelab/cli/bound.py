@@ -11,6 +11,7 @@ import torch
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
+from scorelab.checks import nearest_name
 from scorelab.cli.analysis import data_for, held_data, spacing_of, with_data
 from scorelab.cli.runs import load_run
 from scorelab.likelihood import VariationalBound, variational_bound
@@ -27,6 +28,7 @@ from scorelab.writing import check_writable, whole
 __all__ = ["bound_run"]
 
 _AT_ONCE = 64
+_VARIANCES = ("posterior", "forward", "learned", "analytic")
 
 
 def bound_run(
@@ -52,8 +54,12 @@ def bound_run(
     learned one, or that which the run samples with. data: see ``likelihood_run``. Raises ValueError for a model of
     codes.
     """
-    check_writable(out)
+    if out.suffix != ".png":
+        raise ValueError(f"--out is {out}; expected a name that ends in .png")
+    if variance not in ("", *_VARIANCES):
+        raise ValueError(f"--variance is {variance!r}; {nearest_name(variance, _VARIANCES)}")
     config, model, found = load_run(workdir, step=step)
+    check_writable(out)
     config = with_data(config, data)
     if model.codec is not None:
         raise ValueError("the bound of a model of codes is not that of its data; expected --method=ode")

@@ -161,12 +161,10 @@ def _calibrate(arguments: list[str]) -> None:
     workdir = _workdir(values)
     from scorelab.cli.analysis import calibrate_run
     from scorelab.cli.steering import Steering
-    from scorelab.writing import check_writable
 
     nfe, starts, seed, step = (int(values[name].value or 0) for name in ("nfe", "starts", "seed", "step"))
     parts = [f"sampler_{nfe}", *guided_names(values)]
     out = Path(values["out"].value or workdir / f"{'_'.join(filter(None, parts))}.json").expanduser()
-    check_writable(out)
     options: dict[str, Any] = {
         "nfe": nfe,
         "starts": starts,
@@ -201,6 +199,10 @@ def _likelihood(arguments: list[str]) -> None:
     if method == "bound":
         from scorelab.cli.bound import bound_run
 
+        if any(values[name].present for name in ("probes", "divergence", "tolerance")):
+            raise ValueError(
+                "--probes, --divergence and --tolerance are for --method=ode; expected none with --method=bound"
+            )
         out = Path(values["out"].value or workdir / "samples" / "bound.png").expanduser()
         variance = str(values["variance"].value or "")
         asked: dict[str, Any] = {"n": n, "levels": levels, "seed": seed, "step": step, "steps": steps, "data": data}

@@ -43,16 +43,24 @@ class Steering:
         """The classes of n samples (n,), and what guides them beside the model, of step ``found``, where that is; the
         rest goes into the experiment's settings. Raises ValueError for what does not go together.
         """
-        _guide(config, self.guidance, self.guidance_interval, self.guidance_rescale)
+        _guide(config, model, self.guidance, self.guidance_interval, self.guidance_rescale)
         if self.classifier is not None:
             if self.autoguidance is not None:
                 raise ValueError("got --classifier and --autoguidance; expected one of them")
             by = self._classifier(model)
-            return condition_of(self.condition, by, Path(self.classifier).expanduser(), n), by
+            labels = condition_of(self.condition, by, Path(self.classifier).expanduser(), n)
+            if labels is None:
+                raise ValueError("--classifier needs a class to guide to; expected no --condition=none")
+            return labels, by
         labels = condition_of(self.condition, model, workdir, n)
         if self.autoguidance is not None:
             return labels, _earlier(workdir, config, model, self.autoguidance, found, weights)
         _check_guided(labels, self.guidance, self.guidance_interval, self.guidance_rescale)
+        if config.sampling.guidance == 1 and (self.guidance_interval or self.guidance_rescale):
+            raise ValueError(
+                "--guidance_interval and --guidance_rescale change guidance, and its scale is 1, which is none; "
+                "expected --guidance, such as 2"
+            )
         return labels, None
 
     def _classifier(self, model: ScoreModel) -> ClassifierModel:
@@ -81,7 +89,9 @@ class Steering:
         return found.to(model.device)
 
 
-def _guide(config: ConfigDict, scale: float | None, interval: str | None, rescale: float | None = None) -> None:
+def _guide(
+    config: ConfigDict, model: ScoreModel, scale: float | None, interval: str | None, rescale: float | None = None
+) -> None:
     """Put guidance that was asked for into the experiment's settings; ValueError for an interval or share of none."""
     if scale is not None:
         config.sampling.guidance = scale
@@ -97,6 +107,12 @@ def _guide(config: ConfigDict, scale: float | None, interval: str | None, rescal
         if not 0 <= low < high:
             raise ValueError(
                 f"--guidance_interval is {interval!r}; expected the lower noise level first, such as 0.2,5"
+            )
+        least, most = model.sigma_range
+        if high < least or low >= most:
+            raise ValueError(
+                f"--guidance_interval is {interval!r}, and the model's noise levels go from {least:.4g} to {most:.4g}; "
+                "expected some of them inside"
             )
         config.sampling.guidance_interval = (low, high)
 

@@ -15,7 +15,7 @@ from scorelab.checks import broadcast, check_output, level_of
 from scorelab.scores import Combined, Formula, sigma_range
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["Guided", "Interval", "check_scores"]
+__all__ = ["Guided", "Interval", "check_interval", "check_scores"]
 
 Interval = tuple[float, float]
 
@@ -33,9 +33,7 @@ class Guided(Combined):
         interval: Interval | None = None,
         together: bool | None = False,
     ) -> None:
-        low, high = (0.0, math.inf) if interval is None else interval
-        if not 0 <= low < high:
-            raise ValueError(f"interval is {interval}; expected noise levels (low, high), 0 <= low < high")
+        low, high = (0.0, math.inf) if interval is None else check_interval(interval)
         super().__init__(steer, scores, None, True)
         # a score with an attribute "together" evaluates pairs
         self.low, self.high, self._at_once = _single(low), _single(high), together
@@ -69,6 +67,13 @@ class Guided(Combined):
             return guided
         inside = (sigma.float() > self.low) & (sigma.float() <= self.high)
         return torch.where(inside if sigma.ndim == 0 else broadcast(inside, x), guided, outputs[0])
+
+
+def check_interval(interval: Interval) -> Interval:
+    """The interval; ValueError for one of no levels."""
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
+        raise ValueError(f"interval is {interval}; expected noise levels (low, high), 0 <= low < high")
+    return interval
 
 
 def check_scores(scores: tuple[ScoreFn, ...], example: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from scorelab.checks import call, check_batch, widened
-from scorelab.divergence import kernels
+from scorelab.divergence import kernels, leaf
 from scorelab.guidance.base import Guided, Interval
 from scorelab.scores import Combined
 from scorelab.typing import ScoreFn, Tensor
@@ -40,7 +40,7 @@ class _Gradient(Combined):
         # who differentiates the whole has the graph of the gradient, too
         keep = torch.is_grad_enabled()
         with torch.enable_grad(), kernels(keep):
-            at = x if keep and x.requires_grad else x.detach().requires_grad_(True)
+            at = x if keep and x.requires_grad else leaf(x)
             found = call(self.scores[0], at, widened(sigma))
             if not isinstance(found, Tensor) or found.shape != x.shape[:1]:
                 got = f"{tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
@@ -48,12 +48,14 @@ class _Gradient(Combined):
                     f"log_prob returned {got} for x {tuple(x.shape)}; expected ({len(x)},), log p(y | x, sigma) of "
                     "each sample's class: a ClassifierModel gives it by .conditioned(classes)"
                 )
-            if not found.requires_grad:
+            gradient = None
+            if found.requires_grad:
+                (gradient,) = torch.autograd.grad(found.sum(), at, create_graph=keep, allow_unused=True)
+            if gradient is None:
                 raise ValueError(
                     "log_prob(x, sigma) does not depend on x as far as autograd sees; expected operations of PyTorch, "
                     "and neither no_grad nor detach inside"
                 )
-            (gradient,) = torch.autograd.grad(found.sum(), at, create_graph=keep)
         return (gradient,)
 
 

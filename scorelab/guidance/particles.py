@@ -25,7 +25,7 @@ import torch
 from scorelab.checks import check_finite, check_sigmas, level
 from scorelab.guidance.base import Guided, check_scores
 from scorelab.guidance.updates import contrasted
-from scorelab.noise import Noise, fresh_generator
+from scorelab.noise import Noise, PerSampleNoise, fresh_generator
 from scorelab.samplers.base import Context, start
 from scorelab.samplers.multistep import History
 from scorelab.samplers.sde import SDEDPMSolver
@@ -69,7 +69,8 @@ def tilted(
     drawn as ``sample`` does. eta: the scale of the noise, 1 that of the reverse SDE; with less the copies of a particle
     part more slowly. threshold: resample, systematically, where the effective sample size is below this share of N.
 
-    Raises as ``sample`` does, and ValueError for a scale, eta or threshold out of its range.
+    Raises as ``sample`` does, ValueError for a scale, eta or threshold out of its range and for no particles, TypeError
+    for a generator of each sample's own noise.
     """
     steer, sampler, grid = contrasted(scale), SDEDPMSolver(eta), check_sigmas(sigmas, at_least=2)
     if not 0 <= threshold <= 1:
@@ -77,9 +78,18 @@ def tilted(
     check_scores((conditional, unconditional), "model.conditioned(None)")
     pair = Guided(steer, (conditional, unconditional), None, None)
     check_known(pair, min(s for s in grid if s > 0), grid[0])
+    if isinstance(generator, PerSampleNoise):
+        raise TypeError("generator is PerSampleNoise; expected a torch.Generator: particles are drawn together")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype}; expected floating point, such as torch.float32")
     generator = fresh_generator() if generator is None else generator
     noise, found = Noise(generator), []
-    x = start(x, grid[0], data_std, noise, dtype, None if isinstance(x, Tensor) else device_of(pair), pair)
+    wanted = dtype or (x.dtype if isinstance(x, Tensor) else torch.get_default_dtype())
+    # squares of scores are beyond half precision
+    wide, device = torch.promote_types(wanted, torch.float32), None if isinstance(x, Tensor) else device_of(pair)
+    x = start(x, grid[0], data_std, noise, wide, device, pair)
+    if not len(x):
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected at least one particle")
     past = History((), ())
     logs, before, gap_before = torch.zeros(len(x), dtype=torch.float64), grid[0], torch.zeros(len(x))
     for sigma, sigma_next in pairwise(grid):
@@ -100,8 +110,9 @@ def tilted(
         x, past = sampler.step(Context(lambda x, s, known=score: known, x, sigma, sigma_next, past, noise))  # type: ignore[misc]
         before, gap_before = sigma, gap
     logs += gap_before * (before - grid[-1]) * (before + grid[-1])
-    x = x[_systematic(torch.softmax(logs, 0), generator).to(x.device)]
     check_finite(x, "the particles", "lower the scale, or take more levels")
+    check_finite(logs.unsqueeze(1), "the weight", "lower the scale, or take more levels")
+    x = x[_systematic(torch.softmax(logs, 0), generator).to(x.device)].to(wanted)
     return Tilted(x, torch.tensor(found), len(found))
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from scorelab.checks import check_sigmas
-from scorelab.guidance.base import Guided, Interval
+from scorelab.guidance.base import Guided, Interval, check_interval
 from scorelab.samplers.base import Context, Counted, Sampler, State, Wrapper, check_sampler
 from scorelab.samplers.ode import Heun
 from scorelab.scores import Combined
@@ -31,9 +31,9 @@ def snapped(sigmas: Tensor | Iterable[float], interval: Interval) -> Tensor:
     """The grid with a level on each end of the interval (low, high) that lies inside of it: float64 (n,).
 
     The nearest level moves there, so that there are as many steps as before; where that is the first, the last positive
-    one or the other end, a level is added. Raises ValueError for what is no grid.
+    one or the other end, a level is added. Raises ValueError for what is no grid or interval.
     """
-    grid = check_sigmas(sigmas, at_least=2)
+    grid, interval = check_sigmas(sigmas, at_least=2), check_interval(interval)
     last = min(s for s in grid if s > 0)
     fixed = {grid[0], last, *interval}
     for end in interval:
@@ -69,7 +69,7 @@ class ByStep(Wrapper):
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler)
-        if self.steps is not None and not 0 <= self.steps[0] <= self.steps[1]:
+        if self.steps is not None and (len(self.steps) != 2 or not 0 <= self.steps[0] <= self.steps[1]):
             raise ValueError(f"steps is {self.steps}; expected (first, last), 0 <= first <= last, such as (17, 22)")
 
     @property

@@ -97,15 +97,19 @@ def contrasted(
 ) -> Formula:
     """The formula other + scale (score - other), its move projected, then rescaled, then thresholded.
 
-    Raises ValueError for a scale that is not finite, or a rescale that is not between 0 and 1.
+    Raises ValueError for a scale that is not finite, or a rescale that is not between 0 and 1, TypeError for what is no
+    Projected or Thresholded.
     """
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; expected a finite number: 1 is the score itself, 0 the other one")
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale is {rescale:g}; expected a share phi from 0 (none) to 1, such as 0.7")
+    for name, given, kind in (("projected", projected, Projected), ("threshold", threshold, Thresholded)):
+        if given is not None and not isinstance(given, kind):
+            raise TypeError(f"{name} is {given!r}; expected None or one such as {kind()!r}")
 
     def formula(x: Tensor, sigma: Tensor, score: Tensor, other: Tensor) -> Tensor:
-        if projected is None and not rescale and threshold is None:
+        if (projected is None and not rescale and threshold is None) or not len(x):
             return torch.lerp(other, score, scale)
         var = broadcast(sigma, x) ** 2
         conditional, update = x + var * score, var * (score - other)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from scorelab.checks import check_batch, check_finite, check_range
@@ -40,8 +39,11 @@ class Measurement:
                 f"operator(x0) gives for x0 (B, {', '.join(map(str, self.operator.data_shape))})"
             )
         check_finite(self.y, "y")
-        if not 0 <= self.noise_std < math.inf:
-            raise ValueError(f"noise_std is {self.noise_std:g}; expected a finite number >= 0, in units of y")
+        # its square is a number in single precision, too
+        if not 0 <= self.noise_std < 1e19:
+            raise ValueError(
+                f"noise_std is {self.noise_std:g}; expected a finite number >= 0 and below 1e19, in units of y"
+            )
         if self.data_range is not None and self.operator.averages and len(self.y):
             slack = 6 * self.noise_std
             check_range(self.y, (self.data_range[0] - slack, self.data_range[1] + slack), "y")

@@ -50,7 +50,8 @@ class Operator(ABC):
     def __call__(self, x0: Tensor) -> Tensor:
         """A(x0), (B, *shape)."""
         check_batch(x0, "x0", self.data_shape)
-        return self._apply(x0)
+        # Fourier transforms of no samples fail
+        return self._apply(x0) if len(x0) else x0.new_zeros(0, *self.shape)
 
     @abstractmethod
     def _apply(self, x0: Tensor) -> Tensor: ...
@@ -86,7 +87,7 @@ class LinearOperator(Operator):
     def adjoint(self, y: Tensor) -> Tensor:
         """A' y, (B, *data_shape), of y (B, *shape)."""
         check_batch(y, "y", self.shape)
-        return self._adjoint(y)
+        return self._adjoint(y) if len(y) else y.new_zeros(0, *self.data_shape)
 
     @abstractmethod
     def _adjoint(self, y: Tensor) -> Tensor: ...

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from scorelab.checks import broadcast
-from scorelab.divergence import kernels
+from scorelab.divergence import kernels, leaf
 from scorelab.inverse.measurement import Measurement, linear, noisy
 from scorelab.inverse.solvers import conjugate_gradients, gmres
 from scorelab.scores import Combined
@@ -91,7 +91,7 @@ class Posterior(Combined):
     def outputs(self, x: Tensor, sigma: Tensor) -> tuple[Any, ...]:
         graph = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad(), kernels(graph or self.twice):
-            inside = x if graph else x.detach().requires_grad_(True)
+            inside = x if graph else leaf(x)
             (s,) = super().outputs(inside, sigma)
             at = Denoised(s, inside, sigma, graph)
         with torch.set_grad_enabled(graph):

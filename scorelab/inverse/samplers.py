@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from scorelab.checks import broadcast
-from scorelab.divergence import kernels
+from scorelab.divergence import kernels, leaf
 from scorelab.inverse.measurement import Measurement, linear, noisy
 from scorelab.inverse.operators import SVD, LinearOperator
 from scorelab.processes import Process
@@ -43,7 +43,7 @@ class _Watched(Combined):
             return super().outputs(x, sigma)
         graph = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad(), kernels(graph):
-            inside = x if graph else x.detach().requires_grad_(True)
+            inside = x if graph else leaf(x)
             (s,) = super().outputs(inside, sigma)
             residual = self.measurement.residual(inside + broadcast(sigma, inside) ** 2 * s)
             norms = residual.flatten(1).norm(dim=1).sum()
@@ -246,6 +246,6 @@ class DAPS(Sampler):
             return operator.adjoint(self.measurement.residual(x0)) / noise
         graph = torch.is_grad_enabled() and x0.requires_grad
         with torch.enable_grad():
-            x0 = x0 if graph else x0.detach().requires_grad_(True)
+            x0 = x0 if graph else leaf(x0)
             value = self.measurement.log_likelihood(x0).sum()
             return torch.autograd.grad(value, x0, create_graph=graph)[0]

@@ -32,9 +32,10 @@ def _warn(left: Tensor, floor: Tensor, tol: float, iterations: int, name: str) -
     """RuntimeWarning of rows that have not converged."""
     if bool((left > floor).any()):
         worst = float((left / floor.clamp_min(torch.finfo(left.dtype).tiny)).max()) * tol
+        other = ", or take solver='gmres' where the score's Jacobian is not symmetric" if name != "GMRES" else ""
         warnings.warn(
             f"{name} left a relative residual of {worst:.3g} after {iterations} iterations; expected {tol:g}: raise "
-            "iterations or tol, or take solver='gmres' where the score's Jacobian is not symmetric",
+            f"iterations or tol{other}",
             RuntimeWarning,
             stacklevel=6,
         )
@@ -87,6 +88,11 @@ def gmres(apply: Map, b: Tensor, tol: float, iterations: int) -> Tensor:
                 column[:, j] += share
                 w = w - share.unsqueeze(1) * q
         norm = w.norm(dim=1, keepdim=True)
+        if not bool(torch.isfinite(norm).all()):
+            raise ValueError(
+                "GMRES met numbers that are not finite; expected a score with a finite derivative, and a noise_std of "
+                "the measurement's size"
+            )
         # the space is exhausted where nothing but rounding is left
         kept = norm > 64 * torch.finfo(b.dtype).eps * column.norm(dim=1, keepdim=True)
         column[:, k + 1] = torch.where(kept, norm, 0.0).squeeze(1)

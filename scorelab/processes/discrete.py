@@ -69,7 +69,7 @@ class DiscreteVP(Process):
         """log sigma at the left end of t's segment, its slope in t, and t's distance from that end."""
         table = self._log_sigmas.like(t)
         if self.steps == 1:
-            return table.expand(t.shape), torch.zeros_like(t), torch.zeros_like(t)
+            return table[0].expand(t.shape), torch.zeros_like(t), torch.zeros_like(t)
         position = t * self.steps - 1
         left = position.detach().floor().long().clamp(0, self.steps - 2)
         low = table.take(left)

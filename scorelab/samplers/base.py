@@ -221,7 +221,7 @@ class Counted:
         self.nfe += 1
         # what fits is seen here, at less cost
         fits = type(output) is Tensor and output.shape == x.shape and output.dtype == x.dtype
-        found = output if fits else check_output(output, x, sigma)
+        found = output if fits and output.device == x.device else check_output(output, x, sigma)
         # at once, for the next call may overwrite it
         if self.denoised and self.x0_hat is None:
             self.x0_hat = denoise_from_score(found, x, sigma)

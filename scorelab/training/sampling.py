@@ -43,6 +43,11 @@ def build_sampling(config: ConfigDict, model: ScoreModel) -> tuple[Tensor, Sampl
     betas = {"betas": process.betas} if isinstance(process, DiscreteVP) else {}
     levels: Tensor = part(config, "sampling.grid", process=process, sigma_min=low, sigma_max=high, **betas)
     sampler: Sampler = part(config, "sampling.sampler", process=process, sigma_min=low, sigma_max=high)
+    if isinstance(sampler, Ancestral) and sampler.variance == "learned" and not model.variance:
+        raise ValueError(
+            "sampling.sampler.variance is 'learned', but the network learned none; expected 'posterior', 'forward' or "
+            "'analytic'"
+        )
     return levels, sampler
 
 

@@ -12,6 +12,7 @@ from test_guidance import LABELLED, network
 
 from scorelab import clipped, sample, samplers, sigmas, trajectory
 from scorelab.guidance import ByStep, autoguidance, classifier_free, snapped
+from scorelab.inverse import DPS, Inpainting, Measurement
 
 LOW, HIGH = 0.37, 3.1
 NUMBERS = (20, 28, 40, 56, 80)
@@ -138,6 +139,19 @@ def test_all_steps_are_guidance_and_none_the_condition():
     begin = start.float()
     whole = sample(parts, begin, levels, ByStep())
     torch.testing.assert_close(sample(parts, begin, levels, ByStep(), batch_size=3), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [(0, 10), (3, 5), None])
+def test_steps_are_guided_inside_of_a_sampler_that_differentiates_the_score(steps):
+    """As around it, and counted as often."""
+    m = Measurement(Inpainting(torch.tensor([True, False])), torch.zeros(1, 1, dtype=F64))
+    levels, start = grid(11), 20 * randn(8, 2)
+    (*_, outside), (*_, inside) = (
+        trajectory(GUIDED, start, levels, sampler)
+        for sampler in (ByStep(DPS(m, 0.3, samplers.Heun()), steps), DPS(m, 0.3, ByStep(samplers.Heun(), steps)))
+    )
+    torch.testing.assert_close(inside.x, outside.x, rtol=1e-12, atol=1e-12)
+    assert inside.nfe == outside.nfe == 22
 
 
 def test_steps_that_are_none_are_refused():

@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from scorelab.cli import analysis
+from scorelab.cli import analysis, bound
 from scorelab.cli.main import main
 from scorelab.cli.sampling import sample_run, write_samples
 from scorelab.data import Arrays, Files, Images, Values, load
-from scorelab.likelihood import bits_per_dim
+from scorelab.likelihood import bits_per_dim, variational_bound
+from scorelab.losses import Bins
 from scorelab.plotting.pictures import tiled
 from scorelab.training import build, default_config, train
 
@@ -559,6 +560,29 @@ def test_the_likelihood_of_a_run_takes_held_out_data_as_training_saw_it(tmp_path
     assert alone["log_prob"]["standard_error"] is None
     assert main(["likelihood", f"--workdir={run}", "--levels=255", *options]) == 2
     assert "from 0 to 255 by 1; expected --levels=256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dequantise", [False, True])
+def test_the_bins_of_a_runs_bound_are_open_at_its_first_and_last_value(tmp_path, dequantise, monkeypatch, capsys):
+    """Wherever values stand inside, the bins of all 256 hold all of a Gaussian."""
+    folder, run, seen = save(tmp_path / "x", *[f"{i}.png" for i in range(8)]), tmp_path / "run", []
+    config = settings(folder)
+    config.data.dequantise = dequantise
+    train(config, run, progress=False)
+
+    def watched(*args, spacing, data_range=(-1.0, 1.0), **options):
+        seen.append(Bins(spacing, *data_range))
+        return variational_bound(*args, spacing=spacing, data_range=data_range, **options)
+
+    monkeypatch.setattr(bound, "variational_bound", watched)
+    command = ["likelihood", f"--workdir={run}", "--method=bound", "--bits", "--steps=3", f"--out={tmp_path / 'x.png'}"]
+    assert main(command) == 0
+    assert "bits per dimension" in capsys.readouterr().out
+    k = torch.arange(256, dtype=torch.float64)
+    inside = (k + 0.5) / 128 - 1 if dequantise else k / 127.5 - 1
+    for mean in (-1.0, 0.3, 0.99):
+        mass = seen[0].log_mass(inside, torch.tensor(mean, dtype=torch.float64), 0.05).exp()
+        assert float(mass.sum()) == pytest.approx(1, abs=1e-9)
 
 
 def test_continuous_data_has_no_levels(tmp_path, capsys):

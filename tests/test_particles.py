@@ -81,6 +81,25 @@ def test_particles_have_the_tilted_gaussians_mean_and_variance(scale, eta):
         assert ends.mean(0)[0] > mean[0] + 5 * (variance[0] / 4000) ** 0.5
 
 
+def test_noise_makes_up_for_how_narrow_guidance_is():
+    """N(0, 1/4)^4 N(0, 1)^-3 in one dimension: effective sizes do not say that little noise misses it."""
+    grid, variance = [*sigmas.geometric(60, sigma_min=0.01, sigma_max=20.0).tolist(), 0.0], 1 / (4 / 0.25 - 3)
+    narrow, wide = (Gaussian(torch.zeros(1, dtype=F64), v) for v in (0.25, 1.0))
+    means = {}
+    for eta in (0.3, 1.5):
+        options = {"eta": eta, "dtype": F64}
+        starts = [{"x": (4000, 1), "sigmas": grid, "generator": generator(k)} for k in (1, 2)]
+        runs = [tilted(narrow.score, wide.score, 4.0, **start, **options) for start in starts]
+        means[eta] = sum(float(r.x.square().mean()) for r in runs) / 2
+        assert min(float(r.ess.min()) for r in runs) > 0.25 * 4000
+    assert means[1.5] == pytest.approx(variance, rel=0.08)
+    assert means[0.3] < 0.6 * variance
+    # without noise and weights every sample is scaled alike
+    guided = classifier_free(narrow.score, wide.score, 4.0)
+    ends = sample(guided, torch.full((1, 1), 20.0, dtype=F64), sigmas.geometric(400, sigma_min=1e-3, sigma_max=20.0))
+    assert float(ends) ** 2 == pytest.approx(0.25**4, rel=0.02)
+
+
 def test_effective_sample_sizes_say_when_particles_are_resampled():
     options = {"generator": generator(), "dtype": F64}
     even = tilted(NARROW.score, WIDE.score, 1.0, (500, 2), GRID, **options)

@@ -73,6 +73,9 @@ def bound_run(
     options: dict[str, Any] = {"data_std": _prior_std(model, batch.x0)}
     if levels:
         options["spacing"] = spacing_of(source.values, levels)
+        assert source.values is not None
+        # the first and the last value, whose bins are open
+        options["data_range"] = source.values.bounds
     grid = _grid(model, steps)
     sampler = with_statistics(sampler, model, config, grid)
     assert isinstance(sampler, Ancestral)

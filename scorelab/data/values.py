@@ -35,6 +35,12 @@ class Values:
         """``step`` in inside units."""
         return self.step * self.scale
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """``least`` and ``most`` inside."""
+        low, high = self.inside(torch.tensor([self.least, self.most], dtype=torch.float64)).tolist()
+        return low, high
+
     def inside(self, x: Tensor) -> Tensor:
         """What a model sees of numbers outside."""
         return x if self.ends is None else torch.sub(x, self.ends[0]).mul_(self.scale).sub_(1)

@@ -39,7 +39,8 @@ class Tilted(NamedTuple):
     """Particles x (N, *D) of equal weight, and the effective sample size at each step, (steps,), at most N.
 
     Where that falls to few, between any two steps, the law is not reached: take more levels, a smaller scale or more
-    particles. ``nfe``: evaluations of each of the two scores. Particles that were resampled late are copies.
+    particles. Where it does not, the law may be missed all the same, if ``eta`` is below 1. ``nfe``: evaluations of
+    each of the two scores. Particles that were resampled late are copies.
     """
 
     x: Tensor
@@ -66,8 +67,10 @@ def tilted(
     The particles are one population of one condition, so no row is a sample by itself. The bias falls as 1/N and, by a
     second-order solver of the reverse SDE, about as the square of the step. conditional, unconditional: scores, of a
     classifier ``classifier(score, log_prob)`` and ``score``. x: particles (N, *D) at sigmas[0], or their shape, then
-    drawn as ``sample`` does. eta: the scale of the noise, 1 that of the reverse SDE; with less the copies of a particle
-    part more slowly. threshold: resample, systematically, where the effective sample size is below this share of N.
+    drawn as ``sample`` does. eta: the scale of the noise, 1 that of the reverse SDE. With less the copies of a particle
+    part more slowly, and the guided process is narrower: on N(0, a^2)^w N(0, b^2)^(1 - w) it ends at the variance
+    a^(2w) b^(2 - 2w) with none. Weights then count on its tails, where no particle is; at scales of 3 and more 1.5 to 2
+    errs least. threshold: resample, systematically, where the effective sample size is below this share of N.
 
     Raises as ``sample`` does, ValueError for a scale, eta or threshold out of its range and for no particles, TypeError
     for a generator of each sample's own noise.

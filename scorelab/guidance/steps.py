@@ -95,7 +95,8 @@ class ByStep(Wrapper):
 
     def step(self, at: Context) -> tuple[Tensor, State]:
         number, before, grid, inner = at.state
-        score = at.score.score if isinstance(at.score, Counted) else at.score
+        counted = _counted(at.score)
+        score = at.score if counted is None else counted.score
 
         def guides(part: Guided) -> bool:
             return part.inside(at.sigma) if self.steps is None else self.steps[0] <= number <= self.steps[1]
@@ -104,12 +105,20 @@ class ByStep(Wrapper):
         if before not in (None, now) and self.order is not None:
             inner = self.sampler.init(at.x, grid[number:])
         flagged = _held(score, guides)
-        if isinstance(at.score, Counted):
-            with at.score.evaluating(flagged):
+        if counted is not None:
+            with counted.evaluating(flagged):
                 x, inner = self.sampler.step(at._replace(state=inner))
         else:
             x, inner = self.sampler.step(at._replace(score=flagged, state=inner))
         return x, _State(number + 1, now, grid, inner)
+
+
+def _counted(score: ScoreFn) -> Counted | None:
+    """The score that the driver counts, itself or inside of what a sampler around this one made of it."""
+    if isinstance(score, Counted):
+        return score
+    parts = score.scores if isinstance(score, Combined) else ()
+    return next((found for found in map(_counted, parts) if found is not None), None)
 
 
 def _guided(score: ScoreFn) -> Iterator[Guided]:

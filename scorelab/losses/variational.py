@@ -7,7 +7,7 @@ With x at step i of T, error = sigma score + eps, and a step's variance between 
 the bound's term of the step is, in unscaled coordinates and averaged over dimensions, in bits,
 
     i > 1   KL(N(0, posterior) || N((sigma^2 - r^2) error / sigma, s^2)),   r the level of step i - 1
-    i = 1   -log of the mass that N(x0 - sigma error, s^2) has in the bin of x0, or of its density at x0
+    i = 1   -log of the mass that N(x0 + sigma error, s^2) has in the bin of x0, or of its density at x0
 
 and T times its mean over the steps is the bound, but for the constant L_T.
 

@@ -461,8 +461,7 @@ def build(config: ConfigDict, *, data: Source | None = None, scales: Scales | No
     values = data.values
     known["bins"] = None
     if values is not None and values.step and codec is None:
-        ends = values.inside(torch.tensor([values.least, values.most], dtype=torch.float64)).tolist()
-        known["bins"] = Bins(values.spacing, *ends)
+        known["bins"] = Bins(values.spacing, *values.bounds)
     objective = part(config, "training.objective", sigmas=sigmas, weight=weight, uncertainty=uncertainty, **known)
     _check_objective(model, objective)
     held_out = data.hold_out(config.data.validation) if config.data.validation else None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scorelab.cli.commands import COMMANDS
 from scorelab.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -234,7 +236,18 @@ def test_as_a_process_there_is_no_traceback(tmp_path):
 
 def test_config_files_that_are_none_and_other_early_refusals(run, tmp_path, capsys):
     assert main(["sample", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: scorelab sample --workdir")
+    assert "scorelab calibrate" not in said
+    assert main(["--help"]) == 0
     assert "scorelab calibrate" in capsys.readouterr().out
+    for command in COMMANDS:
+        assert main([command, "--help"]) == 0
+        first, *_, last = capsys.readouterr().out.splitlines()
+        assert first.split()[:3] == ["usage:", "scorelab", command]
+        pages = re.findall(r"docs/\w+\.md", last)
+        assert pages
+        assert all((ROOT / page).is_file() for page in pages)
     bare = tmp_path / "bare.py"
     bare.write_text("x = 1\n")
     cases = {

@@ -310,7 +310,7 @@ def test_a_learned_variance_has_a_place_and_passes_through_conditions_clipping_a
     assert not hasattr(plain.conditioned(y), "score_and_variance")
     with pytest.raises(ValueError, match=r"returned shape \(4, 4, 3, 3\) for input \(4, 2, 3, 3\); expected the same"):
         plain.conditioned(y)(x, torch.tensor(sigma, dtype=F64))
-    with pytest.raises(TypeError, match="learned variance needs a score with score_and_variance"):
+    with pytest.raises(TypeError, match="variance is 'learned', but this score learned none"):
         Ancestral("learned").step(Context(plain.conditioned(y), x, sigma, low, None, torch.ones_like))
 
 

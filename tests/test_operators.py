@@ -123,6 +123,8 @@ def test_functions_are_looked_at():
         LinearFunction(torch.abs, randn(2, 3))
     with pytest.raises(ValueError, match="expected a linear function"):
         LinearFunction(lambda x: 2 * x + 1, randn(2, 3))
+    with pytest.raises(ValueError, match="expected a linear function"):
+        LinearFunction(torch.square, torch.zeros(1, 3))
     with pytest.raises(ValueError, match="autograd can't follow it; expected adjoint="):
         LinearFunction(lambda x: 2 * x.detach(), randn(2, 3)).adjoint(randn(2, 3))
     with pytest.raises(ValueError, match=r"fn returned \(\) for 2 samples"):

@@ -146,6 +146,10 @@ def test_it_guides_at_the_levels_that_it_knows_only():
         (["sample", "--workdir={runs}/classifier"], "it holds a classifier model and no score model"),
         (["sample", "--workdir={runs}/free", "--classifier={runs}/both"], "it holds a score model and no classifier"),
         (["sample", "--workdir={runs}/free", "--classifier={runs}/none"], "there is no directory"),
+        (
+            ["sample", "--workdir={runs}/free", "--classifier={runs}/classifier", "--condition=none"],
+            "--classifier guides to a class, and --condition is none",
+        ),
         (["sample", "--workdir={runs}/free", "--classifier={runs}/classifier", "--condition=cat"], "known: 0, 1, 2"),
         (
             ["sample", "--workdir={runs}/free", "--classifier={runs}/classifier", "--autoguidance=1"],

@@ -64,8 +64,9 @@ def _train(arguments: list[str]) -> None:
     accept, spare = bool(values["accept_changes"].value), "OMP_NUM_THREADS" not in os.environ
     train(config, workdir, accept_changes=accept, step=step or None, spare_threads=spare)
     if parallel.world()[0] == 0:
-        option = "--classifier" if config.training.objective.name == "cross_entropy" else "--workdir"
-        print(f"trained to step {last_step(workdir)}; sample with: scorelab sample {option} {quote(str(workdir))}")
+        classifier = config.training.objective.name == "cross_entropy"
+        options = "--workdir RUN --guidance 2 --classifier" if classifier else "--workdir"
+        print(f"trained to step {last_step(workdir)}; sample with: scorelab sample {options} {quote(str(workdir))}")
 
 
 def _keep_freed_memory() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import sysconfig
@@ -30,7 +31,8 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
                        [--precision fp32|bf16|auto] [--compile]
        scorelab sample --model digits|fashion_mnist [--n 64] ...  (comes with scorelab)
        scorelab restore --workdir runs/x --task inpaint --mask MASK.png --image IMAGE.png [--n 4] [--noise_std 0]
-                       [--method NAME] [--nfe 100] [--condition CLASS] ...  (of the mask: white is to be filled in)
+                       [--method ddrm|daps|dps|moment_matching|pseudo_inverse|replacement|repaint] [--nfe 100]
+                       [--condition CLASS] ...  (of the mask: white is to be filled in)
        scorelab restore ... --task colourise | super_resolve --factor 2 | deblur --blur STD_IN_PIXELS
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
                        [--condition ...] [--guidance ...] [--guidance_interval ...] [--autoguidance ...] ...
@@ -44,6 +46,15 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab likelihood --workdir runs/x --method bound [--n 64] [--bits] [--steps 250] [--out FILE.png]
                        [--variance posterior|forward|learned|analytic]
            (--config configs/digits/edm.py: of that config's data, for a saved or converted model)"""
+_PAGES = {
+    **dict.fromkeys(["train", "report", "settings"], "training.md"),
+    **dict.fromkeys(["calibrate", "likelihood", "density"], "samplers.md"),
+    "sample": "training.md, docs/samplers.md",
+    "restore": "inverse.md",
+    "new": "first_hour.md",
+    "convert": "networks.md",
+    "export": "export.md",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] == "help" or not {"-h", "--help"}.isdisjoint(arguments):
-        print(_USAGE)
+        print(_usage(arguments))
         return 0 if arguments else 2
     # parts of one's own are found from where the command is given, as python -m finds them
     here = str(Path.cwd())
@@ -79,6 +90,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"scorelab: {said}{place}", file=sys.stderr)
         return 2
     return 0
+
+
+def _usage(arguments: list[str]) -> str:
+    """How the command that is named is used, or all of them."""
+    named = next((a for a in arguments if a in COMMANDS), None)
+    if named is None:
+        return _USAGE
+    # its own lines, and those that go on from there
+    blocks = re.split(r"\n {7}(?=scorelab )", _USAGE.removeprefix("usage: "))
+    own = "\n       ".join(block for block in blocks if block.split()[1] == named)
+    return f"usage: {own}\nmore: docs/{_PAGES[named]}; all commands: scorelab --help"
 
 
 def _underscored(text: str) -> str:

@@ -170,7 +170,7 @@ def _checked(asked: dict[str, Any]) -> tuple[str, int, int]:
     """Task, number of samples and evaluations (0: the default) of options that go together; ValueError for others."""
     task, n, nfe, noise_std = asked["task"], int(asked["n"] or 0), asked["nfe"], asked["noise_std"]
     if task not in _OPTION:
-        raise ValueError(f"--task is {task or 'missing'}; {nearest_name(task or '', _OPTION)}")
+        raise ValueError(f"--task is {task or 'missing'}; known: {', '.join(sorted(_OPTION))}")
     for other, option in _OPTION.items():
         if option and other != task and asked[option] is not None:
             raise ValueError(f"--{option} is for --task={other}; expected none with --task={task}")
@@ -288,6 +288,8 @@ def measure(operator: LinearOperator, images: Tensor, where: str = "the image") 
         degraded = f"{where} was made {'smaller' if small else 'gray'} first" if got != operator.shape else ""
         return Measured(operator, y, interpolate(y, shape[1:]).expand(-1, shape[0], -1, -1), degraded)
     wanted = f"{_size(operator.shape)} pixels, or {_size(shape)} to be made so first" if small else _size(shape)
+    if got[0] in (1, shape[0]):
+        raise ValueError(f"{where} is {_size(got)}; expected {wanted}; crop or scale it")
     raise ValueError(
         f"{where} is {_size(got)} with {got[0]} channel{'s' if got[0] > 1 else ''}; expected {wanted}, and "
         f"{shape[0] if shape[0] == 1 else '1 or 3'}"

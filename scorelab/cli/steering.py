@@ -50,7 +50,9 @@ class Steering:
             by = self._classifier(model)
             labels = condition_of(self.condition, by, Path(self.classifier).expanduser(), n)
             if labels is None:
-                raise ValueError("--classifier needs a class to guide to; expected no --condition=none")
+                raise ValueError(
+                    "--classifier guides to a class, and --condition is none; expected a class, each or no --condition"
+                )
             return labels, by
         labels = condition_of(self.condition, model, workdir, n)
         if self.autoguidance is not None:
@@ -133,6 +135,10 @@ def _earlier(workdir: Path, config: ConfigDict, model: ScoreModel, step: int, fo
     """
     if config.sampling.guidance == 1:
         raise ValueError(f"--autoguidance={step} has a scale of 1, which is none; expected --guidance, such as 2")
+    if not found:
+        raise ValueError(
+            f"--autoguidance is {step}, but a saved model has no earlier checkpoints; expected a run's --workdir"
+        )
     if not 0 < step < found:
         raise ValueError(f"--autoguidance is {step}; expected an earlier step than that of the samples, {found}")
     return load_run(workdir, step=step, weights=weights)[1].to(model.device)
@@ -165,5 +171,8 @@ def condition_of(text: str, model: ScoreModel | ClassifierModel, workdir: Path, 
         return torch.full((n,), int(text))
     numbers = "" if any(n.isdigit() for n in names) else f", or a number from 0 to {len(names) - 1}"
     meant = nearest_name(text, [*names, *difflib.get_close_matches(text, ["each", "none"], cutoff=0.7)])
+    if text.isdigit() and all(name.isdigit() for name in names):
+        # no other number is meant
+        meant = f"known: {', '.join(names[:20])}" + (", ..." if len(names) > 20 else "")
     others = ", each or none" if meant.startswith("known") else ""
     raise ValueError(f"--condition is {text!r}; {meant}{others}{numbers}")

@@ -138,7 +138,7 @@ class LinearFunction(LinearOperator):
     """Any linear function of a batch, row by row, with an adjoint by autograd if none is given.
 
     example: a batch (B, *data_shape) such as fn takes, of its dtype and device. Raises ValueError for a function that
-    is not linear, seen at the example.
+    is not linear, seen at random points around the example.
     """
 
     def __init__(
@@ -150,9 +150,12 @@ class LinearFunction(LinearOperator):
         check_batch(example, "example")
         self.fn, self._given = fn, adjoint
         super().__init__(tuple(example.shape[1:]), _shape_of(fn, example))
-        w = torch.randn(example.shape, generator=counter_generator(1), dtype=example.dtype).to(example)
+        generator = counter_generator(1)
+        v, w = (torch.randn(example.shape, generator=generator, dtype=example.dtype).to(example) for _ in range(2))
+        # beside an example of zeros every function without offset would look linear
+        v = example + v
         with torch.no_grad():
-            sum_, parts = fn(example + w), (fn(example), fn(w))
+            sum_, parts = fn(v + w), (fn(v), fn(w))
         off = float((sum_ - parts[0] - parts[1]).norm())
         if not off <= 1e-3 * float(parts[0].norm() + parts[1].norm()):
             raise ValueError(

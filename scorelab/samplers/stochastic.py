@@ -90,7 +90,10 @@ class Ancestral(Sampler):
             return mean, math.sqrt(posterior if self.variance == "posterior" else forward)
         both = getattr(score, "score_and_variance", None)
         if both is None:
-            raise TypeError("learned variance needs a score with score_and_variance(x, sigma) -> (score, v)")
+            raise TypeError(
+                "variance is 'learned', but this score learned none; expected 'posterior' or 'forward', or a score "
+                "with score_and_variance(x, sigma) -> (score, v), as of networks with variance=True"
+            )
         s, v = both(x, level(sigma, x))
         small = posterior or least
         std = math.sqrt(small) * torch.exp(0.5 * v * math.log(forward / small)) if small else torch.zeros_like(v)

@@ -156,10 +156,6 @@ def test_it_guides_at_the_levels_that_it_knows_only():
             "expected one of them",
         ),
         (
-            ["sample", "--workdir={runs}/free", "--classifier={runs}/classifier", "--condition=none"],
-            "--classifier needs a class to guide to",
-        ),
-        (
             ["sample", "--workdir={runs}/free", "--classifier={runs}/classifier", "--guidance_rescale=0.5"],
             "guidance_rescale is 0.5, which a classifier does not know",
         ),

@@ -400,7 +400,14 @@ def test_what_is_no_posterior_is_refused(made, error, said):
 
 def test_the_example_of_the_page_runs():
     text = (Path(__file__).parent.parent / "docs" / "inverse.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    block, editing = re.findall(r"```python\n(.*?)```", text, re.S)
+    edited: dict[str, object] = {}
+    exec(compile(editing, "docs/inverse.md", "exec"), edited)
+    for name in ("between", "as_one", "varied"):
+        image = edited[name]
+        assert isinstance(image, torch.Tensor)
+        assert image.shape == (1, 1, 8, 8)
+        assert float(image.abs().max()) < 1.5
     made: dict[str, object] = {}
     exec(compile(block, "docs/inverse.md", "exec"), made)
     x, known = made["x"], made["known"]

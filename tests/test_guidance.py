@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -350,3 +352,15 @@ def test_labelled_targets_are_known_by_name():
         torch.bincount(labels) / 4000, torch.tensor([0.4, 0.3, 0.2, 0.1]), rtol=0, atol=5 * math.sqrt(0.25 / 4000)
     )
     assert broadcast(torch.tensor(1.0), x).ndim == 0
+
+
+def test_the_example_of_the_page_runs():
+    text = (Path(__file__).parent.parent / "docs" / "howto.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    made: dict[str, object] = {}
+    exec(compile(block, "docs/howto.md", "exec"), made)
+    x = made["x"]
+    assert isinstance(x, torch.Tensor)
+    # N((0, 2), 0.09): 5 standard errors of 4,000 samples, and the offset that the first level leaves
+    torch.testing.assert_close(x.mean(0), torch.tensor([0.0, 2.0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(x.std(0), torch.tensor([0.3, 0.3]), atol=0.02, rtol=0)

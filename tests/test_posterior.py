@@ -404,7 +404,14 @@ def test_what_is_no_posterior_is_refused(made, error, said):
 
 def test_the_example_of_the_page_runs():
     text = (Path(__file__).parent.parent / "docs" / "inverse.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    block, editing = re.findall(r"```python\n(.*?)```", text, re.S)
+    edited: dict[str, object] = {}
+    exec(compile(editing, "docs/inverse.md", "exec"), edited)
+    for name in ("between", "as_one", "varied"):
+        image = edited[name]
+        assert isinstance(image, torch.Tensor)
+        assert image.shape == (1, 1, 8, 8)
+        assert float(image.abs().max()) < 1.5
     made: dict[str, object] = {}
     exec(compile(block, "docs/inverse.md", "exec"), made)
     x, known = made["x"], made["known"]
@@ -427,3 +434,13 @@ def test_inference_mode_is_refused_where_it_differentiates_and_spoils_no_operato
         late = x + 0
     exact = Measurement(operator, y.clone(), 0.3)
     torch.testing.assert_close(dps(ROUND.score, exact)(late, torch.tensor(1.0)), steered(x, torch.tensor(1.0)))
+
+
+def test_samples_that_grow_without_bound_are_warned_of():
+    """The score form of DPS is stiff where the noise is small: Heun's steps are too long for it."""
+    x0, y = Gaussian(torch.zeros(4, dtype=F64), 1.0), torch.tensor([[1.0, -0.5]], dtype=F64)
+    a = torch.tensor([[1.0, 0.5, 0.0, 0.0], [0.0, 1.0, -1.0, 0.5]], dtype=F64)
+    score = dps(x0.score, Measurement(Matrix(a), y, 0.1))
+    levels = sigmas.karras(100, sigma_min=0.005, sigma_max=40)
+    with pytest.warns(RuntimeWarning, match="samples have grown to .* steps of Heun are too long for this score"):
+        sample(score, (8, 4), levels, dtype=F64, generator=generator())

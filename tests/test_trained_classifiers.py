@@ -184,8 +184,9 @@ def test_other_classes_are_refused_and_other_levels_told(runs, tmp_path):
     made = ClassifierModel(other.net, model.process, data_shape=(1, 8, 8), data_range=other.data_range)
     made.process = type(model.process)(1.0, 5.0)
     made.save(tmp_path / "narrow")
-    with pytest.warns(RuntimeWarning, match="knows noise levels from 1 to 5 and guides at those only"):
+    with pytest.warns(RuntimeWarning, match="knows noise levels from 1 to 5 and guides at those only") as told:
         assert sample_run(runs / "free", n=2, steering=narrow).x.isfinite().all()
+    assert sum("knows noise levels" in str(w.message) for w in told) == 1
     six = type(other.net)((1, 8, 8), 6, width=8, multipliers=(1, 2), blocks=1, attention=(1,), head=8)
     ClassifierModel(six, other.process, data_shape=(1, 8, 8), data_range=other.data_range).save(tmp_path / "six")
     with pytest.raises(ValueError, match="tells 6 classes apart, and the model knows 10"):

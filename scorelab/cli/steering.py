@@ -35,7 +35,7 @@ class Steering:
 
     def classes(self, model: ScoreModel) -> int | None:
         """How many classes can be asked for."""
-        return model.num_classes if self.classifier is None else self._classifier(model).num_classes
+        return model.num_classes if self.classifier is None else ClassifierModel.load(str(self.classifier)).num_classes
 
     def applied(
         self, workdir: Path, config: ConfigDict, model: ScoreModel, n: int, *, found: int, weights: str = "ema"
@@ -58,11 +58,9 @@ class Steering:
         if self.autoguidance is not None:
             return labels, _earlier(workdir, config, model, self.autoguidance, found, weights)
         _check_guided(labels, self.guidance, self.guidance_interval, self.guidance_rescale)
-        if config.sampling.guidance == 1 and (self.guidance_interval or self.guidance_rescale):
-            raise ValueError(
-                "--guidance_interval and --guidance_rescale change guidance, and its scale is 1, which is none; "
-                "expected --guidance, such as 2"
-            )
+        if config.sampling.guidance == 1 and (self.guidance_interval is not None or self.guidance_rescale is not None):
+            option = "interval" if self.guidance_interval is not None else "rescale"
+            raise ValueError(f"--guidance_{option} has a scale of 1, which is none; expected --guidance, such as 2")
         return labels, None
 
     def _classifier(self, model: ScoreModel) -> ClassifierModel:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from itertools import islice
@@ -87,7 +89,8 @@ def sample(
     rows of a batch. Parts see other noise than a whole batch does, but from PerSampleNoise.
 
     Raises ValueError or TypeError for shapes, levels, dtypes or a score output that don't fit, for levels outside the
-    score's ``sigma_range``, and for samples that are not finite (which are named).
+    score's ``sigma_range``, and for samples that are not finite (which are named); RuntimeWarning for samples that have
+    grown to a thousand times the noise they began from.
     """
     options: dict[str, Any] = {
         "data_std": data_std,
@@ -180,12 +183,30 @@ def _last(
     steps = drive(score, x, sigmas, sampler, generator=generator, denoised=callback is not None, **options)
     # a callback may differentiate; without one, once for all steps is cheaper than at each
     with nullcontext() if options["differentiable"] or callback is not None else torch.no_grad():
-        last = next(steps)
+        first = last = next(steps)
         total = len(grid_of(score, sigmas, sampler)) - 1 if progress else 0
         for last in tqdm(steps, desc="sampling", unit="step", total=total) if progress else steps:
             if callback is not None:
                 callback(last)
+    if len(last.x):
+        _check_grown(first, last, sampler)
     return last.x
+
+
+_GROWN = 1e3
+"""Times the noise that samples begin from: what has grown more came from steps that are too long."""
+
+
+def _check_grown(first: Step, last: Step, sampler: Sampler) -> None:
+    """RuntimeWarning of samples that have grown far beyond what they began from."""
+    begun, ended = (float(torch.linalg.vector_norm(step.x.detach().float(), math.inf)) for step in (first, last))
+    if _GROWN * max(begun, float(torch.as_tensor(first.sigma).max())) < ended < math.inf:
+        warnings.warn(
+            f"samples have grown to {ended:.3g} from noise of {begun:.3g} at most: steps of {type(sampler).__name__} "
+            "are too long for this score; take more noise levels, or check the score function",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _restricted(score: ScoreFn, index: range) -> ScoreFn:

@@ -208,6 +208,12 @@ class Bound(_Steps):
         return {"seen": self._seen.clone(), "count": self._count.clone()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
+        there, here = tuple(state["seen"].shape), tuple(self._seen.shape)
+        if there != here:
+            raise ValueError(
+                f"the checkpoint holds {there[1]} losses of each of {there[0]} steps, and the objective takes "
+                f"{here[1]} of {here[0]}; expected process.steps and training.objective.history as they were"
+            )
         self._seen.copy_(state["seen"])
         self._count.copy_(state["count"])
         self._probabilities()

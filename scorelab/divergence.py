@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from scorelab.noise import randn
 from scorelab.typing import Tensor
 
-__all__ = ["exact", "hutchinson", "hutchpp", "kernels", "leaf", "probes", "rademacher", "split"]
+__all__ = ["check_followed", "exact", "hutchinson", "hutchpp", "kernels", "leaf", "probes", "rademacher", "split"]
 
 Field = Callable[[Tensor], Tensor]
 
@@ -42,6 +42,15 @@ def leaf(x: Tensor) -> Tensor:
         raise ValueError("this differentiates, and torch.inference_mode is on; expected torch.no_grad in its place")
     x = x.detach()
     return (x.clone() if x.is_inference() else x).requires_grad_(True)
+
+
+def check_followed(output: Tensor, what: str) -> None:
+    """Refuse (ValueError) an output that autograd can't follow back to x0_hat."""
+    if not output.requires_grad:
+        raise ValueError(
+            f"the {what}'s output carries no gradient, and the likelihood needs that of x0_hat; expected one "
+            "that autograd can follow: no torch.no_grad, detach or NumPy inside"
+        )
 
 
 def exact(field: Field, x: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:

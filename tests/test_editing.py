@@ -186,6 +186,11 @@ def test_sdedit_is_one_thing_for_a_sample_and_a_batch(known):
         (lambda s, x: slerp(x, x[:3], 0.5), ValueError, "a has 4 rows, b 3; expected as many, or one"),
         (lambda s, x: slerp(x, -x, 0.5), ValueError, "a and b are opposite, so no shortest arc joins them"),
         (lambda s, x: slerp(x, 2 + x, torch.ones(3)), ValueError, r"weight has shape \(3,\) for 4 latents"),
+        (lambda s, x: slerp(x, 2 + x, torch.ones(4, 4)), ValueError, r"weight has shape \(4, 4\) for 4 latents"),
+        (lambda s, x: slerp(x, 2 + x, math.nan), ValueError, "weight is not finite"),
+        (lambda s, x: slerp(x, 0 * x, 0.5), ValueError, "b holds latents of length 0, which have no direction"),
+        (lambda s, x: slerp(x / 0, x, 0.5), ValueError, "a is not finite"),
+        (lambda s, x: sdedit(s, x, grid(5), known=torch.ones(3) > 0), ValueError, r"known has shape \(3,\); expected"),
         (lambda s, x: sdedit(s, x, grid(5), repeats=0), ValueError, "repeats is 0; expected at least 1"),
         (lambda s, x: sdedit(s, x, grid(5), known=torch.ones(2)), TypeError, "known has dtype torch.float32; expected"),
     ],
@@ -194,3 +199,12 @@ def test_what_can_not_be_edited_is_refused(made, error, said):
     d = mixture()
     with pytest.raises(error, match=said):
         made(d.score, 1 + d.sample(4, generator()))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_latents_in_half_precision_are_those_of_single(exact):
+    d = mixture()
+    x0 = d.sample(4, generator()).half()
+    found = encode(d.score, x0, grid(8), exact=exact)
+    assert found.dtype == torch.half
+    torch.testing.assert_close(found, encode(d.score, x0.float(), grid(8), exact=exact).half(), rtol=0.02, atol=0.02)

@@ -21,6 +21,7 @@ from scorelab.inverse import (
     LinearFunction,
     Matrix,
     Measurement,
+    NonlinearFunction,
     PhaseRetrieval,
     RePaint,
     Replacement,
@@ -340,6 +341,10 @@ def test_devices_without_synchronisation(name):
             assert score(meta, sigma).device.type == "meta"
 
 
+def hidden():
+    return NonlinearFunction(torch.no_grad()(torch.abs), randn(1, 6))
+
+
 def no_svd():
     return Measurement(LinearFunction(lambda x: x.cumsum(1), randn(1, 6)), randn(1, 6), 0.1)
 
@@ -362,6 +367,17 @@ def no_svd():
         ),
         (lambda: DPS(no_svd(), -1.0), ValueError, "zeta is -1; expected a finite number >= 0"),
         (lambda: DPS(no_svd(), inner=None), TypeError, "inner is None; expected a sampler"),
+        *((lambda m=m: m(None), TypeError, "measurement is NoneType; expected Measurement") for m in (DPS, DDRM, DAPS)),
+        (
+            lambda: sample(torch.no_grad()(FULL.score), (2, 6), [2.0, 1.0], DPS(no_svd()), dtype=F64),
+            ValueError,
+            "the score's output carries no gradient",
+        ),
+        (
+            lambda: sample(FULL.score, (2, 6), [2.0, 1.0], DPS(Measurement(hidden(), randn(1, 6))), dtype=F64),
+            ValueError,
+            "the operator's output carries no gradient",
+        ),
         (lambda: DDRM(no_svd()), ValueError, "the operator, LinearFunction, has no singular values at hand; expected"),
         (lambda: DDRM(no_svd(), eta=1.1), ValueError, "eta = 1.1, eta_b = 1; expected numbers from 0 to 1"),
         (lambda: DAPS(no_svd()), ValueError, "the operator, LinearFunction, has no singular values at hand; expected"),

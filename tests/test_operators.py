@@ -152,6 +152,16 @@ def test_functions_are_looked_at():
             r"y has shape \(1, 2, 4\); expected \(B, 4\) or \(1, ...\), as operator\(x0\) gives for x0 \(B, 2, 4\)",
         ),
         (lambda: Measurement(Inpainting(KNOWN), randn(1, 4) / 0), ValueError, "y is not finite at 1 of 1 samples"),
+        (lambda: Matrix(randn(0, 6)), ValueError, "matrix holds 0 rows, torch.float64; expected finite real numbers"),
+        (lambda: Matrix(randn(2, 6) + 0j), ValueError, "matrix holds 2 rows, torch.complex128; expected finite real"),
+        (lambda: Blur(randn(2, 2) / 0, (1, 4, 4)), ValueError, "kernel holds .*; expected finite numbers"),
+        (lambda: Blur(randn(0, 2), (1, 4, 4)), ValueError, "kernel holds .*; expected finite numbers"),
+        (lambda: LinearFunction(lambda x: 2 * x, randn(2, 5), lambda y: 5 * y), ValueError, "expected fn's adjoint"),
+        (
+            lambda: LinearFunction(lambda x: x[:, :2], randn(2, 5), lambda y: y),
+            ValueError,
+            r"adjoint returned \(2, 2\)",
+        ),
         (lambda: Measurement(Inpainting(KNOWN), randn(1, 4), -0.1), ValueError, "noise_std is -0.1; expected a finite"),
         (
             lambda: Measurement(Inpainting(KNOWN), randn(1, 4), 1e200),

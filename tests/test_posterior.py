@@ -385,6 +385,11 @@ def test_single_precision_converges():
             r"log_likelihood returned shape \(\); expected \(2,\): one a sample",
         ),
         (
+            lambda m: plug_in(MIX.score, lambda x: x.detach().sum(1))(randn(2, 6), at(1.0)),
+            ValueError,
+            "the log_likelihood's output carries no gradient",
+        ),
+        (
             lambda m: dps(lambda x, s: MIX.score(x, s).detach(), m)(randn(2, 6), at(1.0)),
             ValueError,
             "the score's output carries no gradient",

@@ -508,6 +508,7 @@ def test_no_samples_and_callbacks():
         (lambda: sample(lambda x, s: None, (4, 2), [1.0, 0.0]), TypeError, "adapter"),
         (lambda: sample(lambda x, s: x.double(), (4, 2), [1.0, 0.0]), TypeError, "dtype of x"),
         (lambda: sample(lambda x, s: x.to("meta"), (4, 2), [1.0, 0.0]), ValueError, "on meta for x on cpu"),
+        (lambda: sample(ring().score, (10**15, 2), [1.0, 0.0], batch_size=64), ValueError, "more than memory can hold"),
         (lambda: sample(None, (4, 2), [1.0, 0.0]), TypeError, "callable"),
         (lambda: sample(ring().score, (4, 2), [1.0, 0.0], Heun), TypeError, "sampler object"),
         (lambda: sample(ring().score, (4, 2), [1.0, 0.0], generator=5), TypeError, "torch.Generator"),

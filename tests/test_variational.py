@@ -147,6 +147,13 @@ def test_steps_are_chosen_by_their_losses_and_the_estimate_stays_unbiased():
     again = Bound(objective.process, None, history=2)
     again.restore(objective.state())
     assert torch.equal(again.index(u), index)
+    with pytest.raises(
+        ValueError, match="holds 2 losses of each of 10 steps, and the objective takes 3 of 10; expected"
+    ):
+        Bound(objective.process, None, history=3).restore(objective.state())
+    # where nothing is lost, no step counts for more
+    objective.observe(u, 0 * u)
+    assert torch.equal(objective.index(u).bincount(), torch.full((10,), 2000))
 
 
 def test_wrong_settings_are_refused():

@@ -20,6 +20,7 @@ from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.plotting.pictures import are_images, picture_bytes, scatter, tiled
 from scorelab.precision import prepare
+from scorelab.samplers.base import check_held
 from scorelab.training import sample_model, with_nfe
 from scorelab.training.run import recorded_values
 from scorelab.typing import Tensor
@@ -84,6 +85,7 @@ def sample_run(
     count, classes = n or config.sampling.samples, steering.classes(model)
     if not n and classes and steering.condition in ("", "each"):
         count = max(1, count // classes) * classes
+    check_held((count, *model.data_shape))
     labels, by = steering.applied(workdir, config, model, count, found=found, weights=weights)
     if by is not None:
         prepare(by, precision, compile=compile)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scorelab.checks import broadcast, check_batch, check_finite, check_sigmas
+from scorelab.checks import broadcast, check_batch, check_finite, check_sigmas, widened
 from scorelab.noise import Noise, PerSampleNoise
 from scorelab.samplers import Ancestral, Context, Euler, Sampler, State, Wrapper, sample
 from scorelab.samplers.base import Counted, check_sampler
@@ -66,8 +66,8 @@ def encode(
     if iterations < 1 or not (tol is None or 0 < tol < 1):
         raise ValueError(f"tol = {tol}, iterations = {iterations}; expected 0 < tol < 1 and iterations >= 1")
     upwards = grid[::-1] if exact or grid[-1] > 0 else grid[-2::-1]
-    counted, x, worst = Counted(score), x0, 0.0
-    limit = 16 * torch.finfo(x0.dtype).eps if tol is None else tol
+    counted, x, worst = Counted(score), widened(x0), 0.0
+    limit = 16 * torch.finfo(x.dtype).eps if tol is None else tol
     with torch.no_grad():
         for low, high in zip(upwards[:-1], upwards[1:], strict=True):
             if exact:
@@ -83,7 +83,7 @@ def encode(
             RuntimeWarning,
             stacklevel=2,
         )
-    return x
+    return x.to(x0.dtype)
 
 
 def _step(sampler: Sampler, score: ScoreFn, sigma: float, sigma_next: float) -> Callable[[Tensor], Tensor]:
@@ -153,20 +153,27 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
     """Spherical interpolation of latents a and b (B, *D), or (1, *D): a at weight 0, b at 1; weight a number or (B,).
 
     sin((1-w) h)/sin(h) a + sin(w h)/sin(h) b, h the angle between them: noise keeps its norm, which a straight line
-    between independent latents halves in square. Raises ValueError for other shapes and for opposite latents.
+    between independent latents halves in square. Raises ValueError for other shapes, for opposite latents and those of
+    length 0, and for what is not finite.
     """
     check_batch(a, "a")
     check_batch(b, "b", tuple(a.shape[1:]))
     if len(a) != len(b) and 1 not in (len(a), len(b)):
         raise ValueError(f"a has {len(a)} rows, b {len(b)}; expected as many, or one")
+    for z, what in ((a, "a"), (b, "b")):
+        check_finite(z, what)
+        if not bool(z.flatten(1).any(1).all()):
+            raise ValueError(f"{what} holds latents of length 0, which have no direction; expected other latents")
     first, second = (z.flatten(1) / z.flatten(1).norm(dim=1, keepdim=True) for z in (a, b))
     # by half angles: an arc cosine loses digits near 0 and pi
     angle = 2 * torch.atan2((first - second).norm(dim=1), (first + second).norm(dim=1))
     if bool((torch.pi - angle < 1e-3).any()):
         raise ValueError("a and b are opposite, so no shortest arc joins them; expected other latents")
     w = torch.as_tensor(weight, dtype=angle.dtype, device=angle.device)
-    if w.ndim and len(angle) not in (1, len(w)):
+    if w.ndim > 1 or (w.ndim and len(angle) not in (1, len(w))):
         raise ValueError(f"weight has shape {tuple(w.shape)} for {len(angle)} latents; expected () or ({len(angle)},)")
+    if not bool(torch.isfinite(w).all()):
+        raise ValueError("weight is not finite; expected numbers, 0 for a and 1 for b")
     w = w + torch.zeros_like(angle)
     angle = angle + torch.zeros_like(w)
     # of equal directions the limits, 1 - w and w
@@ -225,7 +232,12 @@ def sdedit(
     if known is not None:
         if known.dtype != torch.bool:
             raise TypeError(f"known has dtype {known.dtype}; expected bool, True where x0 stays")
-        known = known.to(x0.device).expand(x0.shape)
+        try:
+            known = known.to(x0.device).expand(x0.shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"known has shape {tuple(known.shape)}; expected one that broadcasts to that of x0, {tuple(x0.shape)}"
+            ) from error
     noise = Noise(generator)
     x = x0
     for _ in range(repeats):

@@ -170,8 +170,11 @@ class Matrix(LinearOperator):
             raise ValueError(
                 f"matrix has shape {tuple(matrix.shape)} for data {shape}; expected (m, {math.prod(shape)})"
             )
-        if not bool(torch.isfinite(matrix).all()):
-            raise ValueError("matrix holds NaN or infinity; expected finite numbers")
+        if not len(matrix) or matrix.is_complex() or not bool(torch.isfinite(matrix).all()):
+            got = (
+                "NaN or infinity" if len(matrix) and not matrix.is_complex() else f"{len(matrix)} rows, {matrix.dtype}"
+            )
+            raise ValueError(f"matrix holds {got}; expected finite real numbers, and a row at least")
         super().__init__(shape, (len(matrix),))
         self._matrix = Table(matrix)
         u, s, vt = torch.linalg.svd(self._matrix.values, full_matrices=True)
@@ -206,6 +209,8 @@ class Blur(LinearOperator):
                 f"kernel has shape {tuple(kernel.shape)} for data {tuple(data_shape)}; expected one size for each of "
                 f"{spatial}, and none larger"
             )
+        if not kernel.numel() or not bool(torch.isfinite(kernel).all()):
+            raise ValueError(f"kernel holds {kernel.tolist()}; expected finite numbers")
         if padding not in ("circular", "zero"):
             raise ValueError(f"padding is {padding!r}; expected 'circular' or 'zero'")
         super().__init__(data_shape, data_shape)

@@ -8,7 +8,7 @@ from scorelab.checks import check_batch, check_finite, check_range
 from scorelab.inverse.operators import LinearOperator, Operator
 from scorelab.typing import Tensor
 
-__all__ = ["Measurement", "linear", "noisy"]
+__all__ = ["Measurement", "check_measurement", "linear", "noisy"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +64,15 @@ class Measurement:
         return Measurement(self.operator, y, self.noise_std)
 
 
+def check_measurement(measurement: object) -> None:
+    """Refuse (TypeError) what is none."""
+    if not isinstance(measurement, Measurement):
+        raise TypeError(f"measurement is {type(measurement).__name__}; expected Measurement(operator, y, noise_std)")
+
+
 def noisy(measurement: Measurement) -> float:
     """Its noise_std, refused if it is 0 where a method divides by it."""
+    check_measurement(measurement)
     if measurement.noise_std == 0:
         raise ValueError(
             "noise_std is 0, and this method divides by it; expected a positive noise_std, or pseudo_inverse, "
@@ -76,6 +83,7 @@ def noisy(measurement: Measurement) -> float:
 
 def linear(measurement: Measurement) -> LinearOperator:
     """Its operator, refused without an adjoint where a method needs one."""
+    check_measurement(measurement)
     if not isinstance(measurement.operator, LinearOperator):
         raise TypeError(
             f"the operator, {type(measurement.operator).__name__}, has no adjoint and this method needs one; expected "

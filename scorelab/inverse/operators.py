@@ -138,7 +138,7 @@ class LinearFunction(LinearOperator):
     """Any linear function of a batch, row by row, with an adjoint by autograd if none is given.
 
     example: a batch (B, *data_shape) such as fn takes, of its dtype and device. Raises ValueError for a function that
-    is not linear, seen at random points around the example.
+    is not linear, and for an adjoint that is not its own, seen at random points around the example.
     """
 
     def __init__(
@@ -162,6 +162,19 @@ class LinearFunction(LinearOperator):
                 f"fn(a + b) differs from fn(a) + fn(b) by {off:.3g}; expected a linear function, without offset: use "
                 "NonlinearFunction, or subtract fn(0) from it and from y"
             )
+        if adjoint is not None:
+            self._check_adjoint(w, parts[1])
+
+    def _check_adjoint(self, x0: Tensor, value: Tensor) -> None:
+        """Refuse (ValueError) an adjoint that is none: <A x, y> = <x, A' y>."""
+        y = torch.randn(value.shape, generator=counter_generator(2), dtype=value.dtype).to(value)
+        with torch.no_grad():
+            back = self.adjoint(y)
+        if back.shape != x0.shape:
+            raise ValueError(f"adjoint returned {tuple(back.shape)} for {tuple(y.shape)}; expected {tuple(x0.shape)}")
+        off = float(((value * y).sum() - (x0 * back).sum()).abs())
+        if not off <= 1e-3 * float(value.norm() * y.norm()):
+            raise ValueError(f"<fn(x), y> differs from <x, adjoint(y)> by {off:.3g}; expected fn's adjoint, or none")
 
     def _apply(self, x0: Tensor) -> Tensor:
         return self.fn(x0)

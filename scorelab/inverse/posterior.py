@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from scorelab.checks import broadcast
-from scorelab.divergence import kernels, leaf
+from scorelab.divergence import check_followed, kernels, leaf
 from scorelab.inverse.measurement import Measurement, linear, noisy
 from scorelab.inverse.solvers import conjugate_gradients, gmres
 from scorelab.scores import Combined
@@ -43,11 +43,7 @@ class Denoised:
     """
 
     def __init__(self, score: Tensor, x: Tensor, sigma: Tensor, graph: bool) -> None:
-        if not score.requires_grad:
-            raise ValueError(
-                "the score's output carries no gradient, and the likelihood needs that of x0_hat; expected a score "
-                "that autograd can follow: no torch.no_grad, detach or NumPy inside"
-            )
+        check_followed(score, "score")
         self.x, self.sigma, self.graph = x, sigma, graph
         self.x0_hat = x + broadcast(sigma, x) ** 2 * score
 
@@ -124,10 +120,10 @@ def _slope(at: Denoised, log_likelihood: LogLikelihood) -> Tensor:
     with torch.enable_grad():
         x0_hat = at.x0_hat if at.graph else at.value.requires_grad_(True)
         value = log_likelihood(x0_hat)
-        if value.shape != (len(x0_hat),):
-            raise ValueError(
-                f"log_likelihood returned shape {tuple(value.shape)}; expected ({len(x0_hat)},): one a sample"
-            )
+        if not isinstance(value, Tensor) or value.shape != (len(x0_hat),):
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"log_likelihood returned {got}; expected ({len(x0_hat)},): one a sample")
+        check_followed(value, "log_likelihood")
         slope = torch.autograd.grad(value.sum(), x0_hat, create_graph=at.graph)[0]
     return at.vjp(slope)
 

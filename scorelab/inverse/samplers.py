@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from scorelab.checks import broadcast
-from scorelab.divergence import kernels, leaf
-from scorelab.inverse.measurement import Measurement, linear, noisy
+from scorelab.divergence import check_followed, kernels, leaf
+from scorelab.inverse.measurement import Measurement, check_measurement, linear, noisy
 from scorelab.inverse.operators import SVD, LinearOperator
 from scorelab.processes import Process
 from scorelab.samplers.base import Context, Sampler, State, Wrapper, check_sampler, evaluate
@@ -45,7 +45,9 @@ class _Watched(Combined):
         with torch.enable_grad(), kernels(graph):
             inside = x if graph else leaf(x)
             (s,) = super().outputs(inside, sigma)
+            check_followed(s, "score")
             residual = self.measurement.residual(inside + broadcast(sigma, inside) ** 2 * s)
+            check_followed(residual, "operator")
             norms = residual.flatten(1).norm(dim=1).sum()
             self.slopes.append(torch.autograd.grad(norms, inside, create_graph=graph)[0])
         return (s if graph else s.detach(),)
@@ -78,6 +80,7 @@ class DPS(Wrapper):
     process: Process | None = None
 
     def __post_init__(self) -> None:
+        check_measurement(self.measurement)
         if not 0 <= self.zeta < math.inf:
             raise ValueError(f"zeta is {self.zeta:g}; expected a finite number >= 0")
         check_sampler(self.inner, "inner")

@@ -178,7 +178,8 @@ class Bound(_Steps):
         p = torch.full((self.steps,), 1 / self.steps, dtype=torch.float64)
         if self.importance and bool((self._count >= self._seen.shape[1]).all()):
             root = self._seen.square().mean(1).sqrt()
-            p = 0.999 * root / root.sum() + 0.001 * p
+            # of losses that are all 0 none counts for more
+            p = 0.999 * root / root.sum() + 0.001 * p if root.any() else p
         # from the noisiest step on, as u goes
         self._p, self._ends = Table(p), Table(p.flip(0).cumsum(0))
 
@@ -207,6 +208,12 @@ class Bound(_Steps):
         return {"seen": self._seen.clone(), "count": self._count.clone()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
+        there, here = tuple(state["seen"].shape), tuple(self._seen.shape)
+        if there != here:
+            raise ValueError(
+                f"the checkpoint holds {there[1]} losses of each of {there[0]} steps, and the objective takes "
+                f"{here[1]} of {here[0]}; expected process.steps and training.objective.history as they were"
+            )
         self._seen.copy_(state["seen"])
         self._count.copy_(state["count"])
         self._probabilities()
@@ -241,7 +248,7 @@ class ContinuousBound(Objective):
             return self.process.sigma(self._time(u))
 
     def losses(self, score: Callable[..., Tensor], batch: Batch, u: Tensor, noise: Tensor) -> Tensor:
-        x0, dims = batch.x0, batch.x0[0].numel()
+        x0, dims = batch.x0, math.prod(batch.x0.shape[1:])
         t, scale = self._time(u.to(widened(x0))), 1 / (dims * math.log(2))
         weight: list[Tensor] = []
         gamma, rate = self._schedule(t, weight)

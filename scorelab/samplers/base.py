@@ -266,6 +266,15 @@ def check_shape(x: object) -> Shape:
     return shape
 
 
+def check_held(shape: Shape) -> None:
+    """Refuse (ValueError) a shape of samples that memory can't hold."""
+    try:
+        # what is not written to is not taken
+        torch.empty(tuple(shape))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{shape[0]} samples are more than memory can hold; expected fewer at once") from error
+
+
 def start(
     x: Tensor | Shape,
     sigma: float,

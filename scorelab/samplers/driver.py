@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from scorelab import parallel
 from scorelab.checks import check_finite
 from scorelab.noise import PerSampleNoise, fresh_generator
-from scorelab.samplers.base import Sampler, Step, check_shape, drive, grid_of
+from scorelab.samplers.base import Sampler, Step, check_held, check_shape, drive, grid_of
 from scorelab.samplers.ode import Heun
 from scorelab.scores import can_split, device_of, restricted
 from scorelab.typing import ScoreFn, Shape, Tensor
@@ -134,6 +134,8 @@ def _in_parts(
             "can't be gathered"
         )
     count = len(x) if isinstance(x, Tensor) else check_shape(x)[0]
+    if not isinstance(x, Tensor):
+        check_held(x)
     mine = parallel.shard(count) if sharded else range(count)
     if sharded and parallel.world()[1] > 1 and not isinstance(generator, PerSampleNoise):
         raise ValueError(

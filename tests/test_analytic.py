@@ -51,6 +51,33 @@ def test_few_steps_keep_the_variance_of_gaussian_data(steps):
     assert variance_of(Ancestral("forward")) > 1.01 * wanted
 
 
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_one_number_a_step_moves_variance_from_wide_directions_to_narrow_ones(steps):
+    """Of variances l it is exact in their sum, for one step: what wide directions lack is not made up afterwards."""
+    variances = torch.tensor([3.0, 0.5, 0.01], dtype=F64)
+    data = Gaussian(torch.zeros(3, dtype=F64), variances)
+    levels = torch.logspace(1.5, -2, steps + 1, dtype=F64).tolist()
+    means = tuple(float((variances * a**2 / (variances + a**2)).mean()) for a in levels)
+    analytic, found = AnalyticVariance(tuple(levels), means, (0.0,) * len(levels)), {}
+    for variance in (analytic, "posterior", "forward"):
+        # a step is affine in x and in the noise
+        left, zero, one = variances + levels[0] ** 2, torch.zeros(1, 3, dtype=F64), torch.ones(1, 3, dtype=F64)
+        for a, b in zip(levels, levels[1:], strict=False):
+            scale, noise = (
+                Ancestral(variance).step(Context(data.score, x, a, b, None, lambda x, z=z: z.clone()))[0][0]
+                for x, z in ((one, zero), (zero, one))
+            )
+            left = scale**2 * left + noise**2
+        found[variance] = left / (variances + levels[-1] ** 2)
+    wanted = variances + levels[-1] ** 2
+    short = float((found[analytic] * wanted).sum() / wanted.sum())
+    assert short == pytest.approx(1, rel=1e-12) if steps == 1 else short < 0.999
+    assert found[analytic][0] < 1 < found[analytic][2]
+    assert bool((found["posterior"] < 1).all())
+    # forward's is right for deviation 1
+    assert found["forward"][0] < 1 < found["forward"][1] < found["forward"][2]
+
+
 def test_samples_of_estimated_variances():
     """4 steps from the data's own statistics: 20,000 samples have the data's variance, to 4 standard errors."""
     levels = [20.0, 4.0, 1.0, 0.3, 0.02]

@@ -13,8 +13,10 @@ from scipy.integrate import quad
 
 from scorelab import PerSampleNoise, sample, variational_bound
 from scorelab.cli.main import main
+from scorelab.cli.restoring import measure, posterior_samples
 from scorelab.cli.sampling import load_run, sample_run
 from scorelab.distributions import Gaussian, GaussianMixture
+from scorelab.inverse import Inpainting
 from scorelab.samplers import AnalyticVariance, Ancestral, analytic_variance
 from scorelab.samplers.base import Context
 from scorelab.training import build_sampling, default_config, load_data, train, with_statistics
@@ -49,6 +51,33 @@ def test_few_steps_keep_the_variance_of_gaussian_data(steps):
     # by closed form the posterior variance is short of it, and forward, of DDPM's process, too large for s < 1
     assert variance_of(Ancestral()) < 0.99 * wanted
     assert variance_of(Ancestral("forward")) > 1.01 * wanted
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_one_number_a_step_moves_variance_from_wide_directions_to_narrow_ones(steps):
+    """Of variances l it is exact in their sum, for one step: what wide directions lack is not made up afterwards."""
+    variances = torch.tensor([3.0, 0.5, 0.01], dtype=F64)
+    data = Gaussian(torch.zeros(3, dtype=F64), variances)
+    levels = torch.logspace(1.5, -2, steps + 1, dtype=F64).tolist()
+    means = tuple(float((variances * a**2 / (variances + a**2)).mean()) for a in levels)
+    analytic, found = AnalyticVariance(tuple(levels), means, (0.0,) * len(levels)), {}
+    for variance in (analytic, "posterior", "forward"):
+        # a step is affine in x and in the noise
+        left, zero, one = variances + levels[0] ** 2, torch.zeros(1, 3, dtype=F64), torch.ones(1, 3, dtype=F64)
+        for a, b in zip(levels, levels[1:], strict=False):
+            scale, noise = (
+                Ancestral(variance).step(Context(data.score, x, a, b, None, lambda x, z=z: z.clone()))[0][0]
+                for x, z in ((one, zero), (zero, one))
+            )
+            left = scale**2 * left + noise**2
+        found[variance] = left / (variances + levels[-1] ** 2)
+    wanted = variances + levels[-1] ** 2
+    short = float((found[analytic] * wanted).sum() / wanted.sum())
+    assert short == pytest.approx(1, rel=1e-12) if steps == 1 else short < 0.999
+    assert found[analytic][0] < 1 < found[analytic][2]
+    assert bool((found["posterior"] < 1).all())
+    # forward's is right for deviation 1
+    assert found["forward"][0] < 1 < found["forward"][1] < found["forward"][2]
 
 
 def test_samples_of_estimated_variances():
@@ -175,6 +204,9 @@ def test_a_run_samples_and_has_its_bound_with_it(tmp_path, capsys):
     torch.testing.assert_close(
         sample(model, (3, 1, 8, 8), levels, Ancestral(v, model.process), generator=PerSampleNoise(0)), x
     )
+    # a posterior score is sampled with it, too
+    known = measure(Inpainting(torch.arange(64).reshape(1, 8, 8) < 32), torch.zeros(1, 1, 8, 8))
+    assert bool(posterior_samples(model, c, known, 2, method="pseudo_inverse").isfinite().all())
     # the estimate is without guidance, and leaves the run's own as it was
     c.sampling.guidance = 2.0
     with_statistics(Ancestral("analytic", model.process), model, c, levels)

@@ -105,6 +105,23 @@ def test_every_published_experiment_is_there():
     assert sum(name.split("/")[1].startswith("score_sde") and name.split("/")[0] not in SMALL for name in there) == 39
 
 
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("cifar10/improved_ddpm", 4.0),
+        ("imagenet_64/improved_ddpm", 4.0),
+        ("imagenet_64/improved_ddpm_conditional", 1.0),
+        ("bedroom/improved_ddpm", 1.0),
+        ("imagenet_64/adm", 1.0),
+        ("imagenet_256/dit_xl_2", 1.0),
+    ],
+)
+def test_the_bounds_term_weighs_as_published(name, weight):
+    """T/1000 with --rescale_learned_sigmas, the default of improved-diffusion's scripts, 1 without."""
+    c = resolve(config_of(CONFIGS / f"{name}.py"))
+    assert c.training.objective.bound * part(c, "process").steps == pytest.approx(weight)
+
+
 FAMILIES = {
     "cifar10/ncsn": 1000,
     "cifar10/ncsnv2": 1160 + 1,

@@ -54,7 +54,7 @@ from scorelab.noised import unwrapped
 from scorelab.plotting.pictures import are_images, tiled
 from scorelab.samplers import Sampler, sample
 from scorelab.training import build_sampling, with_nfe
-from scorelab.training.sampling import own_score
+from scorelab.training.sampling import own_score, with_statistics
 from scorelab.training.settings import resolve
 from scorelab.typing import ScoreFn, Shape, Tensor
 from scorelab.writing import check_writable, whole
@@ -329,6 +329,7 @@ def posterior_samples(
         # of each level as RePaint goes there: 5 times
         config = with_nfe(config, model, max(1, nfe // 5) if method == "repaint" else nfe)
     levels, sampler = build_sampling(config, model)
+    sampler = with_statistics(sampler, model, config, levels)
     score, found = own_score(model, config, labels), []
     for k in range(len(measured.y)):
         m = Measurement(measured.operator, measured.y[k : k + 1], noise_std)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,3 +151,13 @@ def test_files_are_arrays_that_numpy_reads(tmp_path):
     collected(Pixels(), lambda rows: x[list(rows)], 50, place=tmp_path, known={"data": "a"})
     (file,) = tmp_path.iterdir()
     np.testing.assert_array_equal(np.load(file), x.flatten(1).numpy())
+
+
+def test_the_page_of_distances_runs_as_it_stands(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(compile(code, "evaluation.md", "exec"), {})
+    energy, interval, coverage = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"-?[\d.e-]+ ± [\d.e-]+", energy)
+    assert re.fullmatch(r"\(-?[\d.e-]+, [\d.e-]+\)", interval)
+    assert re.fullmatch(r"0\.\d+ ± [\d.e-]+", coverage)

@@ -20,7 +20,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,14 +31,15 @@ from torch.nn.functional import avg_pool2d
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from scorelab.cli.restoring import DEFAULT, measure, posterior_samples, usual_nfe
+from scorelab.cli.restoring import measure
 from scorelab.cli.runs import load_run
 from scorelab.data import read_idx
 from scorelab.interop.loading import pretrained
-from scorelab.inverse import Colourisation, Inpainting, LinearOperator, SuperResolution
+from scorelab.inverse import Colourisation, Inpainting, LinearOperator, Measurement, SuperResolution
 from scorelab.plotting import figure
 from scorelab.plotting.pictures import tiled
-from scorelab.training import default_config, train
+from scorelab.training import default_config, posterior_samples, train
+from scorelab.training.restoring import DEFAULT, usual_nfe
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 ROOT = Path(__file__).parents[1]
@@ -130,9 +131,9 @@ def restored(case: Case, method: str, count: int, draws: int) -> tuple[Tensor, T
     y = operator(x0)
     y = y + case.noise_std * torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
     seen = measure(operator, x0 if case.task == "inpaint" else y)
-    options = {"method": method, "noise_std": case.noise_std, "nfe": usual_nfe(config, model, method)}
+    options = {"method": method, "nfe": usual_nfe(config, model, method)}
     # by a seed of its own, so that errors of images are independent
-    parts = [replace(seen, y=y[k : k + 1]) for k in range(count)]
+    parts = [Measurement(operator, seen.y[k : k + 1], case.noise_std) for k in range(count)]
     x = torch.cat([posterior_samples(model, config, part, draws, k, **options) for k, part in enumerate(parts)])
     return x0, seen.picture, x, operator, y
 

@@ -11,11 +11,12 @@ from PIL import Image
 
 from scorelab import ScoreModel
 from scorelab.cli.main import main
-from scorelab.cli.restoring import METHODS, measure, operator_of
+from scorelab.cli.restoring import measure, operator_of
 from scorelab.data import load
 from scorelab.nn import UNet
 from scorelab.predictions import edm
 from scorelab.processes import VE
+from scorelab.training.restoring import METHODS
 
 QUICK = "--config.sampling.grid.n=4"
 

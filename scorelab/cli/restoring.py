@@ -13,14 +13,12 @@ Sample i of an image follows from (seed, i) and that image alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from absl import flags
-from ml_collections import ConfigDict
 from PIL import Image
 from torch.nn.functional import interpolate
 
@@ -34,64 +32,29 @@ from scorelab.data import Files, Values, load
 from scorelab.data.decoding import Listing, decode
 from scorelab.data.sources import Stored
 from scorelab.inverse import (
-    DAPS,
-    DDRM,
-    DPS,
     Blur,
     Colourisation,
     Inpainting,
     LinearOperator,
     Measurement,
-    RePaint,
-    Replacement,
     SuperResolution,
-    moment_matching,
-    pseudo_inverse,
 )
-from scorelab.models import ScoreModel
-from scorelab.noise import PerSampleNoise
-from scorelab.noised import unwrapped
 from scorelab.plotting.pictures import are_images, tiled
-from scorelab.samplers import Sampler, sample
-from scorelab.training import build_sampling, with_nfe
-from scorelab.training.sampling import own_score, with_statistics
-from scorelab.training.settings import resolve
-from scorelab.typing import ScoreFn, Shape, Tensor
+from scorelab.training.restoring import DEFAULT, METHODS, posterior_samples, usual_nfe
+from scorelab.typing import Shape, Tensor
 from scorelab.writing import check_writable, whole
 
 __all__ = [
-    "DEFAULT",
-    "METHODS",
     "Measured",
     "measure",
     "operator_of",
-    "posterior_samples",
     "restore",
-    "usual_nfe",
 ]
 
 _OPTION = {"inpaint": "mask", "colourise": "", "super_resolve": "factor", "deblur": "blur"}
 """The tasks, and the option that each has to itself."""
 _ROUNDING = 2 / 255 / math.sqrt(12)
 """What rounding to bytes leaves in an image, as a standard deviation: a blur can't be undone beyond it."""
-_DATA_STD = 0.5
-"""Of a pixel, in images scaled to [-1, 1]; EDM's sigma_data."""
-
-_POSTERIORS: dict[str, Callable[[ScoreFn, Measurement], ScoreFn]] = {
-    "pseudo_inverse": lambda score, m: pseudo_inverse(score, m, _DATA_STD),
-    "moment_matching": lambda score, m: moment_matching(score, m, solver="gmres", tol=1e-2),
-}
-_SAMPLERS: dict[str, Callable[[Measurement], Sampler]] = {
-    "ddrm": DDRM,
-    "daps": lambda m: DAPS(m, data_std=_DATA_STD),
-    "dps": DPS,
-    "replacement": Replacement,
-    "repaint": lambda m: RePaint(m, jump=2, resample=5),
-}
-METHODS = (*_POSTERIORS, *_SAMPLERS)
-"""Those that are scores run with the experiment's own sampler, the others are samplers."""
-DEFAULT = "ddrm"
-"""It takes no gradients, and on held-out images no other is clearly better (docs/inverse.md)."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +93,9 @@ def restore(arguments: list[str]) -> None:
 
     model.to(checked_device(asked["device"]) if asked["device"] else parallel.join())
     labels = condition_of(asked["condition"] or ("none" if model.conditional else ""), model, workdir, n)
-    options: dict[str, Any] = {"method": method, "noise_std": noise_std, "labels": labels, "nfe": evaluations}
-    x = posterior_samples(model, config, measured, n, int(asked["seed"] or 0), **options, progress=True)
+    measurement = Measurement(operator, measured.y, noise_std)
+    options: dict[str, Any] = {"method": method, "labels": labels, "nfe": evaluations, "progress": True}
+    x = posterior_samples(model, config, measurement, n, int(asked["seed"] or 0), **options)
     if out.suffix == ".npz":
         write_samples(RunSamples(x.flatten(0, 1), numbers, model, found), out)
     else:
@@ -294,68 +258,3 @@ def measure(operator: LinearOperator, images: Tensor, where: str = "the image") 
         f"{where} is {_size(got)} with {got[0]} channel{'s' if got[0] > 1 else ''}; expected {wanted}, and "
         f"{shape[0] if shape[0] == 1 else '1 or 3'}"
     )
-
-
-def usual_nfe(config: ConfigDict, model: ScoreModel, method: str) -> int:
-    """Evaluations for a sample: 100 of a method that is a sampler; 0, those of the experiment, of others and where its
-    levels are all that there are."""
-    fixed = getattr(unwrapped(model.net), "integer_labels", False)
-    return 100 if method in _SAMPLERS and not fixed and {"n", "steps"} & set(resolve(config).sampling.grid) else 0
-
-
-def posterior_samples(
-    model: ScoreModel,
-    config: ConfigDict,
-    measured: Measured,
-    n: int,
-    seed: int = 0,
-    *,
-    method: str,
-    noise_std: float = 0.0,
-    labels: Tensor | None = None,
-    nfe: int = 0,
-    progress: bool = False,
-) -> Tensor:
-    """n samples for each of K images, (K, n, *data_shape), in [-1, 1] where the model's data is, on the CPU.
-
-    labels: classes (n,) or None. nfe: as many levels as take this many evaluations at most, 0 for the config's own
-    number; see ``usual_nfe``. Without noise samples agree with y.
-    """
-    own = method in _SAMPLERS
-    if own:
-        config = config.copy_and_resolve_references()
-        config.sampling.sampler = ConfigDict({"name": "ancestral"})
-    if nfe:
-        # of each level as RePaint goes there: 5 times
-        config = with_nfe(config, model, max(1, nfe // 5) if method == "repaint" else nfe)
-    levels, sampler = build_sampling(config, model)
-    sampler = with_statistics(sampler, model, config, levels)
-    score, found = own_score(model, config, labels), []
-    for k in range(len(measured.y)):
-        m = Measurement(measured.operator, measured.y[k : k + 1], noise_std)
-        x = sample(
-            score if own else _POSTERIORS[method](score, m),
-            (n, *model.data_shape),
-            levels,
-            _SAMPLERS[method](m) if own else sampler,
-            generator=PerSampleNoise(seed),
-            progress=progress,
-            batch_size=config.sampling.batch_size,
-        ).cpu()
-        x = x if model.data_range is None else x.clamp(-1, 1)
-        found.append(x if noise_std else _agreeing(x, m, model.data_range is not None))
-    return torch.stack(found)
-
-
-def _agreeing(x: Tensor, measurement: Measurement, bounded: bool) -> Tensor:
-    """x with operator(x) = y, projected onto that and onto [-1, 1] in turns; of pixels the known ones are y itself."""
-    operator = measurement.operator
-    if isinstance(operator, Inpainting):
-        return operator.pasted(x, measurement.y)
-    if not isinstance(operator, (SuperResolution, Colourisation)):
-        return x
-    for _ in range(200):
-        # A A' = I/size
-        x = x + operator.size * operator.adjoint(measurement.residual(x))
-        x = x.clamp(-1, 1) if bounded else x
-    return x

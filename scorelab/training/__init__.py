@@ -3,6 +3,7 @@
 from scorelab.training.config import Experiment, build, load_data, network
 from scorelab.training.ema import EMA, Snapshot, reconstruct
 from scorelab.training.engine import NonFiniteError, Trainer
+from scorelab.training.restoring import posterior_samples
 from scorelab.training.run import Interrupted, train
 from scorelab.training.sampling import build_sampling, in_turn, own_score, sample_model, with_nfe, with_statistics
 from scorelab.training.settings import default_config, resolve
@@ -21,6 +22,7 @@ __all__ = [
     "load_data",
     "network",
     "own_score",
+    "posterior_samples",
     "reconstruct",
     "resolve",
     "sample_model",

@@ -41,6 +41,7 @@ Weighting = Callable[[Tensor], Tensor]
 
 
 def _likelihood(sigmas: SigmaDistribution | None = None) -> Weighting:
+    """That of the bound of the likelihood, whatever levels are visited: Song et al., 2021, arXiv:2101.09258."""
     if sigmas is None:
         raise ValueError("the likelihood weighting needs the distribution of sigmas; pass sigmas=LogUniform(...)")
     place = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
@@ -58,23 +59,28 @@ def _likelihood(sigmas: SigmaDistribution | None = None) -> Weighting:
 
 
 def _eps() -> Weighting:
+    """The error of eps: NCSN's sigma^2 times that of the score, DDPM's SNR times that of x0."""
     return torch.ones_like
 
 
 def _output(prediction: Prediction) -> Weighting:
+    """The error of what the network predicts; of a score that of eps."""
     # the score's own error would weigh the smallest levels alone
     return torch.ones_like if prediction == SCORE else lambda s: (s / prediction.out(s)).square()
 
 
 def _x0() -> Weighting:
+    """The error of x0."""
     return torch.square
 
 
 def _edm(sigma_data: float) -> Weighting:
+    """EDM's, 1/sigma^2 + 1/sigma_data^2 times the error of x0: Karras et al., 2022, arXiv:2206.00364."""
     return lambda s: (s**2 + sigma_data**2) / sigma_data**2
 
 
 def _min_snr(gamma: float = 5.0) -> Weighting:
+    """min(SNR, gamma) times the error of x0: Hang et al., 2023, arXiv:2303.09556."""
     return lambda s: (gamma * s**2).clamp_max(1.0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 from collections.abc import Callable
@@ -216,6 +217,46 @@ def _likelihood(arguments: list[str]) -> None:
     print(likelihood_run(workdir, divergence=kind, tolerance=tolerance, **options))
 
 
+def _evaluate(arguments: list[str]) -> None:
+    data = None
+    if any(argument.partition("=")[0] == "--config" for argument in arguments):
+        data, arguments = config_file(arguments)
+    given = [a for a in arguments if a.startswith("--config.")]
+    texts = {"model": None, "out": None, "features": "pixels", "against": "", "sampler": None, "weights": "ema"}
+    values = _run_flags({"n": 10_000, "nfe": None}, {**texts, "device": "", **GUIDED})
+    define_guidance(values)
+    flags.DEFINE_bool("few", False, "fewer than 2,048 samples or data", flag_values=values)
+    flags.DEFINE_alias("samples", "n", flag_values=values)
+    parse([a for a in arguments if not a.startswith("--config.")], values)
+    from scorelab import parallel
+    from scorelab.cli.evaluating import evaluate_run, table
+    from scorelab.cli.runs import place_of
+    from scorelab.cli.steering import Steering
+    from scorelab.writing import check_writable, whole
+
+    workdir, _ = place_of(values["workdir"].value, values["model"].value)
+    n, nfe = int(values["n"].value or 0), values["nfe"].value
+    if n < 1 or (nfe is not None and nfe < 1):
+        raise ValueError(f"--n is {n}, --nfe is {nfe}; expected 1 or more")
+    out = Path(values["out"].value).expanduser() if values["out"].value else None
+    if out is not None:
+        check_writable(out)
+    name = values["sampler"].value or ""
+    file = Path(name).expanduser() if name.endswith(".json") else None
+    if name and file is None:
+        given.append(f"--config.sampling.sampler.name={name}")
+    options: dict[str, Any] = {k: str(values[k].value or "") for k in ("features", "against", "weights", "device")}
+    options |= {k: int(values[k].value or 0) for k in ("seed", "step", "nfe")}
+    options |= {"few": bool(values["few"].value), "sampler": file, "data": data}
+    options |= {"steering": Steering(**guidance_of(values)), "changes": lambda c: sampling_changed(c, given)}
+    record = evaluate_run(workdir, n=n, **options)
+    if parallel.world()[0] == 0:
+        print(table(record))
+        if out is not None:
+            with whole(out) as aside:
+                aside.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def _settings(arguments: list[str]) -> None:
     parse(arguments, flags.FlagValues())  # type: ignore[no-untyped-call]
     from scorelab.cli.reference import reference
@@ -304,6 +345,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "restore": _restore,
     "calibrate": _calibrate,
     "likelihood": _likelihood,
+    "evaluate": _evaluate,
     "report": _report,
     "density": _density,
     "new": _new,

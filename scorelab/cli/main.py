@@ -45,9 +45,13 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab likelihood --workdir runs/x [--n 64] [--bits] [--divergence hutchinson] [--probes 1]
        scorelab likelihood --workdir runs/x --method bound [--n 64] [--bits] [--steps 250] [--out FILE.png]
                        [--variance posterior|forward|learned|analytic]
-           (--config configs/digits/edm.py: of that config's data, for a saved or converted model)"""
+           (--config configs/digits/edm.py: of that config's data, for a saved or converted model)
+       scorelab evaluate --workdir runs/x [--n 10000] [--against train|held_out] [--features pixels|classifier:DIR|
+                       inception:FILE|package.module:Class] [--few] [--out FILE.json] [--sampler ...] [--nfe 20]
+                       [--condition ...] [--guidance ...] [--config FILE.py] ..."""
 _PAGES = {
     **dict.fromkeys(["train", "report", "settings"], "training.md"),
+    "evaluate": "evaluation.md",
     **dict.fromkeys(["calibrate", "likelihood", "density"], "samplers.md"),
     "sample": "training.md, docs/samplers.md",
     "restore": "inverse.md",

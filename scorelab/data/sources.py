@@ -126,6 +126,11 @@ class Stored(Source):
         self._trained, self._order = order[count:], None
         return self.labelled(self.take(order[:count]), order[:count])
 
+    @property
+    def trained(self) -> Tensor:
+        """Which samples batches are made of: all but those that were held out."""
+        return torch.arange(len(self)) if self._trained is None else self._trained.sort().values
+
     def labelled(self, x0: Tensor, index: Tensor) -> Batch:
         """The batch of these samples."""
         return Batch(x0, None if self.labels is None else self.labels[index])

@@ -51,6 +51,13 @@ class Values:
             return x
         return ((x.clamp(-1, 1) + 1) / self.scale + self.ends[0]).clamp(self.least, self.most)
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """Numbers inside, as near as the data's own values come: within its range, and on its steps if it has any."""
+        if not self.step:
+            return x if self.ends is None else self.inside(self.outside(x))
+        steps = ((self.outside(x) - self.least) / self.step).round()
+        return self.inside((self.least + steps * self.step).clamp(self.least, self.most))
+
     def bytes(self, x: Tensor) -> Tensor:
         """uint8, 0 at ``least`` and 255 at ``most``, of numbers inside; rounded."""
         share = (self.outside(x.float()) - self.least) / (self.most - self.least)

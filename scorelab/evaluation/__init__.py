@@ -1,6 +1,7 @@
 """Distances between sample sets with their errors, and whether a function is the score of given data."""
 
 from scorelab.evaluation.calibration import calibration_ranks, uniformity
+from scorelab.evaluation.comparison import compared
 from scorelab.evaluation.distances import KL, kl_to_model, nearest_distances
 from scorelab.evaluation.estimates import Estimate
 from scorelab.evaluation.features import Features, FromClassifier, FromModule, Inception, Pixels, collected
@@ -26,6 +27,7 @@ __all__ = [
     "calibration_ranks",
     "check_score",
     "collected",
+    "compared",
     "energy_distance",
     "frechet_distance",
     "inception_score",

@@ -227,10 +227,11 @@ def sample_model(
     by: ScoreModel | ClassifierModel | None = None,
     sampler: Path | None = None,
     progress: bool = True,
+    sharded: bool = True,
 ) -> Tensor:
     """n samples, decoded, for a condition (n, ...) or (1, ...) or none, with the experiment's own sampler and batch
-    size, or with a calibrated sampler's file. by: see ``own_score``.
-    """
+    size, or with a calibrated sampler's file. by: see ``own_score``. sharded: under torchrun every process makes its
+    share of PerSampleNoise's samples and returns all."""
     noise_levels, own = build_sampling(config, model)
     if sampler is None:
         own = with_statistics(own, model, config, noise_levels)
@@ -242,6 +243,6 @@ def sample_model(
         generator=generator,
         progress=progress,
         batch_size=config.sampling.batch_size,
-        sharded=isinstance(generator, PerSampleNoise),
+        sharded=sharded and isinstance(generator, PerSampleNoise),
     )
     return model.decode(codes)

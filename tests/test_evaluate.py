@@ -102,7 +102,8 @@ def test_small_sets_leave_the_frechet_distance_out_and_say_why():
     with pytest.raises(ValueError, match=r"there are 60 samples and 60 data; expected at least 2,048 of each"):
         compared(x, x)
     found = compared(x[:30], x[30:], few=True)
-    assert found["frechet"]["extrapolated"] if "extrapolated" in found["frechet"] else "value" in found["frechet"]
+    assert found["frechet"]["plain"] > found["frechet"]["value"]
+    assert found["frechet"]["name"] == "FD-30, extrapolated"
     wide = torch.randn(60, 30, generator=torch.Generator().manual_seed(0))
     assert "60 rows of 30 features" in compared(wide, wide + 1, few=True)["frechet"]["left_out"]
 
@@ -131,7 +132,7 @@ def test_rounding_leaves_data_as_it_is(values):
         (["--few", "--n=9", "--features=torch.nn:ReLUU"], "expected an importable package.module:Class"),
         (
             ["--few", "--n=9", "--features=collections:Counter"],
-            "makes a Counter; expected a torch.nn.Module or Features",
+            "makes a Counter; expected a torch.nn.Module or",
         ),
         (["--few", "--n=9", "--features=inception:none.pth"], "there is no none.pth; expected Inception's weights"),
         (["--few", "--n=9", "--features=classifier:none"], "none"),

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from scorelab.cli.commands import COMMANDS
-from scorelab.cli.main import main
+from scorelab.cli.main import _PAGES, main
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs/digits/ncsn.py")
@@ -241,6 +241,7 @@ def test_config_files_that_are_none_and_other_early_refusals(run, tmp_path, caps
     assert "scorelab calibrate" not in said
     assert main(["--help"]) == 0
     assert "scorelab calibrate" in capsys.readouterr().out
+    assert set(_PAGES) == set(COMMANDS)
     for command in COMMANDS:
         assert main([command, "--help"]) == 0
         first, *_, last = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""``scorelab new``, ``train``, ``sample``, ``density``, ``calibrate``, ``likelihood``, ``export`` and ``report``.
+"""The ``scorelab`` command: which of ``COMMANDS`` is meant, its help, and how it ends.
 
 Bad input ends with one line on standard error and exit code 2.
 """
@@ -15,9 +15,6 @@ import traceback
 from pathlib import Path
 
 from absl import flags
-
-from scorelab.checks import nearest_name
-from scorelab.cli.commands import COMMANDS
 
 __all__ = ["main"]
 
@@ -75,6 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
+    # help needs no PyTorch
+    from scorelab.checks import nearest_name
+    from scorelab.cli.commands import COMMANDS
+
     try:
         if arguments[0] not in COMMANDS:
             raise ValueError(f"unknown command {arguments[0]!r}; {nearest_name(arguments[0], COMMANDS)}")
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _usage(arguments: list[str]) -> str:
     """How the command that is named is used, or all of them."""
-    named = next((a for a in arguments if a in COMMANDS), None)
+    named = next((a for a in arguments if a in _PAGES), None)
     if named is None:
         return _USAGE
     # its own lines, and those that go on from there

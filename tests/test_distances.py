@@ -158,6 +158,7 @@ def test_neighbours_see_what_is_missing_and_what_is_wrong(monkeypatch):
     assert 0.4 < of_one.coverage.value < 0.55
     assert of_odd.precision.value == pytest.approx(2 / 3, abs=0.01)
     assert of_odd.recall.value > 0.9
+    assert manifold(data + 99, data).precision == (0, pytest.approx(math.sqrt(2 / 404 * 402 / 404 / 404)))
     monkeypatch.setattr("scorelab.evaluation.neighbours._AT_ONCE", 1000)
     assert manifold(odd, data) == of_odd
 

@@ -56,11 +56,15 @@ def manifold(x: Tensor, data: Tensor, *, k_pr: int = 3, k_dc: int = 5) -> Manifo
         counts[some] = (apart <= balls_dc).sum(1).to(counts)
         recalled |= (apart <= own[some, None]).any(0)
         covered |= (apart <= balls_dc).any(0)
-    return Manifold(*(_mean(z.double()) for z in (held, recalled, counts / k_dc, covered)))
+    density = Estimate(float(counts.mean()) / k_dc, float(counts.std()) / k_dc / math.sqrt(len(counts)))
+    return Manifold(_share(held), _share(recalled), density, _share(covered))
 
 
-def _mean(values: Tensor) -> Estimate:
-    return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
+def _share(true: Tensor) -> Estimate:
+    """Its error by Agresti and Coull (1998), two more of each kind: of none or of all it is not 0."""
+    count, number = int(true.sum()), len(true)
+    near = (count + 2) / (number + 4)
+    return Estimate(count / number, math.sqrt(near * (1 - near) / (number + 4)))
 
 
 def _radii(z: Tensor, k: int) -> Tensor:

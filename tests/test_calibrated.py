@@ -203,6 +203,7 @@ def test_the_score_it_was_fitted_to_passes_in_any_precision(fitted, tmp_path, sa
         (correlated().score, r"for data of shape \(2,\), not \(3,\)"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:samples have grown")
 def test_another_score_is_warned_of_through_files_and_wrappers(fitted, tmp_path, other, message):
     fitted.save(tmp_path / "s.json")
     x = HIGH * randn(9, 3 if "shape" in message else 2)

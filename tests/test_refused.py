@@ -110,7 +110,7 @@ def test_every_setting_is_read_by_something():
         ({"training__weighting__name": "likelihood", "process__name": "ddpm"}, "a fixed sequence has no density"),
         (
             {"sampling__sampler__name": "ancestral", "sampling__sampler__variance": "learned"},
-            "can't be sampled with: .*learned",
+            "sampling.sampler.variance is 'learned', but the network learned none; expected 'posterior'",
         ),
         ({"sampling__sampler__name": "annealed_langevin", "sampling__sampler__step_size": 1.0}, "diverges"),
         ({"sampling__clip": True, "data__source": "arrays", "data__path": "x.npy"}, "sampling.clip is for data scaled"),

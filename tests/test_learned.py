@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from ml_collections import ConfigDict
-from problems import F64, randn
+from problems import F64, generator, randn
 
 from scorelab import VE, VP, ScoreModel
 from scorelab.cli.sampling import sample_run
@@ -141,6 +141,26 @@ def test_the_decoder_is_a_distribution_over_the_values():
     mass = torch.exp(-objective._decoder(values.unsqueeze(1), noise, sigma))
     assert float(mass.sum()) == pytest.approx(1, rel=1e-9)
     assert int(mass.argmax()) == 2
+
+
+@pytest.mark.parametrize("sigma", [1e-4, 0.0013, 0.0078, 0.04, 0.3])
+def test_the_decoder_looks_as_far_as_any_value_counts(sigma):
+    """As by all 256 values written out, and so its gradient, at the ends of the range and between."""
+    bins, g = Bins(2 / 255, -1.0, 1.0), generator()
+    x0 = (torch.randint(256, (4, 50), generator=g) * (torch.rand(4, 50, generator=g) > 0.5)) / 127.5 - 1
+    x0, noise = x0.to(F64), 2 * torch.randn(4, 50, generator=g, dtype=F64)
+    values, found = torch.arange(256, dtype=F64) / 127.5 - 1, []
+    for whole in (True, False):
+        s = torch.tensor(sigma, dtype=F64, requires_grad=True)
+        if whole:
+            logits = -0.5 * (((x0 + s * noise).unsqueeze(-1) - values) / s).square()
+            place = ((x0 + 1) * 127.5).round().long().unsqueeze(-1)
+            nats = -logits.log_softmax(-1).gather(-1, place).squeeze(-1).sum(1)
+        else:
+            nats = ContinuousBound(VE(), 0.5, bins)._decoder(x0, noise, s)
+        found += [nats.detach(), torch.autograd.grad(nats.sum(), s)[0]]
+    torch.testing.assert_close(found[2], found[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[3], found[1], rtol=1e-9, atol=1e-9)
 
 
 def vdm(steps: int) -> ConfigDict:

@@ -125,7 +125,7 @@ def test_rounding_leaves_data_as_it_is(values):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "10,000 samples beside 1,797 data (train); expected at least 2,048 of each"),
+        ([], "there are 10,000 samples and 1,797 data; expected at least 2,048 of each"),
         (["--few", "--n=0"], "--n is 0"),
         (["--few", "--n=9", "--against=held_out"], "--against is 'held_out'; known: train"),
         (["--few", "--n=9", "--features=pixel"], "--features is 'pixel'; did you mean 'pixels'?"),
@@ -138,6 +138,7 @@ def test_rounding_leaves_data_as_it_is(values):
         (["--few", "--n=9", "--features=classifier:none"], "none"),
         (["--few", "--n=1"], "x has 1 row; expected at least 2"),
         (["--few", "--n=9", "--nfe=0"], "--nfe is 0"),
+        (["--few", "--n=9", "--nfe=5", "--sampler=s.json"], "expected nfe > 0, and no other settings beside a file's"),
         (["--few", "--n=9", "--guidance=2"], "--guidance needs a class"),
         (["--few", "--n=9", "--out=/proc/x.json"], "can't be written"),
     ],

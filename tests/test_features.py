@@ -96,6 +96,11 @@ def test_a_module_of_ones_own():
         seen.logits(x)
 
 
+def test_networks_follow_the_images_to_their_device():
+    """On another device, which holds no numbers, mixing would raise."""
+    assert FromModule(nn.Conv2d(1, 3, 3))(images().to("meta")).device.type == "meta"
+
+
 class Sums(nn.Module):
     def forward(self, x):
         return x.sum((1, 2, 3))

@@ -100,18 +100,12 @@ def _sample(arguments: list[str]) -> None:
     n, seed, step = (int(values[name].value or 0) for name in ("n", "seed", "step"))
     if n < 0 or values["n"].value == 0:
         raise ValueError(f"--n is {n}; expected a positive number of samples, or none for the experiment's own")
-    name, nfe, batch_size = values["sampler"].value or "", int(values["nfe"].value or 0), values["batch_size"].value
-    sampler = Path(name).expanduser() if name.endswith(".json") or Path(name).expanduser().is_file() else None
+    batch_size = values["batch_size"].value
     if batch_size is not None and int(batch_size) < 1:
         raise ValueError(f"--batch_size is {batch_size}; expected 1 or more")
-    if (values["nfe"].value is not None and nfe < 1) or (
-        sampler is not None and (nfe or given or values["grid"].value)
-    ):
-        raise ValueError(f"--nfe is {nfe}, --sampler {name!r}; expected nfe > 0, and no other settings beside a file's")
-    if name and sampler is None:
-        given.append(f"--config.sampling.sampler.name={name}")
     if values["grid"].value:
         given.append(f"--config.sampling.grid.name={values['grid'].value}")
+    sampler, nfe = _asked_sampler(values, given)
     if batch_size:
         given.append(f"--config.sampling.batch_size={batch_size}")
     out = Path(values["out"].value).expanduser() if values["out"].value else None
@@ -125,7 +119,7 @@ def _sample(arguments: list[str]) -> None:
     parts = [
         f"drawn_{run.step:08d}" if run.step else "drawn",
         weights if weights != "ema" else "",
-        sampler.stem if sampler else name,
+        sampler.stem if sampler else str(values["sampler"].value or ""),
     ]
     parts += [f"nfe_{nfe}" if nfe else "", str(values["grid"].value or "")]
     parts += [*guided_names(values), f"seed_{seed}" if seed else ""]
@@ -138,6 +132,23 @@ def _restore(arguments: list[str]) -> None:
     from scorelab.cli.restoring import restore
 
     restore(arguments)
+
+
+def _asked_sampler(values: flags.FlagValues, given: list[str]) -> tuple[Path | None, int]:
+    """The file of a calibrated sampler, None where --sampler names another, which goes into ``given``, and --nfe."""
+    name, nfe = values["sampler"].value or "", int(values["nfe"].value or 0)
+    file = Path(name).expanduser() if name.endswith(".json") or Path(name).expanduser().is_file() else None
+    if (values["nfe"].value is not None and nfe < 1) or (file is not None and (nfe or given)):
+        raise ValueError(f"--nfe is {nfe}, --sampler {name!r}; expected nfe > 0, and no other settings beside a file's")
+    if name and file is None:
+        given.append(f"--config.sampling.sampler.name={name}")
+    return file, nfe
+
+
+def _other_data(arguments: list[str]) -> tuple[Any, list[str]]:
+    """The config whose data is meant instead of the run's, None without --config, and the other arguments."""
+    asked = any(argument.partition("=")[0] == "--config" for argument in arguments)
+    return config_file(arguments) if asked else (None, arguments)
 
 
 def _workdir(values: flags.FlagValues) -> Path:
@@ -178,9 +189,7 @@ def _calibrate(arguments: list[str]) -> None:
 
 
 def _likelihood(arguments: list[str]) -> None:
-    data = None
-    if any(argument.partition("=")[0] == "--config" for argument in arguments):
-        data, arguments = config_file(arguments)
+    data, arguments = _other_data(arguments)
     values = _run_flags(
         {"n": 64, "probes": 1, "levels": 0, "steps": 0},
         {"divergence": "hutchinson", "method": "ode", "out": None, "variance": ""},
@@ -218,9 +227,7 @@ def _likelihood(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    data = None
-    if any(argument.partition("=")[0] == "--config" for argument in arguments):
-        data, arguments = config_file(arguments)
+    data, arguments = _other_data(arguments)
     given = [a for a in arguments if a.startswith("--config.")]
     texts = {"model": None, "out": None, "features": "pixels", "against": "", "sampler": None, "weights": "ema"}
     values = _run_flags({"n": 10_000, "nfe": None}, {**texts, "device": "", **GUIDED})
@@ -235,19 +242,15 @@ def _evaluate(arguments: list[str]) -> None:
     from scorelab.writing import check_writable, whole
 
     workdir, _ = place_of(values["workdir"].value, values["model"].value)
-    n, nfe = int(values["n"].value or 0), values["nfe"].value
-    if n < 1 or (nfe is not None and nfe < 1):
-        raise ValueError(f"--n is {n}, --nfe is {nfe}; expected 1 or more")
+    n, (file, nfe) = int(values["n"].value or 0), _asked_sampler(values, given)
+    if n < 1:
+        raise ValueError(f"--n is {n}; expected 1 or more")
     out = Path(values["out"].value).expanduser() if values["out"].value else None
     if out is not None:
         check_writable(out)
-    name = values["sampler"].value or ""
-    file = Path(name).expanduser() if name.endswith(".json") else None
-    if name and file is None:
-        given.append(f"--config.sampling.sampler.name={name}")
     options: dict[str, Any] = {k: str(values[k].value or "") for k in ("features", "against", "weights", "device")}
-    options |= {k: int(values[k].value or 0) for k in ("seed", "step", "nfe")}
-    options |= {"few": bool(values["few"].value), "sampler": file, "data": data}
+    options |= {k: int(values[k].value or 0) for k in ("seed", "step")}
+    options |= {"few": bool(values["few"].value), "sampler": file, "nfe": nfe, "data": data}
     options |= {"steering": Steering(**guidance_of(values)), "changes": lambda c: sampling_changed(c, given)}
     record = evaluate_run(workdir, n=n, **options)
     if parallel.world()[0] == 0:

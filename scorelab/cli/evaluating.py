@@ -25,7 +25,7 @@ from scorelab.cli.runs import load_run
 from scorelab.cli.steering import Steering
 from scorelab.data.sources import Stored
 from scorelab.evaluation import Features, FromClassifier, FromModule, Inception, Pixels, collected, compared
-from scorelab.evaluation.comparison import LEAST
+from scorelab.evaluation.comparison import check_counts
 from scorelab.noise import PerSampleNoise
 from scorelab.parts import Kind
 from scorelab.precision import prepare
@@ -80,8 +80,8 @@ def evaluate_run(
 
     against: "train", the data that the run learnt from, or "held_out", what it held out (by default, if there is any).
     features: see ``features_of``. Samples are rounded to the values that the data takes, as images in files are. The
-    other arguments are ``sample_run``'s and ``likelihood_run``'s. Features of the data are kept in
-    ``workdir/features``. Raises ValueError for data that is drawn afresh, and for fewer than 2,048 samples or data
+    other arguments are ``sample_run``'s and ``likelihood_run``'s. Features of the data are kept in ~/.cache/scorelab,
+    or under XDG_CACHE_HOME. Raises ValueError for data that is drawn afresh, and for fewer than 2,048 samples or data
     unless ``few``.
     """
     begun = time.perf_counter()
@@ -93,27 +93,13 @@ def evaluate_run(
         raise ValueError(f"data.source={config.data.source!r} has fresh samples at every step; expected stored data")
     held = config.data.validation
     against = against or ("held_out" if held else "train")
-    if against not in _AGAINST or (against == "held_out" and not held):
-        there = _AGAINST if held else ("train",)
-        raise ValueError(f"--against is {against!r}; {nearest_name(against, there)}")
-    batch = source.hold_out(held).x0 if held else None
-    count = held if against == "held_out" else len(source) - held
-    if min(n, count) < LEAST and not few:
-        raise ValueError(
-            f"{n:,} samples beside {count:,} data ({against}); expected at least {LEAST:,} of each, for fewer say "
-            "little: --n, --against=train, or --few"
-        )
+    images, count = _images(source, held, against)
+    check_counts(n, count, few)
     place = parallel.join()
     prepare(model.to(checked_device(device) if device else place), "fp32", compile=False)
     labels, by = steering.applied(workdir, config, model, n, found=found, weights=weights)
     seen = features_of(features)
     known = {"data": source.fingerprint(), "held_out": held, "against": against}
-    trained = source.trained
-
-    def of_data(rows: range) -> Tensor:
-        index = torch.arange(rows.start, rows.stop)
-        return source.take(trained[index]) if against == "train" or batch is None else batch[index]
-
     bar = tqdm(total=len(parallel.shard(n)), desc=f"samples of {workdir.name}", unit="sample")
 
     def drawn(rows: range) -> Tensor:
@@ -126,7 +112,7 @@ def evaluate_run(
     # one for all processes of torchrun
     aside = _cache() / f".{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
     try:
-        real = collected(seen, of_data, count, place=_cache(), known=known)
+        real = collected(seen, lambda rows: images(rows).to(model.device), count, place=_cache(), known=known)
         with bar:
             x = collected(seen, drawn, n, place=aside, size=_AT_ONCE)
         distances = compared(x, real, few=few)
@@ -147,6 +133,18 @@ def evaluate_run(
         "software": f"scorelab {scorelab.__version__}, torch {torch.__version__}",
         "seconds": round(time.perf_counter() - begun, 1),
     }
+
+
+def _images(source: Stored, held: int, against: str) -> tuple[Callable[[range], Tensor], int]:
+    """Rows of the data that samples are judged beside, and how many there are."""
+    there = _AGAINST if held else ("train",)
+    if against not in there:
+        raise ValueError(f"--against is {against!r}; {nearest_name(against, there)}")
+    batch = source.hold_out(held) if held else None
+    if against == "held_out" and batch is not None:
+        return lambda rows: batch.x0[rows.start : rows.stop], held
+    trained = source.trained
+    return lambda rows: source.take(trained[rows.start : rows.stop]), len(trained)
 
 
 def _cache() -> Path:

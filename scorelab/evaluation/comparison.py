@@ -13,7 +13,7 @@ from scorelab.evaluation.neighbours import manifold
 from scorelab.evaluation.sliced import sliced_wasserstein
 from scorelab.typing import Tensor
 
-__all__ = ["LEAST", "compared"]
+__all__ = ["LEAST", "check_counts", "compared"]
 
 LEAST = 2048
 """Rows below which a comparison is asked for twice."""
@@ -30,11 +30,7 @@ def compared(x: Tensor, data: Tensor, *, few: bool = False) -> dict[str, Any]:
     Raises ValueError for sets that do not fit, or of fewer than 2,048 rows unless ``few``.
     """
     x, data = as_features(x, "x"), as_features(data, "data", x.shape[1:])
-    if min(len(x), len(data)) < LEAST and not few:
-        raise ValueError(
-            f"there are {len(x):,} samples and {len(data):,} data; expected at least {LEAST:,} of each, for fewer say "
-            "little: take more, or few=True (--few)"
-        )
+    check_counts(len(x), len(data), few)
     found: dict[str, Any] = {}
     try:
         plain, extrapolated = frechet_distance(x, data)
@@ -49,6 +45,15 @@ def compared(x: Tensor, data: Tensor, *, few: bool = False) -> dict[str, Any]:
     for name, share in manifold(*some)._asdict().items():
         found[name] = _told(share, samples=len(some[0]), data=len(some[1]))
     return found
+
+
+def check_counts(samples: int, data: int, few: bool) -> None:
+    """Refuse (ValueError) a comparison that says little, unless it is wanted."""
+    if min(samples, data) < LEAST and not few:
+        raise ValueError(
+            f"there are {samples:,} samples and {data:,} data; expected at least {LEAST:,} of each, for fewer say "
+            "little: take more, other data (--against), or few=True (--few)"
+        )
 
 
 def _told(estimate: Estimate, **more: Any) -> dict[str, Any]:

@@ -34,7 +34,8 @@ _INCEPTION = "6726825d"
 
 
 class Features(ABC):
-    """``features(x)`` are (B, D), float32, of images x (B, C, H, W) from -1 to 1; no row depends on its neighbours."""
+    """``features(x)`` are (B, D), float32, of images x (B, C, H, W) from -1 to 1; no row depends on its neighbours.
+    Networks follow the images to their device."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class FromModule(Features):
     def __call__(self, x: Tensor) -> Tensor:
         check_batch(x)
         with torch.no_grad():
-            found = self.module(x)
+            found = self.module.to(x.device)(x)
         if not isinstance(found, Tensor) or found.ndim < 2 or len(found) != len(x):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"{self.name} returned {got} for {len(x)} images; expected a tensor (B, D) or (B, D, ...)")
@@ -100,7 +101,7 @@ class FromClassifier(Features):
         hook = self.last.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
         try:
             with torch.no_grad():
-                logits = self.model(x, x.new_tensor(self.model.sigma_range[0]))
+                logits = self.model.to(x.device)(x, x.new_tensor(self.model.sigma_range[0]))
         finally:
             hook.remove()
         return seen[0].float(), logits.float()

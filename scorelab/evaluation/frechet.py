@@ -99,11 +99,8 @@ def frechet_distance(x: Tensor, y: Tensor | Moments) -> Frechet:
     Raises ValueError where a quarter of a set has no more rows than D, for then its covariance has no inverse, and for
     features that do not vary in some direction.
     """
-    x, y = (
-        (as_features(x, "x", y.mean.shape), y)
-        if isinstance(y, Moments)
-        else (as_features(x, "x"), as_features(y, "y", x.shape[1:]))
-    )
+    x = as_features(x, "x", y.mean.shape if isinstance(y, Moments) else None)
+    y = y if isinstance(y, Moments) else as_features(y, "y", x.shape[1:])
     dims = x.shape[1]
     for name, count in (("x", len(x)), *((("y", len(y)),) if isinstance(y, Tensor) else ())):
         if count < max(_SPLITS) * (dims + 1):
@@ -111,13 +108,12 @@ def frechet_distance(x: Tensor, y: Tensor | Moments) -> Frechet:
                 f"{name} has {count:,} rows of {dims:,} features; expected at least {max(_SPLITS) * (dims + 1):,}, "
                 "four times as many as features, for its bias to be known"
             )
-    ours, theirs = _grouped(x), [y] * _GROUPS if isinstance(y, Moments) else _grouped(y)
+    ours, theirs = _grouped(x), y if isinstance(y, Moments) else _grouped(y)
     means = []
     for split in _SPLITS:
         each = _GROUPS // split
-        pairs = [(_sum(ours[i : i + each]), _sum(theirs[i : i + each])) for i in range(0, _GROUPS, each)]
-        if isinstance(y, Moments):
-            pairs = [(a, y) for a, _ in pairs]
+        some = [slice(first, first + each) for first in range(0, _GROUPS, each)]
+        pairs = [(_sum(ours[i]), theirs if isinstance(theirs, Moments) else _sum(theirs[i])) for i in some]
         found = [_Pair(a, b) for a, b in pairs]
         if min(p.least for p in found) < 1e-13:
             raise ValueError("features don't vary in some direction; expected some that do: take fewer, or others")

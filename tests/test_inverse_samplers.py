@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scorelab import VE, VP, PerSampleNoise, broadcast, sample, sigmas, trajectory
 from scorelab.distributions import Gaussian, GaussianMixture
+from scorelab.guidance import ByStep, classifier_free
 from scorelab.inverse import (
     DAPS,
     DDRM,
@@ -142,6 +143,33 @@ def test_repaint_visits_the_published_levels(steps, jump, resample):
     assert up == sum(b > a for a, b in pairs)
     if steps == 250:
         assert (last.nfe, up) == (2410, 2160)
+
+
+@pytest.mark.parametrize("steps", [(0, 1), (3, 5), (6, 7)])
+def test_steps_keep_their_numbers_where_repaint_goes_back(steps):
+    """Guidance by step and churn, a share of all steps, inside of RePaint: what the published order says of 8 levels."""
+    m = Measurement(Inpainting(torch.tensor([True, False])), torch.zeros(1, 1))
+    levels = [2.0 ** (4 - k) for k in range(8)]
+    order = published_schedule(8, 2, 3)
+    down = [7 - a for a, b in zip(order[:-1], order[1:], strict=True) if b < a]
+    seen, guided = [], []
+
+    def score(x, sigma):
+        seen.append(round(4 - math.log2(float(sigma)), 6))
+        return -x / (1 + sigma**2)
+
+    def other(x, sigma):
+        guided.append(seen[-1])
+        return score(x, sigma)
+
+    pair = classifier_free(score, other, 2.0, together=False)
+    sample(pair, (1, 2), [*levels, 0.0], RePaint(m, ByStep(Ancestral(), steps), 2, 3), generator=generator())
+    assert guided == [k for k in down if steps[0] <= k <= steps[1]]
+    seen.clear()
+    sample(score, (1, 2), [*levels, 0.0], RePaint(m, Churn(s_churn=1.6), 2, 3), generator=generator())
+    # gamma = 1.6/8, but for the highest level; Heun's corrector stands at the next one
+    raised = {k - (math.log2(1.2) if k else 0) for k in range(8)}
+    assert sorted(set(seen)) == pytest.approx(sorted(raised | set(range(1, 8))), abs=1e-5)
 
 
 def test_repaint_agrees_with_the_known_part_better_than_replacement():

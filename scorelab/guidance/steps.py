@@ -44,9 +44,8 @@ def snapped(sigmas: Tensor | Iterable[float], interval: Interval) -> Tensor:
 
 
 class _State(NamedTuple):
-    """The step's number, which guided scores guided in the last one, the grid, and the inner sampler's state."""
+    """Which guided scores guided in the last step, the grid, and the inner sampler's state."""
 
-    number: int
     guided: tuple[bool, ...] | None
     grid: list[float]
     inner: State
@@ -91,10 +90,12 @@ class ByStep(Wrapper):
                 f"steps is {self.steps}, and {len(sigmas)} levels make {len(sigmas) - 1} steps; expected some of "
                 f"0 to {len(sigmas) - 2}"
             )
-        return _State(0, None, sigmas, super().init(x, sigmas))
+        return _State(None, sigmas, super().init(x, sigmas))
 
     def step(self, at: Context) -> tuple[Tensor, State]:
-        number, before, grid, inner = at.state
+        before, grid, inner = at.state
+        # by its level, for a sampler around this one may go back to earlier steps
+        number = grid.index(at.sigma)
         counted = _counted(at.score)
         score = at.score if counted is None else counted.score
 
@@ -103,14 +104,14 @@ class ByStep(Wrapper):
 
         now = tuple(map(guides, _guided(score)))
         if before not in (None, now) and self.order is not None:
-            inner = self.sampler.init(at.x, grid[number:])
+            inner = self.sampler.init(at.x, grid)
         flagged = _held(score, guides)
         if counted is not None:
             with counted.evaluating(flagged):
                 x, inner = self.sampler.step(at._replace(state=inner))
         else:
             x, inner = self.sampler.step(at._replace(score=flagged, state=inner))
-        return x, _State(number + 1, now, grid, inner)
+        return x, _State(now, grid, inner)
 
 
 def _counted(score: ScoreFn) -> Counted | None:

@@ -102,7 +102,7 @@ class RePaint(Replacement):
         gap = math.sqrt((levels[first] - levels[arrived]) * (levels[first] + levels[arrived]))
         for _ in range(self.resample - 1):
             x = x + gap * at.noise(x)
-            state = self.inner.init(x, levels[first:])
+            state = self.inner.init(x, levels)
             for k in range(first, arrived):
                 again = at._replace(x=x, sigma=levels[k], sigma_next=levels[k + 1], state=(levels, state))
                 x, (_, state) = super().step(again)

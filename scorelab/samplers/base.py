@@ -113,7 +113,7 @@ class Sampler(ABC):
         """Warn, before the first step from x (B, *D), of a score that this sampler was not made for."""
 
     def init(self, x: Tensor, sigmas: list[float]) -> State:
-        """The state before the first step."""
+        """The state before the first step; a sampler around this one asks again, with all levels, to begin anew."""
         return None
 
     @abstractmethod

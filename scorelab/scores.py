@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scorelab.checks import check_output, widened
+from scorelab.checks import check_batch, check_output, level, widened
 from scorelab.typing import ScoreFn, Tensor
 
 __all__ = [
@@ -117,7 +117,9 @@ class Combined:
         self.formula, self.scores, self.inputs, self._passes, self._known = formula, scores, inputs, variance, known
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The formula's value, in x's dtype."""
+        """The formula's value, in x's dtype; sigma may be a number. ValueError, TypeError for an x that is no batch."""
+        check_batch(x)
+        sigma = sigma if isinstance(sigma, Tensor) else level(sigma, x)
         return self._finished(x, sigma, self.outputs(x, sigma))
 
     def outputs(self, x: Tensor, sigma: Tensor) -> tuple[Any, ...]:

@@ -27,6 +27,8 @@ from scorelab import (
 from scorelab.checks import level
 from scorelab.distributions import GaussianMixture, Labelled, target
 from scorelab.evaluation import energy_distance
+from scorelab.guidance import Projected, autoguidance, classifier
+from scorelab.inverse import Inpainting, Measurement, moment_matching, pseudo_inverse
 from scorelab.models import Constant, LogSigma
 from scorelab.nn import MLP, UNet
 from scorelab.predictions import edm
@@ -162,6 +164,31 @@ def test_scale_one_is_the_conditional_score_and_costs_as_much():
     conditional = model.conditioned(torch.tensor([1]))
     assert classifier_free(conditional, model.conditioned(None), 1.0) is conditional
     assert classifier_free(conditional, model.conditioned(None), 1) is conditional
+
+
+@pytest.mark.parametrize("sigma", [0.3, 3, np.float32(3.0)])
+def test_steered_scores_take_what_every_score_takes(sigma):
+    """Numbers for noise levels, by arithmetic on N(0, 1) and N(0, 2); rows of single numbers are refused in words."""
+    x, var = randn(3, 2), float(sigma) ** 2
+    one, two = (lambda x, s, v=v: -x / (v + broadcast(s, x) ** 2) for v in (1.0, 2.0))
+    a, b = -x / (1 + var), -x / (2 + var)
+    log_prob = lambda x, s: -x.square().sum(1) / (1 + broadcast(s, x).flatten() ** 2)  # noqa: E731
+    m = Measurement(Inpainting(torch.tensor([True, False])), torch.zeros(1, 1), 0.5)
+    # of 0 in the first number, seen with .25 of variance
+    slope = -x * torch.tensor([1.0, 0.0]) / (1 + var) ** 2 / (var / (1 + var) + 0.25)
+    for score, expected in (
+        (classifier_free(one, two, 2.0, rescale=0.0), 2 * a - b),
+        (classifier_free(one, two, 2.0, interval=(1.0, 5.0)), 2 * a - b if sigma > 1 else a),
+        (classifier_free(one, two, 2.0, projected=Projected(eta=1.0)), 2 * a - b),
+        (autoguidance(one, two, 3.0), 3 * a - 2 * b),
+        (classifier(one, log_prob, 2.0), a - 4 * x / (1 + var)),
+        (clipped(one, -1e9, 1e9), a),
+        (pseudo_inverse(one, m, 1.0), a + slope),
+        (moment_matching(one, m), a + slope),
+    ):
+        torch.testing.assert_close(score(x, sigma), expected, rtol=1e-6, atol=1e-6)
+        with pytest.raises(ValueError, match=r"x has shape \(3,\); expected a batch \(B, \*D\)"):
+            score(x[:, 0], sigma)
 
 
 def test_guidance_refuses_what_is_none():

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from scorelab.checks import call, check_batch, widened
+from scorelab.checks import call, widened
 from scorelab.divergence import kernels, leaf
 from scorelab.guidance.base import Guided, Interval
 from scorelab.scores import Combined
@@ -36,7 +36,6 @@ class _Gradient(Combined):
         super().__init__(lambda x, sigma, gradient: gradient, (log_prob,), None, False)
 
     def outputs(self, x: Tensor, sigma: Tensor) -> tuple[Any, ...]:
-        check_batch(x)
         # who differentiates the whole has the graph of the gradient, too
         keep = torch.is_grad_enabled()
         with torch.enable_grad(), kernels(keep):

@@ -105,6 +105,21 @@ def test_moment_matching_is_its_formula_on_mixtures(sigma):
         torch.testing.assert_close(score, expected, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_posterior_scores_have_their_limit_at_no_noise(name):
+    """grad log p(x) + A'(y - A x)/noise_std^2, Bayes' rule at sigma = 0; none where y has no noise either."""
+    m = measured(FULL, OPERATORS[name], 0.2)
+    x = FULL.sample(3, generator(1))
+    expected = FULL.score(x, 0.0) + m.operator.adjoint(m.y - m.operator(x)) / 0.04
+    made = (moment_matching, lambda s, m: moment_matching(s, m, solver="gmres"), lambda s, m: pseudo_inverse(s, m, 0.7))
+    for method in made:
+        for sigma in (0.0, at(0.0), torch.zeros(3, dtype=F64), 1e-9):
+            torch.testing.assert_close(method(FULL.score, m)(x, sigma), expected, rtol=1e-6, atol=1e-6)
+        with pytest.raises(ValueError, match="sigma is 0, and so is noise_std, .* expected a positive noise level"):
+            method(FULL.score, Measurement(m.operator, m.y))(x, 0.0)
+    assert torch.equal(pseudo_inverse(FULL.score, m, 0.7, adaptive=True)(x, 0.0), FULL.score(x, 0.0))
+
+
 @pytest.mark.parametrize("noise_std", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_pseudo_inverse_guidance_is_exact_on_round_gaussians(name, noise_std):

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from scorelab.checks import broadcast
+from scorelab.checks import broadcast, level_of
 from scorelab.divergence import check_followed, kernels, leaf
 from scorelab.inverse.measurement import Measurement, linear, noisy
 from scorelab.inverse.solvers import conjugate_gradients, gmres
@@ -135,6 +135,18 @@ class _Measured(Posterior):
         super().__init__(score, scale)
         self.measurement = measurement
 
+    def scales(self, sigma: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma for each row, and the larger of it and noise_std, (B, 1): the likelihood is solved in units of that,
+        for squares may be beyond float32, and sigma may be 0 where there is noise. ValueError where both are."""
+        noise_std = self.measurement.noise_std
+        if noise_std == 0 and level_of(sigma) == 0:
+            raise ValueError(
+                "sigma is 0, and so is noise_std, where the posterior has no density and no score; expected a positive "
+                "noise level: samplers end at 0 without evaluating there"
+            )
+        sigma = sigma.to(residual).expand(len(residual)).unsqueeze(1)
+        return sigma, sigma.clamp_min(noise_std)
+
     def _rows(self, index: Tensor) -> Combined:
         made = super()._rows(index)
         assert isinstance(made, _Measured)
@@ -158,15 +170,14 @@ class _PseudoInverse(_Measured):
 
     def likelihood(self, at: Denoised) -> Tensor:
         residual = self.measurement.residual(at.value)
-        # in units of sigma^2, whose square may be beyond float32: ratio = r^2 / sigma^2
-        sigma = at.sigma.to(residual)
-        ratio = (self.data_std**2 / (self.data_std**2 + sigma**2)).expand(len(residual)).unsqueeze(1)
-        noise = (self.measurement.noise_std / sigma).reshape(-1, 1) ** 2
-        found = at.vjp(self._pulled(residual, ratio, noise))
-        return found * broadcast(ratio.squeeze(1), found) if self.adaptive else found / broadcast(sigma, found) ** 2
+        sigma, unit = self.scales(at.sigma, residual)
+        # ratio = r^2 / unit^2
+        ratio = (sigma / unit) ** 2 * self.data_std**2 / (self.data_std**2 + sigma**2)
+        found = at.vjp(self._pulled(residual, ratio, (self.measurement.noise_std / unit) ** 2))
+        return found * broadcast((ratio if self.adaptive else unit**-2).squeeze(1), found)
 
     def _pulled(self, residual: Tensor, ratio: Tensor, noise: Tensor) -> Tensor:
-        """A' (ratio A A' + noise I)^-1 residual; ratio and noise (1 or B, 1)."""
+        """A' (ratio A A' + noise I)^-1 residual; ratio and noise (B, 1)."""
         if (svd := self.operator.svd) is not None:
             c = svd.ut(residual)
             s = svd.s(c)
@@ -202,18 +213,19 @@ class _MomentMatching(_Measured):
 
     def likelihood(self, at: Denoised) -> Tensor:
         residual = self.measurement.residual(at.value)
-        sigma = at.sigma.to(residual)
-        noise = (self.measurement.noise_std / sigma).reshape(-1, 1) ** 2
+        sigma, unit = self.scales(at.sigma, residual)
+        share, noise = (sigma / unit) ** 2, (self.measurement.noise_std / unit) ** 2
 
         def covariance(v: Tensor) -> Tensor:
             return 0.5 * (at.vjp(v) + at.jvp(v)) if self.twice else at.vjp(v)
 
         def apply(z: Tensor) -> Tensor:
             image = self.operator(covariance(self.operator.adjoint(z.reshape_as(residual))))
-            return image.flatten(1) + noise * z
+            return share * image.flatten(1) + noise * z
 
         z = self.solve(apply, residual.flatten(1), self.tol, self.iterations).reshape_as(residual)
-        return at.vjp(self.operator.adjoint(z)) / broadcast(sigma, at.x) ** 2
+        found = at.vjp(self.operator.adjoint(z))
+        return found / broadcast(unit.squeeze(1), found) ** 2
 
 
 def plug_in(score: ScoreFn, log_likelihood: LogLikelihood, scale: float = 1.0) -> ScoreFn:

@@ -49,6 +49,25 @@ def test_a_learned_schedule_rises_between_its_ends_and_is_inverted(process):
         torch.testing.assert_close(process.diffusion(t) ** 2, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("slope", [-3.0, 1e2, 1e4, 1e5, 1e6, 1e8])
+def test_schedules_of_any_steepness_are_inverted_to_rounding(slope, dtype):
+    """That of t, as steep as r is there, and that of gamma."""
+    for hidden, weight in ((1, 0.0), (1, 20.0), (32, -4.0), (32, 20.0)):
+        process = Learned(-13.3, 5.0, hidden).to(dtype)
+        with torch.no_grad():
+            process.slopes.fill_(slope)
+            process.weights.fill_(weight)
+            process.centres.copy_(torch.rand(hidden, generator=generator()))
+            gamma = torch.linspace(-13.3, 5.0, 501, dtype=dtype)[1:-1]
+            gamma = torch.cat([gamma, process.gamma(torch.linspace(0, 1, 501, dtype=dtype))])
+            t = process.time(torch.exp(gamma / 2))
+            assert 0 <= float(t.min()) <= float(t.max()) <= 1
+            allowed = torch.finfo(dtype).eps * (20 * process.rise(t)[1] + 200)
+            assert bool(((process.gamma(t) - gamma).abs() <= allowed).all())
+            assert torch.equal(process.time(torch.exp(gamma[:1] / 2))[0], process.time(torch.exp(gamma[0] / 2)))
+
+
 def test_derivatives_of_the_inverse_are_those_of_the_inverse_function():
     """What is a function of sigma alone has no derivative in the schedule."""
     process, sigma = bent(), torch.tensor([0.05, 1.0, 9.0], dtype=F64, requires_grad=True)

@@ -19,7 +19,8 @@ from scorelab.typing import Tensor
 
 __all__ = ["Learned"]
 
-_PLACES = 2049
+_REACH, _PLACES = 36.0, 41
+"""How far a sigmoid is followed, beyond which it is constant in double precision, and at how many places."""
 
 
 class Learned(nn.Module, Process):
@@ -99,15 +100,24 @@ class Learned(nn.Module, Process):
         return t + ((wanted - low) / span - risen) / slope.detach()
 
     def _placed(self, share: Tensor) -> Tensor:
-        """Where r is ``share``: between places of a table, then by Newton's method."""
-        places = torch.linspace(0, 1, _PLACES, dtype=share.dtype, device=share.device)
+        """Where r is ``share``: between places of a table, by Newton's method.
+
+        The places are those of each sigmoid's bend, however steep it is, so that r is smooth between two of them.
+        """
+        assert self.centres is not None
+        assert self.slopes is not None
+        steps = torch.linspace(-_REACH, _REACH, _PLACES, dtype=share.dtype, device=share.device).unsqueeze(1)
+        bends = self.centres.to(share) + steps / functional.softplus(self.slopes.to(share))
+        places = torch.cat([steps.new_tensor([0.0, 1.0]), bends.flatten().clamp(0, 1)]).sort().values
         table = self.rise(places)[0]
-        left = (torch.searchsorted(table, share.contiguous(), right=True) - 1).clamp(0, _PLACES - 2)
-        t = places[left] + (share - table[left]) / (table[left + 1] - table[left]) / (_PLACES - 1)
-        for _ in range(3):
+        right = torch.searchsorted(table, share.contiguous(), right=True).clamp(1, len(places) - 1)
+        low, high, below = places[right - 1], places[right], table[right - 1]
+        t = low + (high - low) * (share - below) / (table[right] - below).clamp_min(torch.finfo(share.dtype).tiny)
+        for _ in range(5):
+            t = torch.minimum(torch.maximum(t, low), high)
             risen, slope = self.rise(t)
-            t = (t + (share - risen) / slope).clamp(0, 1)
-        return t
+            t = t + (share - risen) / slope
+        return torch.minimum(torch.maximum(t, low), high)
 
     def drift(self, t: Tensor) -> Tensor:
         return -0.5 * self._beta(t)

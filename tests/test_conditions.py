@@ -26,6 +26,7 @@ from scorelab.losses import Denoising, Implicit, Objective, Sliced
 from scorelab.losses.denoising import posterior_mean
 from scorelab.training import Trainer, build, build_sampling, own_score, train
 from scorelab.training.batches import Batches
+from scorelab.training.sampling import check_sampling
 from scorelab.typing import Batch
 
 
@@ -243,6 +244,22 @@ def test_conditional_settings_that_do_not_fit_are_refused(tmp_path):
     for interval in ((1.0,), (5.0, 0.2), (-1.0, 2.0)):
         with pytest.raises(ValueError, match="sampling.guidance_interval is .*; expected noise levels .low, high.,"):
             build(conditional(sampling__guidance_interval=interval))
+    nothing = {"sampling__guidance_interval": (0.2, 5.0)}, {"sampling__guidance_rescale": 0.5}
+    for settings, said in (
+        (nothing[0], r"sampling.guidance_interval has a scale of 1, which is none; expected sampling.guidance, such"),
+        (nothing[1], r"sampling.guidance_rescale has a scale of 1, which is none; expected sampling.guidance, such"),
+        ({"sampling__guidance_rescale": 2.0}, r"sampling.guidance_rescale is 2; expected a share from 0 \(none\) to 1"),
+        (
+            {"sampling__guidance": 2.0, "sampling__guidance_interval": (1e4, 1e5)},
+            r"guidance_interval is \(10000.0, 100000.0\), and the model.s .* levels go from .*; expected some of them",
+        ),
+    ):
+        config = conditional(**settings)
+        with pytest.raises(ValueError, match=said):
+            check_sampling(config, build(config).model)
+    for settings in nothing:
+        config = conditional(**settings, sampling__guidance=2.0)
+        check_sampling(config, build(config).model)
     for name, labels in (("gap", np.arange(20) % 3 + 1), ("far", 1000 * (np.arange(20) % 2))):
         np.savez(tmp_path / f"{name}.npz", x0=randn(20, 2).numpy(), labels=labels)
     with pytest.warns(RuntimeWarning, match=r"of 4 classes 1 have no sample \(0\), .* expected labels 0, 1, ..."):

@@ -147,7 +147,7 @@ def test_repaint_visits_the_published_levels(steps, jump, resample):
 
 @pytest.mark.parametrize("steps", [(0, 1), (3, 5), (6, 7)])
 def test_steps_keep_their_numbers_where_repaint_goes_back(steps):
-    """Guidance by step and churn, a share of all steps, inside of RePaint: what the published order says of 8 levels."""
+    """Guidance by step and churn, a share of all steps, in RePaint: what the published order says of 8 levels."""
     m = Measurement(Inpainting(torch.tensor([True, False])), torch.zeros(1, 1))
     levels = [2.0 ** (4 - k) for k in range(8)]
     order = published_schedule(8, 2, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import runpy
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,6 +188,14 @@ def test_other_classes_are_refused_and_other_levels_told(runs, tmp_path):
     with pytest.warns(RuntimeWarning, match="knows noise levels from 1 to 5 and guides at those only") as told:
         assert sample_run(runs / "free", n=2, steering=narrow).x.isfinite().all()
     assert sum("knows noise levels" in str(w.message) for w in told) == 1
+    # all that is asked for is known, or nothing
+    assert sample_run(runs / "free", n=2, steering=replace(narrow, guidance_interval="1.5,3")).x.isfinite().all()
+    with pytest.raises(ValueError, match="from 1 to 5, and is to guide from 6 to 9; expected some of its own among"):
+        sample_run(runs / "free", n=2, steering=replace(narrow, guidance_interval="6,9"))
+    with pytest.raises(
+        ValueError, match="guidance_interval has a scale of 0, which is none; expected --guidance, such"
+    ):
+        sample_run(runs / "free", n=2, steering=replace(narrow, guidance=0.0, guidance_interval="2,3"))
     six = type(other.net)((1, 8, 8), 6, width=8, multipliers=(1, 2), blocks=1, attention=(1,), head=8)
     ClassifierModel(six, other.process, data_shape=(1, 8, 8), data_range=other.data_range).save(tmp_path / "six")
     with pytest.raises(ValueError, match="tells 6 classes apart, and the model knows 10"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from scorelab.classifiers import ClassifierModel
 from scorelab.cli.runs import load_run
 from scorelab.models import ScoreModel
 from scorelab.training.run import recorded_data
+from scorelab.training.sampling import check_guidance
 from scorelab.typing import Tensor
 
 __all__ = ["Steering", "condition_of"]
@@ -43,11 +45,20 @@ class Steering:
         """The classes of n samples (n,), and what guides them beside the model, of step ``found``, where that is; the
         rest goes into the experiment's settings. Raises ValueError for what does not go together.
         """
-        _guide(config, model, self.guidance, self.guidance_interval, self.guidance_rescale)
+        _guide(config, self.guidance, self.guidance_interval, self.guidance_rescale)
+        labels, by = self._found(workdir, config, model, n, found, weights)
+        if self.guidance_interval is not None or self.guidance_rescale is not None:
+            check_guidance(config, model, "--", none=0.0 if self.classifier is not None else 1.0)
+        return labels, by
+
+    def _found(
+        self, workdir: Path, config: ConfigDict, model: ScoreModel, n: int, found: int, weights: str
+    ) -> tuple[Tensor | None, ScoreModel | ClassifierModel | None]:
+        """What ``applied`` returns."""
         if self.classifier is not None:
             if self.autoguidance is not None:
                 raise ValueError("got --classifier and --autoguidance; expected one of them")
-            by = self._classifier(model)
+            by = self._classifier(model, tuple(config.sampling.guidance_interval) or (0.0, math.inf))
             labels = condition_of(self.condition, by, Path(self.classifier).expanduser(), n)
             if labels is None:
                 raise ValueError(
@@ -58,14 +69,11 @@ class Steering:
         if self.autoguidance is not None:
             return labels, _earlier(workdir, config, model, self.autoguidance, found, weights)
         _check_guided(labels, self.guidance, self.guidance_interval, self.guidance_rescale)
-        if config.sampling.guidance == 1 and (self.guidance_interval is not None or self.guidance_rescale is not None):
-            option = "interval" if self.guidance_interval is not None else "rescale"
-            raise ValueError(f"--guidance_{option} has a scale of 1, which is none; expected --guidance, such as 2")
         return labels, None
 
-    def _classifier(self, model: ScoreModel) -> ClassifierModel:
-        """The classifier, where the model is; ValueError for one of other data or classes, RuntimeWarning for one that
-        does not know all of its noise levels."""
+    def _classifier(self, model: ScoreModel, interval: tuple[float, float]) -> ClassifierModel:
+        """The classifier, where the model is; ValueError for one of other data or classes, or that knows none of the
+        model's noise levels in the interval, RuntimeWarning for one that does not know all of them."""
         found = ClassifierModel.load(str(self.classifier))
         said = f"--classifier={self.classifier}"
         if found.data_shape != model.data_shape or found.data_range != model.data_range:
@@ -78,26 +86,25 @@ class Steering:
                 f"{said} tells {found.num_classes} classes apart, and the model knows {model.num_classes}; expected "
                 "the same"
             )
-        (low, high), (least, most) = found.sigma_range, model.sigma_range
+        low, high = found.sigma_range
+        least, most = max(model.sigma_range[0], interval[0]), min(model.sigma_range[1], interval[1])
+        knows, asked = f"{said} knows noise levels from {low:.4g} to {high:.4g}", f"from {least:.4g} to {most:.4g}"
+        if least < most and not max(low, least) < min(high, most):
+            raise ValueError(f"{knows}, and is to guide {asked}; expected some of its own among them")
         if low > least * (1 + 1e-6) or high < most * (1 - 1e-6):
             warnings.warn(
-                f"{said} knows noise levels from {low:.4g} to {high:.4g} and guides at those only: the model's go from "
-                f"{least:.4g} to {most:.4g}",
+                f"{knows} and guides at those only: those to guide at go {asked}",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return found.to(model.device)
 
 
-def _guide(
-    config: ConfigDict, model: ScoreModel, scale: float | None, interval: str | None, rescale: float | None = None
-) -> None:
-    """Put guidance that was asked for into the experiment's settings; ValueError for an interval or share of none."""
+def _guide(config: ConfigDict, scale: float | None, interval: str | None, rescale: float | None) -> None:
+    """Put guidance that was asked for into the experiment's settings; ValueError for an interval that is none."""
     if scale is not None:
         config.sampling.guidance = scale
     if rescale is not None:
-        if not 0 <= rescale <= 1:
-            raise ValueError(f"--guidance_rescale is {rescale:g}; expected a share from 0 (none) to 1, such as 0.7")
         config.sampling.guidance_rescale = rescale
     if interval is not None:
         try:
@@ -107,12 +114,6 @@ def _guide(
         if not 0 <= low < high:
             raise ValueError(
                 f"--guidance_interval is {interval!r}; expected the lower noise level first, such as 0.2,5"
-            )
-        least, most = model.sigma_range
-        if high < least or low >= most:
-            raise ValueError(
-                f"--guidance_interval is {interval!r}, and the model's noise levels go from {least:.4g} to {most:.4g}; "
-                "expected some of them inside"
             )
         config.sampling.guidance_interval = (low, high)
 

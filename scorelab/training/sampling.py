@@ -26,7 +26,16 @@ from scorelab.training.config import load_data
 from scorelab.training.settings import part, resolve
 from scorelab.typing import ScoreFn, Tensor
 
-__all__ = ["build_sampling", "check_sampling", "in_turn", "own_score", "sample_model", "with_nfe", "with_statistics"]
+__all__ = [
+    "build_sampling",
+    "check_guidance",
+    "check_sampling",
+    "in_turn",
+    "own_score",
+    "sample_model",
+    "with_nfe",
+    "with_statistics",
+]
 
 _STATISTICS = 512
 """Training samples that an analytic variance is estimated from."""
@@ -138,6 +147,25 @@ def _tried(score: ScoreFn, most: int) -> ScoreFn:
     return combined(formula, score, variance=True)
 
 
+def check_guidance(config: ConfigDict, model: ScoreModel, said: str = "sampling.", none: float = 1.0) -> None:
+    """Refuse (ValueError) a share that is none, an interval without any of the model's noise levels, and either beside
+    the scale that guides nowhere, ``none``. said: what the settings' names begin with."""
+    c, (least, most) = config.sampling, model.sigma_range
+    interval, rescale = tuple(c.guidance_interval), c.guidance_rescale
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"{said}guidance_rescale is {rescale:g}; expected a share from 0 (none) to 1, such as 0.7")
+    if interval and (interval[1] < least or interval[0] >= most):
+        raise ValueError(
+            f"{said}guidance_interval is {interval}, and the model's noise levels go from {least:.4g} to {most:.4g}; "
+            "expected some of them inside"
+        )
+    if c.guidance == none and (interval or rescale):
+        raise ValueError(
+            f"{said}guidance_{'interval' if interval else 'rescale'} has a scale of {none:g}, which is none; expected "
+            f"{said}guidance, such as 2"
+        )
+
+
 def check_sampling(config: ConfigDict, model: ScoreModel) -> None:
     """Refuse (ValueError) settings of ``config.sampling`` that can't be sampled with, before training needs them.
 
@@ -149,6 +177,7 @@ def check_sampling(config: ConfigDict, model: ScoreModel) -> None:
             raise ValueError(f"sampling.{key} is {c[key]}; expected at least 1")
     if c.clip and model.data_range is None:
         raise ValueError("sampling.clip is for data scaled to [-1, 1], images of bytes or digits; expected False")
+    check_guidance(config, model)
     noise_levels, sampler = _without_statistics(*build_sampling(config, model))
     low, high = model.sigma_range
     least, most = float(noise_levels[noise_levels > 0].min()), float(noise_levels[0])

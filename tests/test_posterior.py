@@ -374,6 +374,21 @@ def test_jacobians_that_are_not_symmetric():
         moment_matching(field, m, tol=1e-12)(x, at(sigma))
 
 
+@pytest.mark.parametrize("solver", ["cg", "gmres"])
+def test_negative_variances_are_told(solver):
+    """J = diag(1, -1), sigma = 1: of y = x0 + noise, variances 1 and -1 beside noise_std^2, which makes up for 4."""
+    j = torch.tensor([1.0, -1.0], dtype=F64)
+    m = Measurement(Inpainting(torch.tensor([True, True])), torch.tensor([[3.0, 2.0]], dtype=F64), 2.0)
+    x = randn(4, 2)
+    expected = (j - 1) * x + j * (m.y - j * x) / (j + 4)
+    found = moment_matching(lambda x, s: (j - 1) * x, m, solver=solver)(x, at(1.0))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    less = moment_matching(lambda x, s: (j - 1) * x, Measurement(m.operator, m.y, 0.1), solver=solver)
+    with pytest.warns(RuntimeWarning) as told:
+        less(x, at(1.0))
+    assert sum("gives y negative variances" in str(w.message) for w in told) == 1
+
+
 def test_single_precision_converges():
     """tol beyond float32's digits ends at its rounding, without a warning."""
     m = measured(FULL, OPERATORS["matrix"], 0.3)

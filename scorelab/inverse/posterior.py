@@ -18,6 +18,7 @@ arXiv:2405.13712, whose Jacobian products these are; Boys et al., 2023, arXiv:23
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -219,11 +220,26 @@ class _MomentMatching(_Measured):
         def covariance(v: Tensor) -> Tensor:
             return 0.5 * (at.vjp(v) + at.jvp(v)) if self.twice else at.vjp(v)
 
+        least = torch.zeros((), dtype=residual.dtype, device=residual.device)
+
         def apply(z: Tensor) -> Tensor:
-            image = self.operator(covariance(self.operator.adjoint(z.reshape_as(residual))))
-            return share * image.flatten(1) + noise * z
+            nonlocal least
+            image = self.operator(covariance(self.operator.adjoint(z.reshape_as(residual)))).flatten(1)
+            found = share * image + noise * z
+            size = (z.norm(dim=1) * found.norm(dim=1)).clamp_min(torch.finfo(z.dtype).tiny)
+            # of the solver's own directions, which costs no evaluation; as a cosine, so without units
+            least = torch.minimum(least, ((z * found).sum(1) / size).detach().amin())
+            return found
 
         z = self.solve(apply, residual.flatten(1), self.tol, self.iterations).reshape_as(residual)
+        # well beyond what rounding makes of 0
+        if float(least) < -1e-3:
+            warnings.warn(
+                "the score's Jacobian gives y negative variances, which no covariance does: moment_matching's samples "
+                "may be no posterior's; expected a score that is nearer to exact, or take pseudo_inverse, DDRM or DAPS",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         found = at.vjp(self.operator.adjoint(z))
         return found / broadcast(unit.squeeze(1), found) ** 2
 
@@ -276,8 +292,9 @@ def moment_matching(
 
     Its system, of y's size, is solved until the residual is ``tol`` of y - A x0_hat's, one product with J' and one
     backward pass an iteration; a RuntimeWarning says where ``iterations`` did not suffice. The true J is symmetric and
-    positive; a network's is neither. solver: "cg", conjugate gradients, or "gmres", which solves the system with the
-    network's J' as it is. symmetrise: (J + J')/2 instead, at three times the cost.
+    positive; a network's is neither, and a RuntimeWarning says where that leaves y with a negative variance. solver:
+    "cg", conjugate gradients, or "gmres", which solves the system with the network's J' as it is. symmetrise:
+    (J + J')/2 instead, at three times the cost.
 
     Raises TypeError for an operator that is not linear, ValueError for another solver, tol or iterations.
     """

@@ -251,7 +251,7 @@ def test_conditional_settings_that_do_not_fit_are_refused(tmp_path):
         ({"sampling__guidance_rescale": 2.0}, r"sampling.guidance_rescale is 2; expected a share from 0 \(none\) to 1"),
         (
             {"sampling__guidance": 2.0, "sampling__guidance_interval": (1e4, 1e5)},
-            r"guidance_interval is \(10000.0, 100000.0\), and the model.s .* levels go from .*; expected some of them",
+            r"guidance_interval is \(10000.0, 100000.0\), and the model's .* levels go from .*; expected some of them",
         ),
     ):
         config = conditional(**settings)

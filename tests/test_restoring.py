@@ -144,6 +144,44 @@ def test_colours_have_the_gray_image_as_their_mean(files, capsys):
     assert restored(*INPAINT, "--image=digit.png", "--nfe=4", model="model")[0, 0, 0].tolist() == [gray[0, 0]] * 3
 
 
+def test_colour_images_of_every_kind_come_back_where_they_are_known(files):
+    """Red, green and blue as they are; gray thrice; before white where transparent; turned as EXIF says."""
+    coloured((0.0, 255.0)).save("model")
+    colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    gray, clear = colours[..., 0], np.where(np.arange(8) % 2, 0, 255).astype(np.uint8)[:, None].repeat(8, 1)
+    turn = Image.Exif()
+    turn[0x112] = 6
+    images = {
+        "rgb": (Image.fromarray(colours), colours),
+        "palette": (Image.fromarray(gray).convert("P"), np.stack([gray] * 3, 2)),
+        "rgba": (Image.fromarray(np.dstack([colours, clear])), np.where(clear[..., None] == 0, 255, colours)),
+        "deep": (Image.fromarray(gray.astype(np.uint16) * 257), np.stack([gray] * 3, 2)),
+        # 6: a quarter turn to the right
+        "turned": (Image.fromarray(colours), np.rot90(colours, -1)),
+    }
+    for name, (image, expected) in images.items():
+        image.save(f"{name}.png", **({"exif": turn} if name == "turned" else {}))
+        x = restored(*INPAINT, f"--image={name}.png", "--nfe=2", n=1, model="model")
+        assert np.array_equal(x[0, :4], expected[:4]), name
+
+
+def test_masks_that_are_no_black_and_white_are_told(files):
+    """A photo; not the soft edge of JPEG, nor other modes of black and white."""
+    mask = np.asarray(Image.open("mask.png"))
+    Image.fromarray(mask).save("edge.jpg", quality=50)
+    Image.fromarray(mask > 0).save("bits.png")
+    Image.fromarray(np.dstack([mask] * 3 + [255 - 0 * mask])).save("rgba.png")
+    Image.fromarray(mask.astype(np.uint16) * 257).save("deep.png")
+    for name in ("mask.png", "edge.jpg", "bits.png", "rgba.png", "deep.png"):
+        operator = operator_of("inpaint", (1, 8, 8), mask=name)
+        assert torch.equal(operator(torch.arange(64.0).view(1, 1, 8, 8)), torch.arange(32.0)[None])
+    photo = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    Image.fromarray(photo).save("photo.png")
+    # of 0, 4, ..., 252 those from 32 to 220
+    with pytest.warns(RuntimeWarning, match="--mask=photo.png is gray in 75% of its pixels, taken for the nearer of"):
+        operator_of("inpaint", (1, 8, 8), mask="photo.png")
+
+
 def test_what_is_shown_of_a_measurement():
     x0 = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
     operator = operator_of("super_resolve", (1, 8, 8), factor=4)

@@ -13,6 +13,7 @@ Sample i of an image follows from (seed, i) and that image alone.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ def operator_of(
     """What is known of images (C, H, W) in a task; mask: a file, blur: a standard deviation in pixels.
 
     Raises ValueError for a mask of another size or of one colour, a factor that does not divide the size, a blur that
-    is not positive or too wide, and for colours of a gray model.
+    is not positive or too wide, and for colours of a gray model; RuntimeWarning for a mask with much gray, as photos.
     """
     if task == "inpaint":
         return Inpainting(_known(mask, shape), shape)
@@ -186,11 +187,19 @@ def _known(mask: str | None, shape: Shape) -> Tensor:
     meaning = "white where pixels are to be filled in, black where they are known"
     if not mask:
         raise ValueError(f"--mask is missing; expected an image of {_size(shape)} pixels, {meaning}")
-    known = torch.from_numpy(_decoded(Path(mask).expanduser(), Files(grayscale=True), "--mask")) < 128
+    pixels = torch.from_numpy(_decoded(Path(mask).expanduser(), Files(grayscale=True), "--mask"))
+    known = pixels < 128
     if known.shape[1:] != shape[1:]:
         raise ValueError(f"--mask={mask} is {_size(known.shape)}, the model's images {_size(shape)}; expected the same")
     if bool(known.all()) or not bool(known.any()):
         raise ValueError(f"--mask={mask} is {'black' if bool(known.all()) else 'white'} everywhere; expected {meaning}")
+    if (gray := float(((pixels >= 32) & (pixels < 224)).float().mean())) > 0.05:
+        warnings.warn(
+            f"--mask={mask} is gray in {gray:.0%} of its pixels, taken for the nearer of black and white; expected a "
+            f"mask, {meaning}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return known
 
 

@@ -260,6 +260,36 @@ def _evaluate(arguments: list[str]) -> None:
                 aside.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def _health(arguments: list[str]) -> None:
+    data, arguments = _other_data(arguments)
+    given = [a for a in arguments if a.startswith("--config.")]
+    numbers: dict[str, int | None] = {"n": 1000, "levels": 8, "points": 512, "nfe": None}
+    values = _run_flags(numbers, {"model": None, "out": None, "sampler": None, "weights": "ema", "device": ""})
+    parse([a for a in arguments if not a.startswith("--config.")], values)
+    from scorelab.cli.health import health_run, health_table
+    from scorelab.cli.runs import place_of
+    from scorelab.writing import check_writable, whole
+
+    workdir, _ = place_of(values["workdir"].value, values["model"].value)
+    n, count, points = (int(values[k].value or 0) for k in ("n", "levels", "points"))
+    if n < 0 or count < 2 or points < 8:
+        raise ValueError(f"--n is {n}, --levels {count}, --points {points}; expected 0 or more, 2 and 8 or more")
+    file, nfe = _asked_sampler(values, given)
+    if file is not None:
+        raise ValueError("--sampler is a file; expected the name of a sampler: a calibrated one is for few steps")
+    out = Path(values["out"].value).expanduser() if values["out"].value else None
+    if out is not None:
+        check_writable(out)
+    options: dict[str, Any] = {k: str(values[k].value or "") for k in ("weights", "device")}
+    options |= {k: int(values[k].value or 0) for k in ("seed", "step")}
+    options |= {"count": count, "points": points, "nfe": nfe, "data": data}
+    _, record = health_run(workdir, n=n, changes=lambda c: sampling_changed(c, given), **options)
+    print(health_table(record))
+    if out is not None:
+        with whole(out) as aside:
+            aside.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def _settings(arguments: list[str]) -> None:
     parse(arguments, flags.FlagValues())  # type: ignore[no-untyped-call]
     from scorelab.cli.reference import reference
@@ -349,6 +379,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "calibrate": _calibrate,
     "likelihood": _likelihood,
     "evaluate": _evaluate,
+    "health": _health,
     "report": _report,
     "density": _density,
     "new": _new,

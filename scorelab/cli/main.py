@@ -45,10 +45,13 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
            (--config configs/digits/edm.py: of that config's data, for a saved or converted model)
        scorelab evaluate --workdir runs/x [--n 10000] [--against train|held_out] [--features pixels|classifier:DIR|
                        inception:FILE|package.module:Class] [--few] [--out FILE.json] [--sampler ...] [--nfe 20]
-                       [--condition ...] [--guidance ...] [--config FILE.py] ..."""
+                       [--condition ...] [--guidance ...] [--config FILE.py] ...
+       scorelab health --workdir runs/x [--n 1000] [--levels 8] [--points 512] [--out FILE.json] [--nfe 20]
+                       [--step STEP] [--weights ema|model|...] [--config FILE.py] ..."""
 _PAGES = {
     **dict.fromkeys(["train", "report", "settings"], "training.md"),
     "evaluate": "evaluation.md",
+    "health": "health.md",
     **dict.fromkeys(["calibrate", "likelihood", "density"], "samplers.md"),
     "sample": "training.md, docs/samplers.md",
     "restore": "inverse.md",

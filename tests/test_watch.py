@@ -166,3 +166,28 @@ def test_report(tmp_path, capsys):
         report_run(tmp_path)
     assert main(["report", "--workdir", str(tmp_path / "none")]) == 2
     assert "holds no metrics.jsonl; expected the directory of a run" in capsys.readouterr().err
+
+
+class _Closed:
+    """A terminal that is closed once it has shown something."""
+
+    def __init__(self):
+        self.shown = self.refused = 0
+
+    def write(self, text):
+        self.shown += 1
+        if self.shown > 2:
+            self.refused += 1
+            raise BrokenPipeError(32, "Broken pipe")
+
+    def flush(self):
+        pass
+
+
+def test_a_run_outlives_the_terminal_that_shows_it(tmp_path, monkeypatch):
+    """A bar that can't be written any more is not worth a run: the last checkpoint is there."""
+    closed, bar = _Closed(), watch_module.tqdm
+    monkeypatch.setattr(watch_module, "tqdm", lambda **options: bar(file=closed, mininterval=0, **options))
+    train(small(training__steps=3, training__checkpoint_every=3, training__sample_every=0), tmp_path / "x")
+    assert closed.refused
+    assert (tmp_path / "x" / "checkpoints" / "step_00000003").is_dir()

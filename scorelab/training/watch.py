@@ -11,6 +11,7 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,24 @@ class Watch:
 
     def close(self) -> None:
         """Close the bar and the files."""
-        self._bar.close()
+        self._show_bar(self._bar.close)
         if self._first:
             self._metrics.close()
         if self._events is not None:
             self._events.close()
 
+    def _show_bar(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError:
+            # the pipe or terminal that it went to has gone, and the run has not
+            self._bar.disable = True
+
     def stepped(self, metrics: Metrics | None, seconds: float) -> None:
         """A step took ``seconds``; write what it measured."""
         self._spent += seconds
         self._steps += 1
-        self._bar.update()
+        self._show_bar(self._bar.update)
         if metrics is None:
             return
         size, waited = self.trainer.config.training.batch_size, self.trainer.batches.waited
@@ -101,7 +109,7 @@ class Watch:
         self._bar.set_postfix(shown | ({"data": f"{share:.0%}"} if share > 0.1 else {}), refresh=False)
         if share > 0.25 and not self._told and waited > _WORTH_TELLING:
             said = f"making batches takes {share:.0%} of the time: raise data.workers, or read from a faster disk"
-            self._bar.write(said, file=sys.stderr)
+            self._show_bar(lambda: self._bar.write(said, file=sys.stderr))
             self._told = True
         self._spent, self._steps, self.trainer.batches.waited = 0.0, 0, 0.0
 

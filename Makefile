@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench models lint clean
+.PHONY: demo test test-slow bench models docs lint clean
 .venv/.ready: setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "scorelab needs Python 3.11 or newer"'
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,13 @@ bench: .venv-bench/.ready
 models: .venv/.ready
 	$(BIN)/python -m benchmarks.pretrained
 
+.venv/.docs: .venv/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: .venv/.docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build
+
 lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +54,4 @@ lint: .venv/.ready
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv .venv-bench runs
+	rm -rf .venv .venv-bench runs docs/_build docs/api

@@ -79,10 +79,15 @@ class Prediction:
 
 
 X0 = Prediction(torch.zeros_like, torch.ones_like, "x0", torch.ones_like)
+"""The denoised sample."""
 EPS = Prediction(torch.ones_like, lambda s: -s, "eps", torch.zeros_like)
+"""The noise, (x - x0)/sigma."""
 SCORE = Prediction(torch.ones_like, lambda s: s**2, "score", torch.zeros_like)
+"""The score."""
 V = Prediction(lambda s: 1 / (1 + s**2), lambda s: -s * torch.rsqrt(1 + s**2), "v", lambda s: s**2 / (1 + s**2))
+"""v = alpha eps - std x0 with alpha^2 + std^2 = 1."""
 FLOW = Prediction(lambda s: 1 / (1 + s), lambda s: -s / (1 + s), "flow", lambda s: s / (1 + s))
+"""The velocity of rectified flow, eps - x0."""
 
 
 def edm(sigma_data: float = 0.5) -> Prediction:
@@ -104,6 +109,7 @@ def _named(name: str) -> Prediction:
 
 
 PREDICTIONS = {p.name: p for p in (X0, EPS, SCORE, V, FLOW)}
+"""By name; ``edm`` has a parameter."""
 
 
 def coefficients(sigma: Tensor, source: Prediction, target: Prediction) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ ScoreFn = Callable[[Tensor, Tensor], Tensor]
 """``score(x, sigma)``: x (B, *D), sigma () or (B,), both unscaled; returns grad_x log p(x; sigma), (B, *D)."""
 
 Shape = tuple[int, ...]
+"""(B, *D)."""
 
 
 class Batch(NamedTuple):

@@ -91,8 +91,8 @@ NOT_RUN = {
     "docs/networks.md 0": "needs a released checkpoint; files in its layout are loaded in test_loading.py",
 }
 
-SLOW = ("docs/export.md", "docs/variational.md")
-"""Pages of a quarter of a minute."""
+SLOW = ("docs/export.md", "docs/families/score_sde.md", "docs/variational.md")
+"""Pages that take 5 to 20 s."""
 
 SMALL = [
     "--config.training.steps=2",

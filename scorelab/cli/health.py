@@ -76,7 +76,9 @@ def health_run(
         labels = in_turn(model, n)
         x = sample_model(model, config, n, PerSampleNoise(seed), condition=labels)
         x = x if source.values is None else source.values.rounded(x)
-        samples = sample_health(x, train or fresh, held, asked=labels)
+        seen, unseen = (held, None) if train is None else (train, held)
+        assert seen is not None
+        samples = sample_health(x, seen, unseen, asked=labels)
     health = judged(levels, samples, lags)
     return health, {
         "of": f"{workdir}" + (f", step {found}" if found else ""),
@@ -140,8 +142,8 @@ def health_table(record: dict[str, Any]) -> str:
         lines.append(f"  {level['sigma']:<9.4g} " + "  ".join(cells))
     lines += [f"  {k}: normal is {NORMAL[k]}" for k in names]
     if record["told"] is not None:
-        unit = "levels" if any(isinstance(k, int) for k, _ in record["levels"][0]["profile"]) else "in log sigma"
-        lines.append(f"told: best {_cell(record['told'], True)} {unit} away from the level there is; normal is 0")
+        unit = "of its levels" if any(isinstance(k, int) for k, _ in record["levels"][0]["profile"]) else "in log sigma"
+        lines.append(f"told: best {_cell(record['told'], True)} {unit} from the noise that there is; normal is 0")
     for name, found in record["loss_beside"].items():
         lines.append(f"{name}: log loss lower by {_cell(found, True)}; normal is below 0, an average being better")
     return "\n".join(lines + _of_samples(record["samples"]))

@@ -53,12 +53,12 @@ class Copies(NamedTuple):
 
 
 def copies(x: Tensor, train: Tensor, held: Tensor) -> Copies:
-    """Of samples x (n, D), training data (N, D) and held-out data (M, D), as pixels or features.
+    """Of samples x (n, *D), training data (N, *D) and held-out data (M, *D), as pixels or features.
 
     Raises ValueError for sets that do not fit, or of fewer than 20 rows.
     """
-    x = as_features(x, "x")
     train, held = (as_features(z, name, x.shape[1:]) for z, name in ((train, "train"), (held, "held")))
+    x = as_features(x, "x")
     if min(len(x), len(train), len(held)) < 20:
         raise ValueError(f"there are {len(x)}, {len(train)} and {len(held)} rows; expected at least 20 of each")
     n, seen, unseen = len(x), len(train), len(held)

@@ -56,9 +56,10 @@ def derivatives(
 
     with torch.enable_grad(), kernels(twice=True):
         z = leaf(x)
-        out = z + sigma**2 * at(z, sigma)
-        if not out.requires_grad:
+        s = at(z, sigma)
+        if not s.requires_grad:
             return None
+        out = z + sigma**2 * s
         apart, size, trace = 0.0, 0.0, torch.zeros(len(x), device=x.device)
         weights = torch.zeros_like(out, requires_grad=True)
         (back,) = torch.autograd.grad(out, z, weights, create_graph=True)

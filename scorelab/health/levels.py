@@ -41,6 +41,9 @@ SHIFTS = (-0.7, -0.35, -0.17, -0.08, 0.0, 0.08, 0.17, 0.35, 0.7)
 """Logarithms of what a level is multiplied by before the score is told it."""
 STEPS = (-8, -4, -2, -1, 0, 1, 2, 4, 8)
 """The same of a score with levels of its own, in steps."""
+_PARTS = 4
+"""Of the samples of a level, that show how far the loss at another level follows from which samples they are."""
+Profile = tuple[tuple[float, tuple[float, ...]], ...]
 _REFERENCE = 60_000
 """Training data that the least possible losses are of, at most."""
 _LINEAR = 4096
@@ -56,7 +59,8 @@ class Level:
     ``linear``: of the best linear denoiser, on the held-out data. ``memorised``: how much of the way from the held-out
     loss to the least possible one the loss on training data has gone, 0 to 1; None where they can't be told apart.
     ``slope``: of eps over eps_hat. ``profile``: by how much sigma was multiplied (its logarithm, or steps of a score
-    with levels of its own) before the score was told it, and the loss left by the best multiple of its eps_hat.
+    with levels of its own) before the score was told it, and the loss left by the best multiple of its eps_hat, of each
+    of some parts of the samples.
     ``offset``: the share of the error of x0_hat that is the same for all data. ``fisher``: E|s - s_true|^2 sigma^2 / D.
     The rest is ``Derivatives``.
     """
@@ -65,7 +69,7 @@ class Level:
     loss: Estimate
     slope: Estimate
     offset: Estimate
-    profile: tuple[tuple[float, float], ...]
+    profile: Profile
     linear: float | None = None
     train_loss: Estimate | None = None
     best: Estimate | None = None
@@ -218,10 +222,12 @@ class _Noised:
     def losses(self, told: float) -> Tensor:
         return self.errors(self.eps_hat(told))
 
-    def shape(self, told: float) -> float:
-        """The loss that is left by the best multiple of eps_hat."""
-        a, b = self.eps.double(), self.eps_hat(told).double()
-        return float(a.square().mean() - (a * b).mean() ** 2 / b.square().mean().clamp_min(1e-300))
+    def shapes(self, told: float) -> tuple[float, ...]:
+        """The loss that is left by the best multiple of eps_hat, of each of some parts of the samples."""
+        found = []
+        for a, b in zip(*(torch.tensor_split(z.double(), _PARTS) for z in (self.eps, self.eps_hat(told))), strict=True):
+            found.append(float(a.square().mean() - (a * b).mean() ** 2 / b.square().mean().clamp_min(1e-300)))
+        return tuple(found)
 
     def consistent(self) -> tuple[Estimate, Estimate]:
         """Slope and offset."""
@@ -236,7 +242,7 @@ class _Noised:
         return _ratio(products, squares), offset
 
 
-def _profile(noised: _Noised, own: Tensor | None, known: tuple[float, float]) -> tuple[tuple[float, float], ...]:
+def _profile(noised: _Noised, own: Tensor | None, known: tuple[float, float]) -> Profile:
     """What is left of the loss, by the best multiple of eps_hat, where the score is told another level."""
     if own is None:
         told: list[tuple[float, float]] = [(shift, noised.sigma * math.exp(shift)) for shift in SHIFTS]
@@ -244,7 +250,7 @@ def _profile(noised: _Noised, own: Tensor | None, known: tuple[float, float]) ->
         place = int((own - noised.sigma).abs().argmin())
         told = [(k, float(own[place + k])) for k in STEPS if 0 <= place + k < len(own)]
     told = [(k, t) for k, t in told if known[0] * (1 - 1e-6) <= t <= known[1] * (1 + 1e-6)]
-    return tuple((k, noised.shape(t)) for k, t in told)
+    return tuple((k, noised.shapes(t)) for k, t in told)
 
 
 def _differentiated(noised: _Noised, sigma: float, between: bool, generator: torch.Generator) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
+import torch
+
 from scorelab.evaluation import Estimate
 from scorelab.health.levels import Level
 from scorelab.health.samples import SampleHealth
@@ -23,8 +25,6 @@ __all__ = ["NORMAL", "Finding", "Health", "judged", "level_told"]
 
 _SURE = 4.0
 """Standard errors."""
-_BY_LEVELS = 3.0
-"""Of an error that follows from how far a few levels are apart."""
 _AGREE = 0.75
 """The share of levels that say the same."""
 _NOTED = 0.05
@@ -136,22 +136,28 @@ def _of_range(samples: SampleHealth | None) -> Iterator[Finding]:
 
 def _of_score(levels: Sequence[Level]) -> Iterator[Finding]:
     """Wrong sign, scale or level."""
+    if not levels:
+        return
     slopes = [level.slope.value for level in levels]
     if median(slopes) < 0:
         yield Finding("sign", f"eps is {median(slopes):.3g} times what it predicts", "take -s")
         return
     told = level_told(levels)
     own = any(isinstance(k, int) for k, _ in levels[0].profile)
-    if told is not None and abs(told.value) > max(_BY_LEVELS * told.stderr, 0.5 if own else _NOTED):
+    if told is not None and abs(told.value) > max(_SURE * told.stderr, 0.5 if own else _NOTED):
         way = "more" if told.value > 0 else "less"
         if own and abs(told.value) < 4:
             yield Finding(
                 "time",
-                f"it is best when told {abs(told.value):.2g} ± {told.stderr:.1g} of its levels {way} than there is",
+                f"it is best when told {abs(told.value):.2g} of its levels {way} noise than there is",
                 "look for an index that begins at 1, or a level taken before or after its step",
             )
         else:
-            factor = f"{abs(told.value):.2g} of its levels {way}" if own else f"{math.exp(told.value):.3g} times what"
+            factor = (
+                f"{abs(told.value):.2g} of its levels {way} noise than"
+                if own
+                else f"{math.exp(told.value):.3g} times the noise"
+            )
             yield Finding(
                 "level",
                 f"it is best when told {factor} there is",
@@ -169,26 +175,36 @@ def _of_score(levels: Sequence[Level]) -> Iterator[Finding]:
 
 def level_told(levels: Sequence[Level]) -> Estimate | None:
     """By how much sigma would have to be multiplied before the score is told it (its logarithm, or steps of the score's
-    own levels), for the least loss by the best multiple of eps_hat: the sum of its logarithms over all levels where
-    that can be asked, with the error that leaving out each in turn shows. None of fewer than 3 levels."""
-    asked = [k for k, _ in max((v.profile for v in levels), key=len)]
-    logs = [[math.log(max(loss, 1e-12)) for _, loss in v.profile] for v in levels if len(v.profile) == len(asked)]
-    if len(logs) < 3 or len(asked) < 3:
+    own levels) for the least loss by the best multiple of eps_hat; None where that can be asked at fewer than 3 levels.
+
+    The logarithms of all levels' losses are summed, and the parabola through the least of the sums and its neighbours
+    has its vertex there. The error is what the slopes of the single levels' parabolas, which make up 0 there, tell of
+    how far apart levels, and samples of a level, are. At an end, beyond which nothing was asked, it is 0 where the gain
+    over sigma itself is four errors of the sampling, and infinite where not.
+    """
+    asked = [k for k, _ in max((v.profile for v in levels), key=len, default=())]
+    whole = [[losses for _, losses in v.profile] for v in levels if len(v.profile) == len(asked)]
+    if len(whole) < 3 or len(asked) < 3:
         return None
-    whole = _vertex(asked, [sum(at) for at in zip(*logs, strict=True)])
-    left = [_vertex(asked, [sum(at) for at in zip(*logs[:i], *logs[i + 1 :], strict=True)]) for i in range(len(logs))]
-    mean = sum(left) / len(left)
-    return Estimate(whole, math.sqrt((len(left) - 1) / len(left) * sum((v - mean) ** 2 for v in left)))
-
-
-def _vertex(at: Sequence[float], values: Sequence[float]) -> float:
-    """Of the parabola through the least of the values and its neighbours; an end where it is there."""
-    k = min(range(len(at)), key=lambda i: values[i])
-    if k in (0, len(at) - 1):
-        return at[k]
-    (a, b, c), (fa, fb, fc) = at[k - 1 : k + 2], values[k - 1 : k + 2]
-    bottom = (b - a) * (fb - fc) - (b - c) * (fb - fa)
-    return b - 0.5 * ((b - a) ** 2 * (fb - fc) - (b - c) ** 2 * (fb - fa)) / bottom if bottom else b
+    # of each level (L), part of its samples (P) and what the score was told (R)
+    logs = torch.tensor(whole, dtype=torch.float64).clamp_min(1e-12).log().movedim(2, 1)
+    k = int(logs.sum((0, 1)).argmin())
+    if k in (0, len(asked) - 1):
+        gains = logs[:, :, asked.index(0)] - logs[:, :, k]
+        sure = float(gains.mean()) > _SURE * float(gains.var(1).sum().sqrt()) / gains.numel() ** 0.5 / len(gains) ** 0.5
+        return Estimate(asked[k], 0.0 if sure else math.inf)
+    below, at, above = asked[k - 1 : k + 2]
+    left = (logs[:, :, k] - logs[:, :, k - 1]) / (at - below)
+    right = (logs[:, :, k + 1] - logs[:, :, k]) / (above - at)
+    # the derivative halfway to either neighbour, so linear in between
+    bends = (right - left) / ((above - below) / 2)
+    bend = float(bends.sum())
+    if bend <= 0:
+        return Estimate(at, math.inf)
+    value = (below + at) / 2 - float(left.sum()) / bend
+    slopes = left + bends * (value - (below + at) / 2)
+    between, within = float(slopes.sum(1).square().sum()), float(slopes.var(1).sum()) * slopes.shape[1]
+    return Estimate(value, math.sqrt(between + within) / bend)
 
 
 def _common(found: Sequence[tuple[float, float]]) -> float | None:

@@ -25,6 +25,8 @@ __all__ = ["NORMAL", "Finding", "Health", "judged", "level_told"]
 
 _SURE = 4.0
 """Standard errors."""
+_BY_LEVELS = 3.0
+"""Standard errors of what follows from some levels that are told apart."""
 _AGREE = 0.75
 """The share of levels that say the same."""
 _NOTED = 0.05
@@ -144,7 +146,7 @@ def _of_score(levels: Sequence[Level]) -> Iterator[Finding]:
         return
     told = level_told(levels)
     own = any(isinstance(k, int) for k, _ in levels[0].profile)
-    if told is not None and abs(told.value) > max(_SURE * told.stderr, 0.5 if own else _NOTED):
+    if told is not None and abs(told.value) > max(_BY_LEVELS * told.stderr, 0.5 if own else _NOTED):
         way = "more" if told.value > 0 else "less"
         if own and abs(told.value) < 4:
             yield Finding(

@@ -21,6 +21,7 @@ __all__ = [
     "check_range",
     "check_sigmas",
     "checked_device",
+    "doubled",
     "explained",
     "level",
     "level_of",
@@ -95,6 +96,11 @@ def level_of(sigma: Tensor) -> float | None:
 def widened(x: Tensor) -> Tensor:
     """x in float32 if it is in half precision."""
     return x.float() if x.dtype in _HALF else x
+
+
+def doubled(x: Tensor) -> Tensor:
+    """x in double precision, on the CPU where its device has none (Apple's GPUs)."""
+    return x.to("cpu" if x.device.type == "mps" else x.device).double()
 
 
 def check_batch(x: Tensor, what: str = "x", shape: Sequence[int] | None = None) -> None:

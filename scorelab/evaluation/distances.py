@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from scorelab.checks import check_batch
+from scorelab.checks import check_batch, doubled
 from scorelab.distributions import Distribution
 from scorelab.distributions.base import CHUNK
 from scorelab.likelihood import log_likelihood
@@ -38,8 +38,7 @@ def nearest_distances(x: Tensor, data: Tensor, *, same: bool = False) -> tuple[T
 
 def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both as (N, D) in float64 around the mean of y: distances by matrix products lose the digits of an offset."""
-    # Apple's GPUs have no float64
-    a, b = (z.flatten(1).to("cpu" if z.device.type == "mps" else z.device).double() for z in (x, y))
+    a, b = (doubled(z.flatten(1)) for z in (x, y))
     centre = b.mean(0)
     return a - centre, b - centre
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from scorelab.checks import check_batch, check_finite
+from scorelab.checks import check_batch, check_finite, doubled
 from scorelab.typing import Tensor
 
 __all__ = ["GROUPS", "Estimate", "as_features", "jackknifed", "parts", "rows"]
@@ -48,8 +48,7 @@ def as_features(x: Tensor, name: str, shape: Sequence[int] | None = None) -> Ten
 def rows(x: Tensor, size: int = _ROWS) -> Iterator[Tensor]:
     """The rows of features in order, some at a time, in float64: those of a memory-mapped file are read as needed."""
     for part in torch.split(x, size):
-        # Apple's GPUs have no float64
-        part = part.to("cpu" if part.device.type == "mps" else part.device).double()
+        part = doubled(part)
         check_finite(part, "features")
         yield part
 

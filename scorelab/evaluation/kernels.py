@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from scorelab.checks import doubled
 from scorelab.evaluation.estimates import Estimate, as_features, parts
 from scorelab.typing import Tensor
 
@@ -68,7 +69,7 @@ def kernel_distance(
     for k in range(number):
         # on one GPU without float64 that is done by the CPU
         a, b = (z if number == 1 else z[i == k] for z, i in ((x, of_x), (y, of_y)))
-        a, b = (z.to("cpu" if z.device.type == "mps" else z.device).double() for z in (a, b))
+        a, b = (doubled(z) for z in (a, b))
         if centre is not None:
             # distances by matrix products lose the digits of an offset
             a, b = a - centre.to(a), b - centre.to(b)

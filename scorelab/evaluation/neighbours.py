@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from scorelab.checks import doubled
 from scorelab.evaluation.estimates import Estimate, as_features
 from scorelab.typing import Tensor
 
@@ -42,8 +43,8 @@ def manifold(x: Tensor, data: Tensor, *, k_pr: int = 3, k_dc: int = 5) -> Manifo
         raise ValueError(
             f"k is {k_pr} and {k_dc}, of {len(x)} and {len(data)} rows; expected 1 or more, and fewer than rows"
         )
-    centre = data[:: max(1, len(data) // 10_000)].double().mean(0)
-    a, b = (z.to("cpu" if z.device.type == "mps" else z.device).double() - centre.to(z) for z in (x, data))
+    centre = doubled(data[:: max(1, len(data) // 10_000)]).mean(0)
+    a, b = (doubled(z) - centre for z in (x, data))
     own, theirs = _radii(a, k_pr)[:, -1], _radii(b, most)
     balls_pr, balls_dc = theirs[:, k_pr - 1], theirs[:, k_dc - 1]
     held, counts = torch.zeros(len(a), dtype=torch.bool, device=a.device), torch.zeros_like(own)

@@ -29,6 +29,7 @@ import torch
 from scipy.cluster.vq import kmeans2
 from scipy.stats import rankdata
 
+from scorelab.checks import doubled
 from scorelab.evaluation import Estimate, nearest_distances
 from scorelab.evaluation.estimates import as_features
 from scorelab.typing import Tensor
@@ -85,7 +86,7 @@ def copies(x: Tensor, train: Tensor, held: Tensor) -> Copies:
 
 
 def _share(true: Tensor) -> Estimate:
-    share = float(true.double().mean())
+    share = float(doubled(true).mean())
     return Estimate(share, math.sqrt(max(share * (1 - share), 1 / len(true)) / len(true)))
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from scorelab.checks import call, level
+from scorelab.checks import call, doubled, level
 from scorelab.divergence import kernels, leaf, rademacher
 from scorelab.evaluation import Estimate
 from scorelab.typing import ScoreFn, Tensor
@@ -70,8 +70,8 @@ def derivatives(
             forward = transposed
             if back.requires_grad:
                 (forward,) = torch.autograd.grad(back, weights, v, retain_graph=k < _PROBES - 1)
-            apart += float((forward - transposed).double().square().sum())
-            size += float(forward.double().square().sum() + transposed.double().square().sum())
+            apart += float(doubled(forward - transposed).square().sum())
+            size += float(doubled(forward).square().sum() + doubled(transposed).square().sum())
             trace += (v * transposed).flatten(1).sum(1) / _PROBES
         clean = leaf(x0)
         out = at(clean, sigma)
@@ -98,6 +98,6 @@ def _residual(at: Callable[[Tensor, float], Tensor], x: Tensor, sigma: float, ge
             s, v = at(z, sigma), rademacher(tuple(x.shape), x, generator)
             (turned,) = torch.autograd.grad(s, z, v, create_graph=True)
             (right,) = torch.autograd.grad((v * turned).sum() + s.square().sum(), z)
-            sides.append((left - sigma * right).double())
-    both, whole = float((sides[0] * sides[1]).sum()), float(left.double().square().sum())
+            sides.append(doubled(left - sigma * right))
+    both, whole = float((sides[0] * sides[1]).sum()), float(doubled(left).square().sum())
     return math.sqrt(max(0.0, both) / whole) if whole else 0.0

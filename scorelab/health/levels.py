@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from scorelab.checks import call, check_batch, check_finite, check_output, level
+from scorelab.checks import call, check_batch, check_finite, check_output, doubled, level
 from scorelab.distributions import Distribution, Empirical
 from scorelab.evaluation import Estimate
-from scorelab.health.derivatives import Derivatives, derivatives
+from scorelab.health.derivatives import derivatives
 from scorelab.models import ScoreModel
 from scorelab.processes import DiscreteVP
 from scorelab.scores import sigma_range
@@ -217,7 +217,7 @@ class _Noised:
 
     def errors(self, eps_hat: Tensor) -> Tensor:
         """(N,), per dimension."""
-        return (eps_hat - self.eps).flatten(1).double().square().mean(1)
+        return doubled(eps_hat - self.eps).flatten(1).square().mean(1)
 
     def losses(self, told: float) -> Tensor:
         return self.errors(self.eps_hat(told))
@@ -225,13 +225,13 @@ class _Noised:
     def shapes(self, told: float) -> tuple[float, ...]:
         """The loss that is left by the best multiple of eps_hat, of each of some parts of the samples."""
         found = []
-        for a, b in zip(*(torch.tensor_split(z.double(), _PARTS) for z in (self.eps, self.eps_hat(told))), strict=True):
+        for a, b in zip(*(torch.tensor_split(doubled(z), _PARTS) for z in (self.eps, self.eps_hat(told))), strict=True):
             found.append(float(a.square().mean() - (a * b).mean() ** 2 / b.square().mean().clamp_min(1e-300)))
         return tuple(found)
 
     def consistent(self) -> tuple[Estimate, Estimate]:
         """Slope and offset."""
-        eps, eps_hat = self.eps.flatten(1).double(), self.eps_hat(self.sigma).flatten(1).double()
+        eps, eps_hat = doubled(self.eps.flatten(1)), doubled(self.eps_hat(self.sigma).flatten(1))
         products, squares = (eps * eps_hat).mean(1), eps_hat.square().mean(1)
         e, n = self.sigma * (eps - eps_hat), len(eps)
         # of e's mean the squared length, without that of the samples' own noise
@@ -260,12 +260,8 @@ def _differentiated(noised: _Noised, sigma: float, between: bool, generator: tor
     if found is None:
         return {}
     errors = noised.losses(sigma) * noised.x[0].numel()
-    numbers = Derivatives._asdict(found)
-    return (
-        numbers | {"trace": _ratio(errors, found.trace.double())}
-        if float(found.trace.sum()) > 0
-        else numbers | {"trace": None}
-    )
+    known = float(found.trace.sum()) > 0
+    return found._asdict() | {"trace": _ratio(errors, doubled(found.trace)) if known else None}
 
 
 def _mean(x: Tensor) -> Estimate:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from scipy.special import chdtrc
 
+from scorelab.checks import doubled
 from scorelab.evaluation import Estimate, nearest_distances
 from scorelab.health.copies import Copies, copies
 from scorelab.health.levels import as_batch
@@ -76,7 +77,7 @@ def _channel(x: Tensor, data: Tensor) -> Channel:
     ratio = float(a.std()) / std
     squares = [(z - float(z.mean())).square().mean(1) for z in (a, b)]
     relative = math.hypot(*(float(s.std()) / math.sqrt(len(s)) / max(float(s.mean()), 1e-24) for s in squares)) / 2
-    below, above = float((b < a.min()).double().mean()), float((b > a.max()).double().mean())
+    below, above = float(doubled(b < a.min()).mean()), float(doubled(b > a.max()).mean())
     return Channel(Estimate(gap, error), Estimate(ratio, ratio * relative), below, above)
 
 
@@ -109,4 +110,4 @@ def _part(true: Tensor) -> Estimate:
     if not len(true):
         return Estimate(math.nan, math.inf)
     near = (float(true.sum()) + 2) / (len(true) + 4)
-    return Estimate(float(true.double().mean()), math.sqrt(near * (1 - near) / (len(true) + 4)))
+    return Estimate(float(doubled(true).mean()), math.sqrt(near * (1 - near) / (len(true) + 4)))

@@ -12,11 +12,13 @@ from scorelab.interop.reading import read_file
 from scorelab.interop.releases import READERS, RELEASES, resembled
 from scorelab.models import ScoreModel
 
-__all__ = ["PRETRAINED", "load", "pretrained"]
+__all__ = ["FEATURES", "PRETRAINED", "load", "pretrained"]
 
 _OWN = Path(__file__).parents[1] / "pretrained"
 PRETRAINED = ("digits", "fashion_mnist")
 """Models that come with the package, each with a card beside it."""
+FEATURES = tuple(f"{name}_features" for name in PRETRAINED)
+"""Classifiers that come with it, for distances of sets."""
 
 
 def load(path: str | Path, release: str = "", **options: Any) -> ScoreModel:
@@ -70,9 +72,9 @@ def load(path: str | Path, release: str = "", **options: Any) -> ScoreModel:
 
 
 def pretrained(name: str | Path) -> Path:
-    """The directory of a model that comes with the package; any other name is that of a directory itself."""
+    """The directory of a model or classifier that comes with the package; any other name is a directory's own."""
     found = Path(name).expanduser()
-    return _OWN / str(name) if str(name) in PRETRAINED and not found.exists() else found
+    return _OWN / str(name) if str(name) in PRETRAINED + FEATURES and not found.exists() else found
 
 
 def _names() -> str:

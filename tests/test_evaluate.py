@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from test_training import small
 
 from scorelab import parallel
 from scorelab.cli import evaluating
-from scorelab.cli.evaluating import evaluate_run
+from scorelab.cli.evaluating import evaluate_run, evaluate_samples
 from scorelab.cli.main import main
-from scorelab.cli.sampling import sample_run
-from scorelab.data import Values, digits
+from scorelab.cli.runs import run_config
+from scorelab.cli.sampling import sample_run, write_samples
+from scorelab.data import Values, digits, read_samples
 from scorelab.evaluation import compared, kernel_distance
+from scorelab.plotting.pictures import picture_bytes
 from scorelab.training import train
 
 
@@ -159,3 +164,83 @@ def test_data_that_is_drawn_afresh_has_no_features(tmp_path, capsys):
     )
     assert main(["evaluate", "--model=digits", f"--config={data}", "--n=9", "--few"]) == 2
     assert "expected the same: --config names a config with data of the model" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def written(runs, tmp_path_factory):
+    """60 samples of a run of digits, in the data's own values and as pictures."""
+    folder, run = tmp_path_factory.mktemp("written"), sample_run(runs / "all", n=60)
+    write_samples(run, folder / "x.npz")
+    # pictures round to 256 levels, so that what lies between the data's would be rounded twice
+    write_samples(replace(run, x=run.values.rounded(run.x)), folder / "x")
+    return folder
+
+
+def test_samples_in_files_are_judged_as_those_that_are_drawn(runs, written, tmp_path, capsys):
+    drawn = evaluate_run(runs / "all", n=60, few=True)
+    out = tmp_path / "r.json"
+    assert (
+        main(["evaluate", f"--samples={written / 'x.npz'}", f"--workdir={runs / 'all'}", "--few", f"--out={out}"]) == 0
+    )
+    record = json.loads(out.read_text())
+    assert numbers(record) == pytest.approx(numbers(drawn), rel=1e-6, abs=1e-9)
+    digest = hashlib.sha256((written / "x.npz").read_bytes()).hexdigest()
+    assert record["file"] == {"path": str(written / "x.npz"), "sha256": digest}
+    assert not {"seed", "sampler", "weights"} & set(record)
+    # pictures have 256 levels, from which the data's 17 are found again
+    pictures = evaluate_samples(written / "x", run_config(runs / "all"), few=True)
+    assert numbers(pictures) == pytest.approx(numbers(drawn), rel=1e-6, abs=1e-9)
+    with np.load(written / "x.npz") as archive:
+        x = archive["samples"].round()
+    # as the release of ADM writes them, channels last, and arrays without channels
+    for array in (x[:, 0, :, :, None].astype(np.uint8), x[:, 0]):
+        np.savez(tmp_path / "y.npz", arr_0=array)
+        other = evaluate_samples(tmp_path / "y.npz", run_config(runs / "all"), few=True)
+        assert numbers(other) == pytest.approx(numbers(drawn), rel=1e-6, abs=1e-9)
+
+
+def test_bytes_are_read_as_they_were_written(tmp_path):
+    """Colour images, channels last in the file; black and white at the ends of their range."""
+    pixels = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
+    for values in (Values(0, 255, 1, (0, 255)), Values(0, 255, 1, (-0.5, 255.5))):
+        x = values.inside(pixels.float())
+        np.savez(tmp_path / "x.npz", samples=picture_bytes(x, values))
+        found = read_samples(tmp_path / "x.npz", (3, 4, 4), values)
+        assert len(found) == 2
+        torch.testing.assert_close(found.take(range(1, 2)), x[1:])
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda x: {"samples": x[:, :, :4]}, "holds float32 (60, 1, 4, 8); expected numbers ('N', 1, 8, 8)"),
+        (lambda x: {"samples": x.repeat(3, 1)}, "holds float32 (60, 3, 8, 8); expected numbers ('N', 1, 8, 8)"),
+        (lambda x: {"samples": x * 16}, "of the data's [0, 16]; expected the data's own values"),
+        (lambda x: {"samples": x, "labels": np.arange(59)}, "60 samples and labels (59,); expected one label each"),
+        (lambda x: {"samples": np.where(x == x.max(), np.nan, x)}, "is not finite at sample"),
+        (lambda x: {"pictures": x}, "it holds pictures; expected the data under images, samples"),
+        (lambda x: {"samples": x[:0]}, "holds float32 (0, 1, 8, 8); expected numbers"),
+    ],
+)
+def test_files_of_other_samples_are_refused(written, runs, tmp_path, made, said, capsys):
+    with np.load(written / "x.npz") as archive:
+        np.savez(tmp_path / "y.npz", **made(archive["samples"]))
+    assert main(["evaluate", f"--samples={tmp_path / 'y.npz'}", f"--workdir={runs / 'all'}", "--few"]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert said in told
+
+
+def test_samples_that_are_there_are_not_drawn(written, runs, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for options, said in [
+        ([f"--samples={tmp_path / 'empty'}"], "empty holds no images; expected files such as .png or .jpg"),
+        ([f"--samples={tmp_path / 'none'}"], "none; expected samples: a .npz, a .npy or a folder of images"),
+        ([f"--samples={written / 'x.npz'}", "--nfe=5"], "expected no --nfe, which draws some"),
+        ([f"--samples={written / 'x.npz'}"], "there are 60 samples and 1,797 data; expected at least 2,048"),
+    ]:
+        assert main(["evaluate", f"--workdir={runs / 'all'}", *options]) == 2
+        assert said in capsys.readouterr().err
+    with np.load(written / "x.npz") as archive:
+        np.savez(tmp_path / "y.npz", samples=archive["samples"] / 16)
+    with pytest.warns(RuntimeWarning, match=r"of the data's \[0, 16\]: are they scaled otherwise"):
+        read_samples(tmp_path / "y.npz", (1, 8, 8), Values(0, 16, 1, (0, 16)))

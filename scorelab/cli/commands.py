@@ -230,29 +230,43 @@ def _evaluate(arguments: list[str]) -> None:
     data, arguments = _other_data(arguments)
     given = [a for a in arguments if a.startswith("--config.")]
     texts = {"model": None, "out": None, "features": "pixels", "against": "", "sampler": None, "weights": "ema"}
-    values = _run_flags({"n": 10_000, "nfe": None}, {**texts, "device": "", **GUIDED})
+    values = _run_flags({"n": 10_000, "nfe": None}, {**texts, "samples": None, "device": "", **GUIDED})
     define_guidance(values)
     flags.DEFINE_bool("few", False, "fewer than 2,048 samples or data", flag_values=values)
-    flags.DEFINE_alias("samples", "n", flag_values=values)
     parse([a for a in arguments if not a.startswith("--config.")], values)
+    samples = str(values["samples"].value or "")
+    if samples.isdecimal():
+        # torchrun takes --n for one of its own options
+        values["n"].value, samples = int(samples), ""
     from scorelab import parallel
-    from scorelab.cli.evaluating import evaluate_run, table
-    from scorelab.cli.runs import place_of
+    from scorelab.cli.evaluating import evaluate_run, evaluate_samples, table
+    from scorelab.cli.runs import place_of, run_config
     from scorelab.cli.steering import Steering
     from scorelab.writing import check_writable, whole
 
-    workdir, _ = place_of(values["workdir"].value, values["model"].value)
-    n, (file, nfe) = int(values["n"].value or 0), _asked_sampler(values, given)
-    if n < 1:
-        raise ValueError(f"--n is {n}; expected 1 or more")
     out = Path(values["out"].value).expanduser() if values["out"].value else None
     if out is not None:
         check_writable(out)
-    options: dict[str, Any] = {k: str(values[k].value or "") for k in ("features", "against", "weights", "device")}
-    options |= {k: int(values[k].value or 0) for k in ("seed", "step")}
-    options |= {"few": bool(values["few"].value), "sampler": file, "nfe": nfe, "data": data}
-    options |= {"steering": Steering(**guidance_of(values)), "changes": lambda c: sampling_changed(c, given)}
-    record = evaluate_run(workdir, n=n, **options)
+    options: dict[str, Any] = {k: str(values[k].value or "") for k in ("features", "against", "device")}
+    options |= {"few": bool(values["few"].value)}
+    if samples:
+        drawing = ("model", "n", "nfe", "seed", "step", "sampler", "weights", *guidance_of(values))
+        asked = [f"--{k}" for k in drawing if values[k].present] + given
+        if asked:
+            raise ValueError(
+                f"--samples is {samples}, samples that are there; expected no {asked[0]}, which draws some"
+            )
+        config = run_config(_workdir(values)) if data is None else data
+        record = evaluate_samples(Path(samples).expanduser(), config, **options)
+    else:
+        workdir, _ = place_of(values["workdir"].value, values["model"].value)
+        n, (file, nfe) = int(values["n"].value or 0), _asked_sampler(values, given)
+        if n < 1:
+            raise ValueError(f"--n is {n}; expected 1 or more")
+        options |= {k: int(values[k].value or 0) for k in ("seed", "step")}
+        options |= {"weights": str(values["weights"].value), "sampler": file, "nfe": nfe, "data": data}
+        options |= {"steering": Steering(**guidance_of(values)), "changes": lambda c: sampling_changed(c, given)}
+        record = evaluate_run(workdir, n=n, **options)
     if parallel.world()[0] == 0:
         print(table(record))
         if out is not None:

@@ -13,50 +13,77 @@ from typing import Any
 
 import torch
 from ml_collections import ConfigDict
-from torch import nn
 from tqdm.auto import tqdm
 
 import scorelab
 from scorelab import parallel
 from scorelab.checks import checked_device, nearest_name
-from scorelab.classifiers import ClassifierModel
 from scorelab.cli.analysis import data_for, with_data
 from scorelab.cli.runs import load_run
 from scorelab.cli.steering import Steering
+from scorelab.data import Source, read_samples
 from scorelab.data.sources import Stored
-from scorelab.evaluation import Features, FromClassifier, FromModule, Inception, Pixels, collected, compared
+from scorelab.evaluation import collected, compared, features_of
 from scorelab.evaluation.comparison import check_counts
 from scorelab.noise import PerSampleNoise
-from scorelab.parts import Kind
 from scorelab.precision import prepare
-from scorelab.training import sample_model, with_nfe
+from scorelab.training import load_data, sample_model, with_nfe
 from scorelab.typing import Tensor
 
-__all__ = ["evaluate_run", "features_of"]
+__all__ = ["evaluate_run", "evaluate_samples", "table"]
 
 _AT_ONCE = 1000
 _AGAINST = ("train", "held_out")
 
 
-def features_of(text: str) -> Features:
-    """pixels; classifier:DIR, of a run or a saved one; inception:FILE; or package.module:Class, a module of one's own
-    made without arguments. Raises ValueError for others."""
-    kind, _, rest = text.partition(":")
-    if text == "pixels":
-        return Pixels()
-    if kind == "inception":
-        return Inception(rest)
-    if kind == "classifier":
-        return FromClassifier(ClassifierModel.load(rest), Path(rest).name)
-    if not rest:
-        raise ValueError(
-            f"--features is {text!r}; {nearest_name(text, ('pixels', 'classifier', 'inception'))} (pixels, "
-            "classifier:DIR, inception:FILE or package.module:Class)"
-        )
-    made = Kind("features", {}).maker(text, "--features")()
-    if not isinstance(made, (Features, nn.Module)):
-        raise ValueError(f"--features={text} makes a {type(made).__name__}; expected a torch.nn.Module or Features")
-    return made if isinstance(made, Features) else FromModule(made, text)
+class _Beside:
+    """Data that samples are judged beside, and their features."""
+
+    def __init__(self, source: Source, config: ConfigDict, *, against: str, features: str, few: bool) -> None:
+        if not isinstance(source, Stored):
+            raise ValueError(
+                f"data.source={config.data.source!r} has fresh samples at every step; expected stored data"
+            )
+        self.source, self.held, self.few = source, config.data.validation, few
+        self.against = against or ("held_out" if self.held else "train")
+        count = _images(source, self.held, self.against)[1]
+        self.seen = features_of(features)
+        self.about = {"source": config.data.source, "against": self.against, "count": count}
+        self._known = {"data": source.fingerprint(), "held_out": self.held}
+
+    def features(self, against: str, device: torch.device) -> Tensor:
+        """Of the data, (count, D), computed once and kept for all runs."""
+        images, count = _images(self.source, self.held, against)
+        known = {**self._known, "against": against}
+        return collected(self.seen, lambda rows: images(rows).to(device), count, place=_cache(), known=known)
+
+    def record(self, images: Callable[[range], Tensor], n: int, device: torch.device, of: str) -> dict[str, Any]:
+        """What n samples are of, ``images(rows)`` inside, and their distances, once rounded to the data's values."""
+        check_counts(n, self.about["count"], self.few)
+        begun, values = time.perf_counter(), self.source.values
+
+        def rounded(rows: range) -> Tensor:
+            return values.rounded(images(rows)).to(device)
+
+        real = self.features(self.against, device)
+        # one for all processes of torchrun
+        aside = _cache() / f".{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
+        try:
+            x = collected(self.seen, rounded, n, place=aside, size=_AT_ONCE)
+            distances = compared(x, real, few=self.few)
+            parallel.wait()
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return {
+            "of": f"{n:,} samples of {of}",
+            "data": self.about,
+            **self.seen.about(),
+            "rounding": "to the data's values" if values.step else "none",
+            "samples": n,
+            "distances": distances,
+            "software": f"scorelab {scorelab.__version__}, torch {torch.__version__}",
+            "seconds": round(time.perf_counter() - begun, 1),
+        }
 
 
 def evaluate_run(
@@ -84,22 +111,13 @@ def evaluate_run(
     or under XDG_CACHE_HOME. Raises ValueError for data that is drawn afresh, and for fewer than 2,048 samples or data
     unless ``few``.
     """
-    begun = time.perf_counter()
     config, model, found = load_run(workdir, step=step, weights=weights)
     config = changes(with_data(config, data))
     config = with_nfe(config, model, nfe) if nfe else config
-    source = data_for(model, config)
-    if not isinstance(source, Stored):
-        raise ValueError(f"data.source={config.data.source!r} has fresh samples at every step; expected stored data")
-    held = config.data.validation
-    against = against or ("held_out" if held else "train")
-    images, count = _images(source, held, against)
-    check_counts(n, count, few)
+    beside = _Beside(data_for(model, config), config, against=against, features=features, few=few)
     place = parallel.join()
     prepare(model.to(checked_device(device) if device else place), "fp32", compile=False)
     labels, by = steering.applied(workdir, config, model, n, found=found, weights=weights)
-    seen = features_of(features)
-    known = {"data": source.fingerprint(), "held_out": held, "against": against}
     bar = tqdm(total=len(parallel.shard(n)), desc=f"samples of {workdir.name}", unit="sample")
 
     def drawn(rows: range) -> Tensor:
@@ -107,32 +125,36 @@ def evaluate_run(
         options: dict[str, Any] = {"condition": some, "by": by, "sampler": sampler, "progress": False, "sharded": False}
         x = sample_model(model, config, len(rows), PerSampleNoise(seed, rows.start), **options)
         bar.update(len(rows))
-        return x if source.values is None else source.values.rounded(x)
+        return x
 
-    # one for all processes of torchrun
-    aside = _cache() / f".{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
-    try:
-        real = collected(seen, lambda rows: images(rows).to(model.device), count, place=_cache(), known=known)
-        with bar:
-            x = collected(seen, drawn, n, place=aside, size=_AT_ONCE)
-        distances = compared(x, real, few=few)
-        parallel.wait()
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with bar:
+        record = beside.record(drawn, n, model.device, f"{workdir}{f', step {found}' if found else ''}")
     return {
-        "of": f"{n:,} samples of {workdir}" + (f", step {found}" if found else ""),
+        **record,
         "weights": weights,
         "seed": seed,
         "sampler": str(sampler) if sampler else json.loads(config.sampling.to_json_best_effort()),
         "steering": {k: v for k, v in asdict(steering).items() if v},
-        "data": {"source": config.data.source, "against": against, "count": count},
-        **seen.about(),
-        "rounding": "to the data's values" if source.values is not None and source.values.step else "none",
-        "samples": n,
-        "distances": distances,
-        "software": f"scorelab {scorelab.__version__}, torch {torch.__version__}",
-        "seconds": round(time.perf_counter() - begun, 1),
     }
+
+
+def evaluate_samples(
+    place: Path,
+    config: ConfigDict,
+    *,
+    features: str = "pixels",
+    against: str = "",
+    few: bool = False,
+    device: str = "",
+) -> dict[str, Any]:
+    """The record of samples in a file or folder (see ``read_samples``) beside ``config.data``, as ``evaluate_run``'s:
+    equal to it for samples that ``scorelab sample`` wrote to a ``.npz``."""
+    beside = _Beside(load_data(config), config, against=against, features=features, few=few)
+    samples = read_samples(place, beside.source.data_shape, beside.source.values)
+    joined = parallel.join()
+    on = checked_device(device) if device else joined
+    record = beside.record(samples.take, len(samples), on, str(place))
+    return {**record, "file": {"path": str(place), "sha256": samples.checksum}}
 
 
 def _images(source: Stored, held: int, against: str) -> tuple[Callable[[range], Tensor], int]:

@@ -46,6 +46,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab evaluate --workdir runs/x [--n 10000] [--against train|held_out] [--features pixels|classifier:DIR|
                        inception:FILE|package.module:Class] [--few] [--out FILE.json] [--sampler ...] [--nfe 20]
                        [--condition ...] [--guidance ...] [--config FILE.py] ...
+       scorelab evaluate --samples FILE.npz|DIRECTORY --workdir runs/x ...  (or --config FILE.py: for the data)
        scorelab health --workdir runs/x [--n 1000] [--levels 8] [--points 512] [--out FILE.json] [--nfe 20]
                        [--step STEP] [--weights ema|model|...] [--config FILE.py] ..."""
 _PAGES = {

@@ -15,7 +15,7 @@ from scorelab.models import ScoreModel
 from scorelab.training import Snapshot, checkpoint, default_config, reconstruct
 from scorelab.training.run import recorded_config
 
-__all__ = ["load_run", "place_of"]
+__all__ = ["load_run", "place_of", "run_config"]
 
 
 def place_of(workdir: str | None, model: str | None) -> tuple[Path, Path]:
@@ -43,9 +43,7 @@ def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[Con
     """
     if (workdir / "model.json").is_file():
         return _saved(workdir, step, weights)
-    folder, recorded = workdir / "checkpoints", recorded_config(workdir) if workdir.is_dir() else None
-    if recorded is None:
-        raise ValueError(f"{workdir} holds no config.json; expected the directory of a run: scorelab train makes one")
+    folder, config = workdir / "checkpoints", run_config(workdir)
     place = folder / f"step_{step:08d}" if step else checkpoint.latest(folder)
     if place is None or not place.is_dir():
         there = ", ".join(str(int(p.name[5:])) for p in sorted(folder.glob("step_*"))) or "none"
@@ -54,10 +52,7 @@ def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[Con
         found = checkpoint.verify(place)
     except ValueError as damage:
         raise ValueError(f"{damage}: take another by --step, or train on, which sets it aside") from damage
-    config, width = default_config().unlock(), weights.removeprefix("ema_power_")
-    # settings that came after the run have their defaults
-    with config.ignore_type():
-        config.update(recorded)
+    width = weights.removeprefix("ema_power_")
     first = next(iter(torch.load(place / "training.pt", weights_only=True)["averages"]))
     weights = "ema" if weights == first else weights
     stored = sorted(p.stem for p in place.glob("*.safetensors"))
@@ -78,6 +73,17 @@ def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[Con
         )
     model.load_weights(averages)
     return config, model, found
+
+
+def run_config(workdir: Path) -> ConfigDict:
+    """The config of a run; settings that came after it have their defaults. ValueError where there is none."""
+    recorded = recorded_config(workdir) if workdir.is_dir() else None
+    if recorded is None:
+        raise ValueError(f"{workdir} holds no config.json; expected the directory of a run: scorelab train makes one")
+    config = default_config().unlock()
+    with config.ignore_type():
+        config.update(recorded)
+    return config
 
 
 def _saved(folder: Path, step: int, weights: str) -> tuple[ConfigDict, ScoreModel, int]:

@@ -31,7 +31,7 @@ from scorelab.data.sources import Arrays, Drawn, Images, Source, digits
 from scorelab.distributions import LABELLED, TARGETS, target
 from scorelab.writing import whole
 
-__all__ = ["FORMATS", "Files", "load", "read_idx"]
+__all__ = ["FORMATS", "Files", "load", "read_arrays", "read_idx"]
 
 _IDX_TYPES = {k: np.dtype(v) for k, v in {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}.items()}
 _FASHION = "/usr/share/datasets/fashion-mnist"
@@ -145,22 +145,27 @@ def _cifar10(files: Files) -> Source:
 
 
 def _numpy(files: Files) -> Source:
-    """``.npy``, or ``.npz`` with the data under images, samples, x0, data or arr_0 and labels under labels.
+    """``.npy`` and ``.npz``; see ``read_arrays``."""
+    if files.place.is_dir():
+        raise ValueError(
+            f"data.path is {files.place}, a folder; expected a .npy or .npz file: data.source='folder' reads images"
+        )
+    return _arrays(*read_arrays(files), files, str(files.place))
+
+
+def read_arrays(files: Files) -> tuple[np.ndarray, np.ndarray | None]:
+    """A ``.npy``, or a ``.npz`` with the data under images, samples, x0, data or arr_0, and its labels if it has them.
 
     ``.npy`` is memory-mapped. What is in an ``.npz`` is read whole, or, with data.cache, unpacked there and mapped.
     """
     place = files.place
-    if place.is_dir():
-        raise ValueError(
-            f"data.path is {place}, a folder; expected a .npy or .npz file: data.source='folder' reads images"
-        )
     try:
         with place.open("rb") as file:
             begins = file.read(6)
         if begins != b"\x93NUMPY" and begins[:2] != b"PK":
             raise ValueError(f"it begins with {begins.hex()}, as neither does")
         opened = np.load(place, mmap_mode="r", allow_pickle=False)
-        x, labels = (opened, None) if isinstance(opened, np.ndarray) else _archived(opened, files)
+        return (opened, None) if isinstance(opened, np.ndarray) else _archived(opened, files)
     except MemoryError as error:
         raise ValueError(
             f"{place} does not fit in memory ({error}); set data.cache to a folder for a memory-mapped copy, or save "
@@ -168,7 +173,6 @@ def _numpy(files: Files) -> Source:
         ) from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{place} can't be read as .npy or .npz ({error}); write it again with numpy.save") from error
-    return _arrays(x, labels, files, str(place))
 
 
 def _archived(archive: np.lib.npyio.NpzFile, files: Files) -> tuple[np.ndarray, np.ndarray | None]:

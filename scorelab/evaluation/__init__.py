@@ -4,7 +4,7 @@ from scorelab.evaluation.calibration import calibration_ranks, uniformity
 from scorelab.evaluation.comparison import compared
 from scorelab.evaluation.distances import KL, kl_to_model, nearest_distances
 from scorelab.evaluation.estimates import Estimate
-from scorelab.evaluation.features import Features, FromClassifier, FromModule, Inception, Pixels, collected
+from scorelab.evaluation.features import Features, FromClassifier, FromModule, Inception, Pixels, collected, features_of
 from scorelab.evaluation.frechet import Frechet, Moments, frechet_distance
 from scorelab.evaluation.kernels import energy_distance, kernel_distance
 from scorelab.evaluation.neighbours import Manifold, manifold
@@ -29,6 +29,7 @@ __all__ = [
     "collected",
     "compared",
     "energy_distance",
+    "features_of",
     "frechet_distance",
     "inception_score",
     "kernel_distance",

@@ -22,12 +22,13 @@ import torch
 from torch import nn
 
 from scorelab import parallel
-from scorelab.checks import check_batch
+from scorelab.checks import check_batch, nearest_name
 from scorelab.classifiers import ClassifierModel
+from scorelab.parts import Kind
 from scorelab.typing import Tensor
 from scorelab.writing import whole
 
-__all__ = ["Features", "FromClassifier", "FromModule", "Inception", "Pixels", "collected"]
+__all__ = ["Features", "FromClassifier", "FromModule", "Inception", "Pixels", "collected", "features_of"]
 
 _INCEPTION = "6726825d"
 """The first digits of the file's SHA-256, as its two names say."""
@@ -185,6 +186,27 @@ def _checksum(module: nn.Module) -> str:
         content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()
+
+
+def features_of(text: str, where: str = "--features") -> Features:
+    """pixels; classifier:DIR, of a run or a saved one; inception:FILE; or package.module:Class, a module of one's own
+    made without arguments. Raises ValueError for others, naming ``where`` it was asked for."""
+    kind, _, rest = text.partition(":")
+    if text == "pixels":
+        return Pixels()
+    if kind == "inception":
+        return Inception(rest)
+    if kind == "classifier":
+        return FromClassifier(ClassifierModel.load(rest), Path(rest).name)
+    if not rest:
+        raise ValueError(
+            f"{where} is {text!r}; {nearest_name(text, ('pixels', 'classifier', 'inception'))} (pixels, "
+            "classifier:DIR, inception:FILE or package.module:Class)"
+        )
+    made = Kind("features", {}).maker(text, where)()
+    if not isinstance(made, (Features, nn.Module)):
+        raise ValueError(f"{where}={text} makes a {type(made).__name__}; expected a torch.nn.Module or Features")
+    return made if isinstance(made, Features) else FromModule(made, text)
 
 
 def collected(

@@ -14,7 +14,7 @@ from test_training import small
 
 from scorelab import parallel
 from scorelab.cli import evaluating
-from scorelab.cli.evaluating import evaluate_run, evaluate_samples
+from scorelab.cli.evaluating import JudgedRun, evaluate_samples
 from scorelab.cli.main import main
 from scorelab.cli.runs import run_config
 from scorelab.cli.sampling import sample_run, write_samples
@@ -57,7 +57,8 @@ def test_a_record_is_of_the_samples_that_are_drawn_and_of_the_data(runs, cache, 
     found = record["distances"]["kernel_cubic"]
     assert (found["value"], found["stderr"]) == pytest.approx(right, rel=1e-4)
     assert f"kernel_cubic         {found['value']:.4g} ± {found['stderr']:.2g}" in told
-    assert record["data"] == {"source": "digits", "against": "held_out", "count": 300}
+    content = data.fingerprint()["content"]
+    assert record["data"] == {"source": "digits", "against": "held_out", "count": 300, "content": content}
     assert (record["features"], record["rounding"], record["seed"]) == ("pixels", "to the data's values", 0)
     assert record["sampler"]["grid"]["n"] == 3
     (kept,) = cache.iterdir()
@@ -69,10 +70,10 @@ def test_a_record_is_of_the_samples_that_are_drawn_and_of_the_data(runs, cache, 
 
 def test_batches_and_processes_change_nothing(runs, monkeypatch):
     options = {"n": 50, "few": True, "against": "train"}
-    whole = evaluate_run(runs / "held", **options)
+    whole = JudgedRun(runs / "held", **options).record()
     assert whole["data"]["count"] == 1797 - 300
     monkeypatch.setattr(evaluating, "_AT_ONCE", 7)
-    assert numbers(evaluate_run(runs / "held", **options)) == pytest.approx(numbers(whole), rel=1e-6, abs=1e-9)
+    assert numbers(JudgedRun(runs / "held", **options).record()) == pytest.approx(numbers(whole), rel=1e-6, abs=1e-9)
     place, together, found = threading.local(), threading.Barrier(2), {}
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     monkeypatch.setattr(parallel, "world", lambda: (place.rank, 2))
@@ -80,7 +81,7 @@ def test_batches_and_processes_change_nothing(runs, monkeypatch):
 
     def run(rank):
         place.rank = rank
-        found[rank] = evaluate_run(runs / "held", **options, seed=0)
+        found[rank] = JudgedRun(runs / "held", **options, seed=0).record()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -96,7 +97,7 @@ def test_classes_and_features_of_ones_own_are_told(runs, tmp_path, monkeypatch):
         "import torch\nclass Half(torch.nn.Module):\n    def forward(self, x):\n        return x[:, :, ::2, ::2]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    record = evaluate_run(runs / "all", n=48, few=True, features="own_features:Half")
+    record = JudgedRun(runs / "all", n=48, few=True, features="own_features:Half").record()
     assert record["features"] == "own_features:Half"
     assert record["data"]["against"] == "train"
     assert len(record["checksum"]) == 64
@@ -142,7 +143,7 @@ def test_rounding_leaves_data_as_it_is(values):
         (["--few", "--n=9", "--features=inception:none.pth"], "there is no none.pth; expected Inception's weights"),
         (["--few", "--n=9", "--features=classifier:none"], "none"),
         (["--few", "--n=1"], "x has 1 row; expected at least 2"),
-        (["--few", "--n=9", "--nfe=0"], "--nfe is 0"),
+        (["--few", "--n=9", "--nfe=0"], "--nfe is '0'"),
         (["--few", "--n=9", "--nfe=5", "--sampler=s.json"], "expected nfe > 0, and no other settings beside a file's"),
         (["--few", "--n=9", "--guidance=2"], "--guidance needs a class"),
         (["--few", "--n=9", "--out=/proc/x.json"], "can't be written"),
@@ -177,7 +178,7 @@ def written(runs, tmp_path_factory):
 
 
 def test_samples_in_files_are_judged_as_those_that_are_drawn(runs, written, tmp_path, capsys):
-    drawn = evaluate_run(runs / "all", n=60, few=True)
+    drawn = JudgedRun(runs / "all", n=60, few=True).record()
     out = tmp_path / "r.json"
     assert (
         main(["evaluate", f"--samples={written / 'x.npz'}", f"--workdir={runs / 'all'}", "--few", f"--out={out}"]) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -28,7 +27,7 @@ from scorelab.training import load_data, own_score, resolve
 from scorelab.typing import Batch, ScoreFn, Tensor
 from scorelab.writing import check_writable
 
-__all__ = ["calibrate_run", "held_data", "likelihood_run", "spacing_of"]
+__all__ = ["calibrate_run", "calibrated_file", "held_data", "likelihood_run", "spacing_of"]
 
 
 def spacing_of(values: Values | None, levels: int) -> float:
@@ -52,6 +51,11 @@ def _seconds(score: ScoreFn, x: Tensor, sigma: float) -> float:
             # to look at it is to wait for it
             float(score(x, torch.tensor(sigma)).sum())
     return time.perf_counter() - began
+
+
+def calibrated_file(workdir: Path, nfe: int, names: list[str]) -> Path:
+    """Where a run's calibrated sampler of ``nfe`` evaluations is; names: of what it was guided by."""
+    return workdir / f"{'_'.join(filter(None, [f'sampler_{nfe}', *names]))}.json"
 
 
 def calibrate_run(
@@ -84,12 +88,10 @@ def calibrate_run(
     out.parent.mkdir(parents=True, exist_ok=True)
     sampler.save(out)
     r = sampler.report
-    asked = {key: value for key, value in asdict(steering).items() if value not in (None, "")}
-    same = "".join(f" --{key}={quote(str(value))}" for key, value in asked.items())
     return (
         f"{out}: {nfe} evaluations on step {found}, held-out error {r['held_out_error']:.3g} against "
         f"{r['uncalibrated_held_out_error']:.3g} of Adams-Bashforth, fitted in {r['seconds']:.0f} s; "
-        f"use it with: scorelab sample --workdir {quote(str(workdir))} --sampler {quote(str(out))}{same}"
+        f"use it with: scorelab sample --workdir {quote(str(workdir))} --sampler {quote(str(out))}{steering.options()}"
     )
 
 

@@ -172,12 +172,11 @@ def _calibrate(arguments: list[str]) -> None:
     define_guidance(values)
     parse(arguments, values)
     workdir = _workdir(values)
-    from scorelab.cli.analysis import calibrate_run
+    from scorelab.cli.analysis import calibrate_run, calibrated_file
     from scorelab.cli.steering import Steering
 
     nfe, starts, seed, step = (int(values[name].value or 0) for name in ("nfe", "starts", "seed", "step"))
-    parts = [f"sampler_{nfe}", *guided_names(values)]
-    out = Path(values["out"].value or workdir / f"{'_'.join(filter(None, parts))}.json").expanduser()
+    out = Path(values["out"].value or calibrated_file(workdir, nfe, guided_names(values))).expanduser()
     options: dict[str, Any] = {
         "nfe": nfe,
         "starts": starts,
@@ -230,7 +229,8 @@ def _evaluate(arguments: list[str]) -> None:
     data, arguments = _other_data(arguments)
     given = [a for a in arguments if a.startswith("--config.")]
     texts = {"model": None, "out": None, "features": "pixels", "against": "", "sampler": None, "weights": "ema"}
-    values = _run_flags({"n": 10_000, "nfe": None}, {**texts, "samples": None, "device": "", **GUIDED})
+    texts |= {"samples": None, "samplers": None, "nfe": None}
+    values = _run_flags({"n": 10_000}, {**texts, "device": "", **GUIDED})
     define_guidance(values)
     flags.DEFINE_bool("few", False, "fewer than 2,048 samples or data", flag_values=values)
     parse([a for a in arguments if not a.startswith("--config.")], values)
@@ -239,7 +239,8 @@ def _evaluate(arguments: list[str]) -> None:
         # torchrun takes --n for one of its own options
         values["n"].value, samples = int(samples), ""
     from scorelab import parallel
-    from scorelab.cli.evaluating import evaluate_run, evaluate_samples, table
+    from scorelab.cli.cost import cost_of, cost_table, points
+    from scorelab.cli.evaluating import JudgedRun, evaluate_samples, table
     from scorelab.cli.runs import place_of, run_config
     from scorelab.cli.steering import Steering
     from scorelab.writing import check_writable, whole
@@ -250,7 +251,7 @@ def _evaluate(arguments: list[str]) -> None:
     options: dict[str, Any] = {k: str(values[k].value or "") for k in ("features", "against", "device")}
     options |= {"few": bool(values["few"].value)}
     if samples:
-        drawing = ("model", "n", "nfe", "seed", "step", "sampler", "weights", *guidance_of(values))
+        drawing = ("model", "n", "nfe", "seed", "step", "sampler", "samplers", "weights", *guidance_of(values))
         asked = [f"--{k}" for k in drawing if values[k].present] + given
         if asked:
             raise ValueError(
@@ -259,19 +260,43 @@ def _evaluate(arguments: list[str]) -> None:
         config = run_config(_workdir(values)) if data is None else data
         record = evaluate_samples(Path(samples).expanduser(), config, **options)
     else:
-        workdir, _ = place_of(values["workdir"].value, values["model"].value)
-        n, (file, nfe) = int(values["n"].value or 0), _asked_sampler(values, given)
+        workdir, place = place_of(values["workdir"].value, values["model"].value)
+        n, several = int(values["n"].value or 0), str(values["samplers"].value or "")
         if n < 1:
             raise ValueError(f"--n is {n}; expected 1 or more")
+        counts = _counts(values, several)
+        file, nfe = (None, 0) if several else _asked_sampler(values, given)
         options |= {k: int(values[k].value or 0) for k in ("seed", "step")}
-        options |= {"weights": str(values["weights"].value), "sampler": file, "nfe": nfe, "data": data}
+        options |= {"weights": str(values["weights"].value), "nfe": nfe, "data": data}
         options |= {"steering": Steering(**guidance_of(values)), "changes": lambda c: sampling_changed(c, given)}
-        record = evaluate_run(workdir, n=n, **options)
+        run = JudgedRun(workdir, n=n, **options)
+        if several:
+            out = out or (workdir if values["workdir"].value else place) / "cost.json"
+            check_writable(out)
+            named = list(dict.fromkeys(several.split(",")))
+            found = cost_of(run, points(run, named, counts, guided_names(values)), out)
+            if parallel.world()[0] == 0:
+                print(f"{cost_table(found)}\n{out}, {out.with_suffix('.png')}")
+            return
+        record = run.record(file)
     if parallel.world()[0] == 0:
         print(table(record))
         if out is not None:
             with whole(out) as aside:
                 aside.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _counts(values: flags.FlagValues, several: str) -> list[int]:
+    """The numbers of evaluations that --nfe asks for: at most one, but for --samplers at least one."""
+    text = str(values["nfe"].value or "")
+    counts = [int(t) for t in text.split(",") if t.isdecimal()]
+    if len(counts) != len(text.split(",")) * bool(text) or min(counts, default=1) < 1:
+        raise ValueError(f"--nfe is {text!r}; expected a whole number, in digits, or with --samplers some: 5,10,20")
+    if several and (not counts or values["sampler"].value):
+        raise ValueError("--samplers asks for several samplers; expected no --sampler, and --nfe, such as 5,10,20")
+    if not several and len(counts) > 1:
+        raise ValueError(f"--nfe is {text!r}; expected one number, or --samplers, such as heun,dpm2m")
+    return sorted(set(counts))
 
 
 def _health(arguments: list[str]) -> None:

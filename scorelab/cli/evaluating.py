@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,12 +26,14 @@ from scorelab.data import Source, read_samples
 from scorelab.data.sources import Stored
 from scorelab.evaluation import collected, compared, features_of
 from scorelab.evaluation.comparison import check_counts
+from scorelab.evaluation.estimates import parts
+from scorelab.evaluation.features import module_checksum
 from scorelab.noise import PerSampleNoise
 from scorelab.precision import prepare
 from scorelab.training import load_data, sample_model, with_nfe
 from scorelab.typing import Tensor
 
-__all__ = ["evaluate_run", "evaluate_samples", "table"]
+__all__ = ["JudgedRun", "evaluate_samples", "sampler_of", "table"]
 
 _AT_ONCE = 1000
 _AGAINST = ("train", "held_out")
@@ -48,8 +51,10 @@ class _Beside:
         self.against = against or ("held_out" if self.held else "train")
         count = _images(source, self.held, self.against)[1]
         self.seen = features_of(features)
+        fingerprint = source.fingerprint()
         self.about = {"source": config.data.source, "against": self.against, "count": count}
-        self._known = {"data": source.fingerprint(), "held_out": self.held}
+        self.about |= {"content": fingerprint["content"]}
+        self._known = {"data": fingerprint, "held_out": self.held}
 
     def features(self, against: str, device: torch.device) -> Tensor:
         """Of the data, (count, D), computed once and kept for all runs."""
@@ -57,9 +62,13 @@ class _Beside:
         known = {**self._known, "against": against}
         return collected(self.seen, lambda rows: images(rows).to(device), count, place=_cache(), known=known)
 
-    def record(self, images: Callable[[range], Tensor], n: int, device: torch.device, of: str) -> dict[str, Any]:
-        """What n samples are of, ``images(rows)`` inside, and their distances, once rounded to the data's values."""
-        check_counts(n, self.about["count"], self.few)
+    def about_samples(self, n: int) -> dict[str, Any]:
+        """What records of n samples beside it say alike."""
+        rounding = "to the data's values" if self.source.values.step else "none"
+        return {"data": self.about, **self.seen.about(), "rounding": rounding, "samples": n}
+
+    def compared(self, images: Callable[[range], Tensor], n: int, device: torch.device) -> dict[str, Any]:
+        """Distances of n samples, ``images(rows)`` inside, once rounded to the data's values."""
         begun, values = time.perf_counter(), self.source.values
 
         def rounded(rows: range) -> Tensor:
@@ -74,36 +83,24 @@ class _Beside:
             parallel.wait()
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        return {
-            "of": f"{n:,} samples of {of}",
-            "data": self.about,
-            **self.seen.about(),
-            "rounding": "to the data's values" if values.step else "none",
-            "samples": n,
-            "distances": distances,
-            "software": f"scorelab {scorelab.__version__}, torch {torch.__version__}",
-            "seconds": round(time.perf_counter() - begun, 1),
-        }
+        software = f"scorelab {scorelab.__version__}, torch {torch.__version__}"
+        return {"distances": distances, "software": software, "seconds": round(time.perf_counter() - begun, 1)}
+
+    def floor(self, device: torch.device) -> dict[str, Any]:
+        """Distances of the data from itself, which no sampler is expected to go below: of the part that samples are not
+        judged beside, or where none was held out of two halves."""
+        real = self.features(self.against, device)
+        if self.held:
+            other = next(name for name in _AGAINST if name != self.against)
+            of, x = f"{other} beside {self.against}", self.features(other, device)
+        else:
+            half = parts(len(real), 2)
+            of, x, real = f"two halves of {self.against}", real[half == 0], real[half == 1]
+        return {"of": of, "distances": compared(x, real, few=True)}
 
 
-def evaluate_run(
-    workdir: Path,
-    *,
-    n: int,
-    features: str = "pixels",
-    against: str = "",
-    few: bool = False,
-    seed: int = 0,
-    step: int = 0,
-    weights: str = "ema",
-    sampler: Path | None = None,
-    steering: Steering = Steering(),  # noqa: B008
-    nfe: int = 0,
-    device: str = "",
-    data: ConfigDict | None = None,
-    changes: Callable[[ConfigDict], ConfigDict] = lambda config: config,
-) -> dict[str, Any]:
-    """The record of n samples beside data; under torchrun every process draws its share.
+class JudgedRun:
+    """n samples of a run, or of a saved model, beside data; under torchrun every process draws its share.
 
     against: "train", the data that the run learnt from, or "held_out", what it held out (by default, if there is any).
     features: see ``features_of``. Samples are rounded to the values that the data takes, as images in files are. The
@@ -111,31 +108,72 @@ def evaluate_run(
     or under XDG_CACHE_HOME. Raises ValueError for data that is drawn afresh, and for fewer than 2,048 samples or data
     unless ``few``.
     """
-    config, model, found = load_run(workdir, step=step, weights=weights)
-    config = changes(with_data(config, data))
-    config = with_nfe(config, model, nfe) if nfe else config
-    beside = _Beside(data_for(model, config), config, against=against, features=features, few=few)
-    place = parallel.join()
-    prepare(model.to(checked_device(device) if device else place), "fp32", compile=False)
-    labels, by = steering.applied(workdir, config, model, n, found=found, weights=weights)
-    bar = tqdm(total=len(parallel.shard(n)), desc=f"samples of {workdir.name}", unit="sample")
 
-    def drawn(rows: range) -> Tensor:
-        some = labels if labels is None or len(labels) == 1 else labels[rows.start : rows.stop]
-        options: dict[str, Any] = {"condition": some, "by": by, "sampler": sampler, "progress": False, "sharded": False}
-        x = sample_model(model, config, len(rows), PerSampleNoise(seed, rows.start), **options)
-        bar.update(len(rows))
-        return x
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        n: int,
+        features: str = "pixels",
+        against: str = "",
+        few: bool = False,
+        seed: int = 0,
+        step: int = 0,
+        weights: str = "ema",
+        steering: Steering = Steering(),  # noqa: B008
+        nfe: int = 0,
+        device: str = "",
+        data: ConfigDict | None = None,
+        changes: Callable[[ConfigDict], ConfigDict] = lambda config: config,
+    ) -> None:
+        config, self.model, found = load_run(workdir, step=step, weights=weights)
+        self.config = config = changes(with_data(config, data))
+        self.beside = _Beside(data_for(self.model, config), config, against=against, features=features, few=few)
+        check_counts(n, self.beside.about["count"], few)
+        place = parallel.join()
+        prepare(self.model.to(checked_device(device) if device else place), "fp32", compile=False)
+        self._labels, self._by = steering.applied(workdir, config, self.model, n, found=found, weights=weights)
+        if nfe:
+            self.config = with_nfe(config, self.model, nfe)
+        self.workdir, self.steering = workdir, steering
+        self._n, self._seed = n, seed
+        self.about = {
+            "of": f"{n:,} samples of {workdir}" + (f", step {found}" if found else ""),
+            "weights": weights,
+            "model": module_checksum(self.model),
+            "seed": seed,
+            "steering": {k: v for k, v in asdict(steering).items() if v},
+            **self.beside.about_samples(n),
+        }
+        """What all records of the run say alike."""
 
-    with bar:
-        record = beside.record(drawn, n, model.device, f"{workdir}{f', step {found}' if found else ''}")
-    return {
-        **record,
-        "weights": weights,
-        "seed": seed,
-        "sampler": str(sampler) if sampler else json.loads(config.sampling.to_json_best_effort()),
-        "steering": {k: v for k, v in asdict(steering).items() if v},
-    }
+    def record(self, sampler: Path | None = None, config: ConfigDict | None = None) -> dict[str, Any]:
+        """Draw them, by the file of a calibrated sampler or the sampler of a config (None: the run's), and compare."""
+        config, seconds = self.config if config is None else config, 0.0
+        bar = tqdm(total=len(parallel.shard(self._n)), desc=f"samples of {self.workdir.name}", unit="sample")
+
+        def drawn(rows: range) -> Tensor:
+            nonlocal seconds
+            begun, labels = time.perf_counter(), self._labels
+            labels = labels if labels is None or len(labels) == 1 else labels[rows.start : rows.stop]
+            generator = PerSampleNoise(self._seed, rows.start)
+            options: dict[str, Any] = {"by": self._by, "sampler": sampler, "progress": False, "sharded": False}
+            x = sample_model(self.model, config, len(rows), generator, condition=labels, **options)
+            seconds += time.perf_counter() - begun
+            bar.update(len(rows))
+            return x
+
+        with bar:
+            found = self.beside.compared(drawn, self._n, self.model.device)
+        return {**self.about, "sampler": sampler_of(config, sampler), **found, "seconds_drawing": round(seconds, 1)}
+
+
+def sampler_of(config: ConfigDict, file: Path | None = None) -> dict[str, Any]:
+    """What records say of a config's sampler, or of a calibrated one's file."""
+    if file is not None:
+        return {"path": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    found: dict[str, Any] = json.loads(config.sampling.to_json_best_effort())
+    return found
 
 
 def evaluate_samples(
@@ -147,14 +185,15 @@ def evaluate_samples(
     few: bool = False,
     device: str = "",
 ) -> dict[str, Any]:
-    """The record of samples in a file or folder (see ``read_samples``) beside ``config.data``, as ``evaluate_run``'s:
+    """The record of samples in a file or folder (see ``read_samples``) beside ``config.data``, as ``JudgedRun``'s:
     equal to it for samples that ``scorelab sample`` wrote to a ``.npz``."""
     beside = _Beside(load_data(config), config, against=against, features=features, few=few)
     samples = read_samples(place, beside.source.data_shape, beside.source.values)
-    joined = parallel.join()
-    on = checked_device(device) if device else joined
-    record = beside.record(samples.take, len(samples), on, str(place))
-    return {**record, "file": {"path": str(place), "sha256": samples.checksum}}
+    n, joined = len(samples), parallel.join()
+    check_counts(n, beside.about["count"], few)
+    found = beside.compared(samples.take, n, checked_device(device) if device else joined)
+    file = {"path": str(place), "sha256": samples.checksum}
+    return {"of": f"{n:,} samples of {place}", "file": file, **beside.about_samples(n), **found}
 
 
 def _images(source: Stored, held: int, against: str) -> tuple[Callable[[range], Tensor], int]:

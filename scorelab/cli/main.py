@@ -47,6 +47,8 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
                        inception:FILE|package.module:Class] [--few] [--out FILE.json] [--sampler ...] [--nfe 20]
                        [--condition ...] [--guidance ...] [--config FILE.py] ...
        scorelab evaluate --samples FILE.npz|DIRECTORY --workdir runs/x ...  (or --config FILE.py: for the data)
+       scorelab evaluate --workdir runs/x --samplers heun,dpm2m,calibrated --nfe 5,10,20 [--out FILE.json] ...
+           (quality against cost: a JSON of records and a plot)
        scorelab health --workdir runs/x [--n 1000] [--levels 8] [--points 512] [--out FILE.json] [--nfe 20]
                        [--step STEP] [--weights ema|model|...] [--config FILE.py] ..."""
 _PAGES = {

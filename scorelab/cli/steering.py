@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 
 import torch
 from ml_collections import ConfigDict
@@ -34,6 +35,11 @@ class Steering:
     guidance_rescale: float | None = None
     autoguidance: int | None = None
     classifier: str | None = None
+
+    def options(self) -> str:
+        """What was asked for, as it is written on a command line, each with a space before it."""
+        asked = {key: value for key, value in asdict(self).items() if value not in (None, "")}
+        return "".join(f" --{key}={quote(str(value))}" for key, value in asked.items())
 
     def classes(self, model: ScoreModel) -> int | None:
         """How many classes can be asked for."""

@@ -28,7 +28,16 @@ from scorelab.parts import Kind
 from scorelab.typing import Tensor
 from scorelab.writing import whole
 
-__all__ = ["Features", "FromClassifier", "FromModule", "Inception", "Pixels", "collected", "features_of"]
+__all__ = [
+    "Features",
+    "FromClassifier",
+    "FromModule",
+    "Inception",
+    "Pixels",
+    "collected",
+    "features_of",
+    "module_checksum",
+]
 
 _INCEPTION = "6726825d"
 """The first digits of the file's SHA-256, as its two names say."""
@@ -81,7 +90,7 @@ class FromModule(Features):
         return found.flatten(2).mean(2).float() if found.ndim > 2 else found.float()
 
     def about(self) -> dict[str, str]:
-        return {"features": self.name, "checksum": _checksum(self.module), "images": "from -1 to 1"}
+        return {"features": self.name, "checksum": module_checksum(self.module), "images": "from -1 to 1"}
 
 
 class FromClassifier(Features):
@@ -115,7 +124,7 @@ class FromClassifier(Features):
 
     def about(self) -> dict[str, str]:
         images = f"from -1 to 1, noise level {self.model.sigma_range[0]:.3g}"
-        return {"features": self.name, "checksum": _checksum(self.model), "images": images}
+        return {"features": self.name, "checksum": module_checksum(self.model), "images": images}
 
 
 class Inception(Features):
@@ -179,8 +188,8 @@ def _inception() -> Any:
             del sys.modules["torch_fidelity"]
 
 
-def _checksum(module: nn.Module) -> str:
-    """Of all that its state holds, by name, and of its class."""
+def module_checksum(module: nn.Module) -> str:
+    """SHA-256 of all that its state holds, by name, and of its class."""
     content = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__}".encode())
     for name, value in sorted(module.state_dict().items()):
         content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -5,7 +5,15 @@ from scorelab.training.ema import EMA, Snapshot, reconstruct
 from scorelab.training.engine import NonFiniteError, Trainer
 from scorelab.training.restoring import posterior_samples
 from scorelab.training.run import Interrupted, train
-from scorelab.training.sampling import build_sampling, in_turn, own_score, sample_model, with_nfe, with_statistics
+from scorelab.training.sampling import (
+    build_sampling,
+    in_turn,
+    nfe_of,
+    own_score,
+    sample_model,
+    with_nfe,
+    with_statistics,
+)
 from scorelab.training.settings import default_config, resolve
 
 __all__ = [
@@ -21,6 +29,7 @@ __all__ = [
     "in_turn",
     "load_data",
     "network",
+    "nfe_of",
     "own_score",
     "posterior_samples",
     "reconstruct",

@@ -31,6 +31,7 @@ __all__ = [
     "check_guidance",
     "check_sampling",
     "in_turn",
+    "nfe_of",
     "own_score",
     "sample_model",
     "with_nfe",
@@ -87,6 +88,12 @@ def with_statistics(sampler: Sampler, model: ScoreModel, config: ConfigDict, sig
     return replace(sampler, variance=analytic_variance(score, x0, sigmas, generator=PerSampleNoise(config.seed)))  # type: ignore[type-var]
 
 
+def nfe_of(config: ConfigDict, model: ScoreModel) -> int:
+    """How many evaluations of the score the experiment's sampler takes, tried on a normal distribution."""
+    levels, sampler = _without_statistics(*build_sampling(config, model))
+    return list(trajectory(_Gaussian(), (1, 2), levels, sampler, generator=PerSampleNoise(0)))[-1].nfe
+
+
 def with_nfe(config: ConfigDict, model: ScoreModel, nfe: int) -> ConfigDict:
     """The config with as many noise levels as take ``nfe`` evaluations at most.
 
@@ -100,8 +107,7 @@ def with_nfe(config: ConfigDict, model: ScoreModel, nfe: int) -> ConfigDict:
 
     def takes(n: int) -> int:
         grid[key] = n
-        levels, sampler = _without_statistics(*build_sampling(config, model))
-        return list(trajectory(_Gaussian(), (1, 2), levels, sampler, generator=PerSampleNoise(0)))[-1].nfe
+        return nfe_of(config, model)
 
     # a process of steps has no more
     most = getattr(model.process, "steps", 2**30) if key == "steps" else 2**30

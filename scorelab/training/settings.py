@@ -195,7 +195,8 @@ def plain(given: ConfigDict) -> dict[str, Any]:
 
 def part(config: ConfigDict, path: str, **context: Any) -> Any:
     """The part that a resolved config names; what its settings leave open comes from ``context``."""
-    given = {k: v for k, v in plain(_at(config, path)).items() if k not in beside(path)}
+    others = beside(path)
+    given = {k: v for k, v in plain(_at(config, path)).items() if k not in others}
     return PARTS[path].make(given, f"config.{path}", context)
 
 

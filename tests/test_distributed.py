@@ -51,6 +51,7 @@ def config(kind: str):
     c.training.fsdp = kind == "fsdp"
     if kind in ("plain", "fsdp"):
         c.model.conditional, c.training.label_dropout, c.data.workers = True, 0.2, 2
+        c.sampling.grid.n, c.evaluation.pixels = 3, {"name": "distance", "every": 20, "n": 41}
     if kind == "full":
         c.model.net.dropout, c.data.workers, c.training.accumulate = 0.2, 2, 5
         c.training.steps, c.training.batch_size, c.training.checkpoint_every = 12, 200, 3
@@ -92,6 +93,9 @@ def agree(one: Path, two: Path) -> None:
         assert a["step"] == b["step"]
         for key in a.keys() & {"loss", "validation_loss", "gradient_norm", "lr"}:
             assert b[key] == pytest.approx(a[key], rel=1e-5)
+        if "pixels_distance" in a:
+            assert b["pixels_distance"] == pytest.approx(a["pixels_distance"], rel=1e-3)
+    assert "pixels_distance" in rows(two)[-1]
     a, b = (load_file(p / "checkpoints" / "step_00000020" / "ema.safetensors") for p in (one, two))
     x = torch.zeros(1, 1, 8, 8)
     scores = [ScoreModel.load(p / "checkpoints" / "step_00000020")(x, torch.tensor(1.0)) for p in (one, two)]

@@ -645,7 +645,7 @@ def test_evaluations_of_ones_own_are_measured_and_never_end_a_run(tmp_path, monk
     with pytest.raises(ValueError, match="config.evaluation.mine.sclae is no setting of .*; did you mean 'scale'"):
         resolve(c)
     c.evaluation = {"mine": {"name": "json:JSONDecoder"}}
-    with pytest.raises(ValueError, match="expected a subclass of scorelab.training.evaluations.Evaluation"):
+    with pytest.raises(ValueError, match="expected a subclass of scorelab.training.measures.Evaluation"):
         Watch(Trainer(build(c), c), tmp_path / "other", False)
     sys.modules.pop("own_parts", None)
 

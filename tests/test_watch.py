@@ -14,8 +14,10 @@ from test_training import small
 
 from scorelab.cli.main import main
 from scorelab.cli.report import report_run
+from scorelab.cli.sampling import sample_run
 from scorelab.data import Arrays, Drawn, digits
 from scorelab.distributions import target
+from scorelab.evaluation import kernel_distance
 from scorelab.training import Trainer, build, train
 from scorelab.training import watch as watch_module
 from scorelab.training.engine import BINS
@@ -191,3 +193,50 @@ def test_a_run_outlives_the_terminal_that_shows_it(tmp_path, monkeypatch):
     train(small(training__steps=3, training__checkpoint_every=3, training__sample_every=0), tmp_path / "x")
     assert closed.refused
     assert (tmp_path / "x" / "checkpoints" / "step_00000003").is_dir()
+
+
+def measured(steps, **changes):
+    """A run that measures the distance of its samples at every step."""
+    c = small(steps, data__validation=300, sampling__grid__n=3, **changes)
+    c.evaluation.pixels = {"name": "distance", "every": 1, "n": 40}
+    return c
+
+
+def test_the_distance_of_samples_is_measured_as_training_goes(tmp_path, capsys):
+    """Of the samples that scorelab sample draws from the checkpoint, and of a run that goes on as of one that never
+    stopped; the report marks the least."""
+    train(measured(4, training__keep_last=1), tmp_path / "run", progress=False)
+    train(measured(2), tmp_path / "parts", progress=False)
+    train(measured(4), tmp_path / "parts", progress=False)
+    found = {r["step"]: r for r in rows(tmp_path / "run", "pixels_distance")}
+    assert list(found) == [1, 2, 3, 4]
+    for row in rows(tmp_path / "parts", "pixels_distance"):
+        for key in ("pixels_distance", "pixels_distance_stderr"):
+            assert row[key] == found[row["step"]][key]
+    drawn, data = sample_run(tmp_path / "run", n=40), digits()
+    right = kernel_distance(data.values.rounded(drawn.x), data.hold_out(300).x0[:40], "energy")
+    assert (found[4]["pixels_distance"], found[4]["pixels_distance_stderr"]) == pytest.approx(right, rel=1e-4)
+    assert main(["report", "--workdir", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    best = min(found, key=lambda step: found[step]["pixels_distance"])
+    assert f"Least at step {best}: {found[best]['pixels_distance']:.4g}" in page
+    last = f"{found[4]['pixels_distance']:.4g} ± {found[4]['pixels_distance_stderr']:.2g}"
+    on_disk = "the nearest is --step 4, the least --step 4: " + last
+    assert ("Its checkpoint is on disk: --step 4." if best == 4 else on_disk) in page
+
+
+def test_a_distance_that_can_not_be_measured_is_refused_or_only_warned_of(tmp_path):
+    for changes, said in [
+        ({"distance": "frechett"}, "config.evaluation.pixels.distance is 'frechett'; did you mean 'frechet'?"),
+        ({"features": "pixel"}, "config.evaluation.pixels.features is 'pixel'; did you mean 'pixels'?"),
+        ({"n": 1}, "config.evaluation.pixels.n is 1; expected at least 2"),
+        ({"evry": 1}, "config.evaluation.pixels.evry is no setting .*did you mean 'every'?"),
+    ]:
+        c = measured(1)
+        c.evaluation.pixels.update(changes)
+        with pytest.raises(ValueError, match=said):
+            train(c, tmp_path / "refused", progress=False)
+    c = measured(1)
+    c.evaluation.pixels.distance = "frechet"
+    with pytest.warns(RuntimeWarning, match="no distance pixels at step 1: ValueError: x has 40 rows of 64 features"):
+        train(c, tmp_path / "run", progress=False)

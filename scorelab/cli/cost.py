@@ -8,7 +8,6 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from ml_collections import ConfigDict
@@ -18,7 +17,7 @@ from scorelab.checks import nearest_name
 from scorelab.cli.analysis import calibrated_file
 from scorelab.cli.evaluating import JudgedRun, sampler_of
 from scorelab.cli.overrides import sampling_changed
-from scorelab.plotting import figure
+from scorelab.plotting import figure, scaled_for
 from scorelab.samplers import SAMPLERS, Calibrated
 from scorelab.training import nfe_of, with_nfe
 from scorelab.writing import whole
@@ -175,13 +174,7 @@ def cost_figure(found: Record) -> Figure:
     ax.plot(x, y, "o", ms=11, mfc="none", mec="k", mew=1, label="none is better at as few")
     low, high = found["floor"]["distances"][name]["interval_95"]
     ax.axhspan(low, high, color="0.85", zorder=0, label=f"{found['floor']['of']} (95 %)".replace("_", " "))
-    lowest = min(low, *(r["distances"][name]["interval_95"][0] for r in found["records"]))
-    if lowest > 0:
-        ax.set_yscale("log")
-    else:
-        # distances without bias may be negative
-        widths = [np.ptp(r["distances"][name]["interval_95"]) for r in (found["floor"], *found["records"])]
-        ax.set_yscale("symlog", linthresh=max(float(np.median(widths)), 1e-12))
+    scaled_for(ax, [r["distances"][name]["interval_95"] for r in (found["floor"], *found["records"])])
     ax.set_xscale("log")
     ax.set_xticks(ticks, [str(t) for t in ticks])
     ax.xaxis.set_minor_locator(NullLocator())

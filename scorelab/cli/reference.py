@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from scorelab.parts import in_words
-from scorelab.training.settings import PARTS, default_config
+from scorelab.training.settings import EVALUATION, PARTS, default_config
 
 __all__ = ["reference"]
 
@@ -67,12 +67,13 @@ def reference() -> str:
             if key == "name" and group in PARTS:
                 said = f"[{PARTS[group].name}](#{group})"
             lines.append(f"| `{path}{'.name' if inner else ''}` | {shown} | {_cell(said)} |")
-    for path, kind in PARTS.items():
+    for path, kind in {**PARTS, "evaluation": EVALUATION}.items():
+        named = "evaluation.YOUR_NAME" if kind is EVALUATION else path
         lines += [
             "",
             f"## {path}",
             "",
-            f"`{path}.name`, the {kind.name}: one of these, or `package.module:Class` of your own.",
+            f"`{named}.name`, the {kind.name}: one of these, or `package.module:Class` of your own.",
         ]
         lines += ["", "| name | what it is | its settings |", "|---|---|---|"]
         for name in kind.table:

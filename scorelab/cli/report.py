@@ -12,13 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from scorelab.plotting import figure
+from scorelab.plotting import figure, scaled_for
 from scorelab.plotting.page import Section, write_page
+from scorelab.training import checkpoint
 from scorelab.training.run import recorded_config
 
 __all__ = ["report_run"]
 
 Row = dict[str, Any]
+_NORMAL = 1.96
+"""Standard errors on each side of a 95 % interval."""
 
 
 def _rows(workdir: Path) -> list[Row]:
@@ -113,6 +116,47 @@ def _moments(drew: list[Row], count: int) -> bytes:
     return _png(drawn)
 
 
+def _measured(key: str, measured: list[Row], saved: list[int]) -> bytes:
+    """A number with 95 % intervals over the steps, its least marked, and the steps of the checkpoints on disk."""
+    drawn, ((ax,),) = figure(1, size=5)
+    drawn.set_size_inches(7.2, 4.5)
+    steps, values = [r["step"] for r in measured], [r[key] for r in measured]
+    reach = [_NORMAL * r[f"{key}_stderr"] for r in measured]
+    ax.errorbar(steps, values, reach, fmt="o-", ms=3, lw=1, capsize=2, label="averaged weights, 95 % intervals")
+    best = min(measured, key=lambda r: r[key])
+    ax.plot(best["step"], best[key], "*", ms=14, mfc="none", mec="k", label=f"least, at step {best['step']:,}")
+    ax.plot(
+        saved, [0.02] * len(saved), "^", color="0.4", transform=ax.get_xaxis_transform(), label="checkpoints on disk"
+    )
+    scaled_for(ax, [(v - e, v + e) for v, e in zip(values, reach, strict=True)])
+    ax.set(xlabel="step", ylabel=key.replace("_", " "), title=f"{key.replace('_', ' ')} over the steps")
+    ax.legend(fontsize=8)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return _png(drawn)
+
+
+def _best(key: str, measured: list[Row], saved: list[int]) -> str:
+    """Where a number was least, which steps can't be told from that, and the checkpoint to take."""
+    best = min(measured, key=lambda r: r[key])
+    step, error = best["step"], f"{key}_stderr"
+    alike = [
+        f"{r['step']:,}"
+        for r in measured
+        if r is not best and r[key] - best[key] < _NORMAL * (r[error] ** 2 + best[error] ** 2) ** 0.5
+    ]
+    said = f"Least at step {step:,}: {best[key]:.4g} ± {best[error]:.2g} (standard error). "
+    if alike:
+        said += f"Of {len(measured)} measured steps {len(alike)} are within the error of it: {', '.join(alike[-12:])}. "
+    if step in saved or not saved:
+        return said + (f"Its checkpoint is on disk: --step {step}." if saved else "No checkpoint is on disk.")
+    said += f"Of the checkpoints on disk the nearest is --step {min(saved, key=lambda s: abs(s - step))}"
+    there = [r for r in measured if r["step"] in saved]
+    if there:
+        least = min(there, key=lambda r: r[key])
+        said += f", the least --step {least['step']}: {least[key]:.4g} ± {least[error]:.2g}"
+    return f"{said}."
+
+
 def report_run(workdir: Path) -> Path:
     """Write ``report.html`` into a run's directory, complete in itself; ValueError if it holds no metrics."""
     rows = _rows(workdir)
@@ -156,6 +200,13 @@ def _write(workdir: Path, rows: list[Row]) -> Path:
             "stays away points at wrong scaling or clipping."
         )
         sections.append(("Samples beside the data", text, [_moments(drew, count)], None))
+    saved = [int(p.name[5:]) for p in checkpoint.places(workdir / "checkpoints")]
+    # whatever is measured with its standard error
+    for key in dict.fromkeys(k for r in rows for k in r if f"{k}_stderr" in r):
+        measured = [r for r in rows if key in r]
+        numbers = {f"{r['step']:,}": {"value": r[key], "standard error": r[f"{key}_stderr"]} for r in measured}
+        said = _best(key, measured, saved)
+        sections.append((key.replace("_", " "), said, [_measured(key, measured, saved)], numbers))
     pictures: list[Path | bytes] = list(sorted((workdir / "samples").glob("step_*.png"))[-24:])
     if pictures:
         sections.append(

@@ -5,6 +5,7 @@ One colour map stands for densities everywhere; points keep equal aspect.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["DENSITY", "around", "density", "extent_of", "field", "figure", "grid_points", "image_grid", "points"]
+__all__ = [
+    "DENSITY",
+    "around",
+    "density",
+    "extent_of",
+    "field",
+    "figure",
+    "grid_points",
+    "image_grid",
+    "points",
+    "scaled_for",
+]
 
 DENSITY = "magma"
 """The colour map of densities."""
@@ -31,6 +43,17 @@ def figure(columns: int, lines: int = 1, size: float = 3.2) -> tuple[Figure, np.
 
     made = Figure(figsize=(size * columns, size * lines), dpi=110, layout="constrained")
     return made, made.subplots(lines, columns, squeeze=False)
+
+
+def scaled_for(axes: Axes, intervals: Sequence[tuple[float, float]]) -> None:
+    """A logarithmic vertical axis for estimates with these intervals; linear about 0, by their median width, where some
+    reach below: what is unbiased may be negative."""
+    if min(low for low, _ in intervals) > 0:
+        axes.set_yscale("log")
+        return
+    width = float(np.median([high - low for low, high in intervals]))
+    axes.set_yscale("symlog", linthresh=max(width, 1e-12))
+    axes.axhline(0, color="k", ls=":", lw=0.8)
 
 
 def extent_of(distribution: Distribution, margin: float = 0.25) -> Extent:

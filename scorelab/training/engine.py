@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scorelab import parallel
-from scorelab.noise import counter_generator
+from scorelab.models import ScoreModel
+from scorelab.noise import PerSampleNoise, counter_generator
 from scorelab.noised import NoisedModel
 from scorelab.precision import prepare
 from scorelab.training import checkpoint
@@ -30,6 +31,7 @@ from scorelab.training.batches import Batches, Draw
 from scorelab.training.config import Experiment
 from scorelab.training.ema import averages_of
 from scorelab.training.optim import learning_rate
+from scorelab.training.sampling import in_turn, sample_model
 from scorelab.training.settings import part, resolve
 from scorelab.training.sharding import full, full_state, like, spread
 
@@ -278,6 +280,12 @@ class Trainer:
         else:
             self._evaluated.load_weights(self.ema.weights(self.model))
         return self._evaluated
+
+    def samples(self, model: ScoreModel, n: int) -> Tensor:
+        """n samples of a model, decoded, by the experiment's sampler and of each class in turn, always with the same
+        noise; every process makes its share and has all."""
+        noise = PerSampleNoise(0)
+        return sample_model(model, self.config, n, noise, condition=in_turn(model, n), progress=False)
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of this step into ``folder``; of several processes the first writes."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +11,11 @@ from ml_collections import ConfigDict
 
 from scorelab import parallel
 from scorelab.models import ScoreModel
-from scorelab.noise import PerSampleNoise, counted
+from scorelab.noise import counted
 from scorelab.noised import NoisedModel
-from scorelab.parts import Kind
 from scorelab.training.batches import Draw
 from scorelab.training.engine import BINS, Trainer
-from scorelab.training.sampling import in_turn, sample_model
+from scorelab.training.measures import Distance, Evaluation, Found
 from scorelab.training.settings import EVALUATION, named_part
 from scorelab.typing import Tensor
 
@@ -25,38 +23,6 @@ __all__ = ["Evaluation", "FixedNoiseLoss", "Found", "Samples", "evaluations"]
 
 _FIXED = 512
 """Samples that the loss at fixed noise takes, at most."""
-
-
-class Found(NamedTuple):
-    """Numbers for metrics.jsonl, and samples (N, *D), decoded, that are written as a picture or an array."""
-
-    numbers: dict[str, Any]
-    samples: Tensor | None = None
-
-
-class Evaluation(ABC):
-    """Base of what is measured every ``every`` steps (0: never).
-
-    ``key``: a key of its numbers, by which a run that goes on knows what was measured; ``what``: its name in words.
-    """
-
-    key: str
-    what: str
-    every: int = 1000
-
-    def __init__(self, every: int = 1000) -> None:
-        if every < 0:
-            raise ValueError(f"every is {every}; expected a number of steps, 0 for never")
-        self.every = every
-
-    def due(self, step: int, last: int) -> bool:
-        """Whether it is its turn at a step, of a run that ends at step ``last``."""
-        return bool(self.every and step) and (step % self.every == 0 or step == last)
-
-    @abstractmethod
-    def run(self, model: Any, trainer: Trainer) -> Found:
-        """Measure the averaged weights, of a ``ScoreModel`` or a ``ClassifierModel``; all processes call it, and the
-        first one's results are written."""
 
 
 _SETTLED = 500
@@ -142,8 +108,8 @@ class Samples(Evaluation):
             data = trainer.experiment.data.first(10_000).x0.to(model.device)
             mean, std = moments(model.decode(data))
             self._of_data = {"data_mean": mean, "data_std": std}
-        config, n = trainer.config, trainer.config.sampling.samples
-        x = sample_model(model, config, n, PerSampleNoise(0), condition=in_turn(model, n), progress=False)
+        n = trainer.config.sampling.samples
+        x = trainer.samples(model, n)
         mean, std = moments(x)
         # before, samples of most networks are far off
         if trainer.rank == 0 and trainer.step >= _SETTLED:
@@ -177,9 +143,10 @@ def evaluations(config: ConfigDict) -> list[Evaluation]:
     classifies = getattr(named_part(config, "training.objective"), "classifies", False)
     found: list[Evaluation] = [FixedNoiseLoss(t.validate_every)]
     found.append(Accuracy(t.validate_every) if classifies else Samples(t.sample_every))
-    kind = Kind("evaluation", EVALUATION.table, Evaluation)
     for name, settings in config.evaluation.items():
-        made: Evaluation = kind.make(settings.to_dict(), f"config.evaluation.{name}", {})
+        made: Evaluation = EVALUATION.make(settings.to_dict(), f"config.evaluation.{name}", {"called": name})
+        if classifies and isinstance(made, Distance):
+            raise ValueError(f"config.evaluation.{name} is of samples, which a classifier draws none of: leave it out")
         lacking = [key for key in ("key", "what") if not isinstance(getattr(made, key, None), str)]
         if lacking:
             raise ValueError(

@@ -22,6 +22,7 @@ from scorelab.parts import Kind
 from scorelab.processes import PROCESSES, Process
 from scorelab.samplers import CORRECTORS, SAMPLERS, Corrector, Sampler
 from scorelab.sigmas import GRIDS, LEVELS, SigmaDistribution
+from scorelab.training.measures import Distance, Evaluation
 from scorelab.training.optim import OPTIMISERS, SCHEDULES
 
 __all__ = [
@@ -56,8 +57,8 @@ PARTS = {
     ),
 }
 """Where a config chooses parts."""
-EVALUATION = Kind("evaluation", {})
-"""What a config may measure besides, by import path: the library's own have keys of their own."""
+EVALUATION = Kind("evaluation", {"distance": Distance}, Evaluation, given=("called",))
+"""What a config may measure besides the loss at fixed noise and samples, which have keys of their own."""
 
 
 def default_config() -> ConfigDict:
@@ -141,7 +142,8 @@ def default_config() -> ConfigDict:
                 "samples": 64,  # how many are drawn
                 "batch_size": 256,  # at once
             },
-            # what is measured besides while training, by names of one's own: {"name": "package.module:Class", ...}
+            # what is measured besides while training, by names of one's own, as in c.evaluation.pixels = {"name":
+            # "distance", "every": 1000}
             "evaluation": {},
         }
     )
@@ -182,7 +184,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     for name, given in config.evaluation.items():
         if not isinstance(given, ConfigDict):
             raise ValueError(
-                f"config.evaluation.{name} is {given!r}; expected {{'name': 'package.module:Class'}} and its settings"
+                f"config.evaluation.{name} is {given!r}; expected {{'name': 'distance'}} and its settings, or those of "
+                "package.module:Class"
             )
         found.evaluation[name] = ConfigDict(EVALUATION.resolve(plain(given), f"config.evaluation.{name}"))
     return found

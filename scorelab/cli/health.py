@@ -50,7 +50,7 @@ def health_run(
     """What was found of a run's checkpoint, and the record: at ``count`` noise levels with ``points`` data each, and of
     n samples (0: none).
 
-    The averaged weights are compared with the raw ones where both are there. Other arguments are ``evaluate_run``'s.
+    The averaged weights are compared with the raw ones where both are there. Other arguments are ``JudgedRun``'s.
     """
     begun = time.perf_counter()
     config, model, found = load_run(workdir, step=step, weights=weights)

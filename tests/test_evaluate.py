@@ -19,7 +19,8 @@ from scorelab.cli.main import main
 from scorelab.cli.runs import run_config
 from scorelab.cli.sampling import sample_run, write_samples
 from scorelab.data import Values, digits, read_samples
-from scorelab.evaluation import compared, kernel_distance
+from scorelab.evaluation import compared, inception_score, kernel_distance
+from scorelab.evaluation.comparison import varied
 from scorelab.plotting.pictures import picture_bytes
 from scorelab.training import train
 
@@ -101,6 +102,31 @@ def test_classes_and_features_of_ones_own_are_told(runs, tmp_path, monkeypatch):
     assert record["features"] == "own_features:Half"
     assert record["data"]["against"] == "train"
     assert len(record["checksum"]) == 64
+
+
+def test_variety_is_told_beside_the_data_s(runs, written, tmp_path, monkeypatch):
+    """Directions of equal shares count as many kinds, and certain classes likewise; logits are of the same samples."""
+    eye = torch.eye(7).repeat(200, 1)
+    found = varied(eye[:, :5][eye[:, :5].sum(1) > 0], eye, 100 * eye)
+    assert found["vendi_score"]["value"] == pytest.approx(5, abs=0.05)
+    assert found["vendi_score"]["of_data"]["value"] == pytest.approx(7, abs=0.05)
+    assert found["inception_score"]["value"] == pytest.approx(7, abs=0.15)
+    assert "expected at least 40" in varied(eye[:30], eye)["vendi_score"]["left_out"]
+    assert "expected at most 2,048" in varied(torch.ones(40, 2049), torch.ones(40, 2049))["vendi_score"]["left_out"]
+    (tmp_path / "own_classes.py").write_text(
+        "from scorelab.evaluation import Pixels\nclass Ten(Pixels):\n    classifies = True\n"
+        "    def both(self, x):\n        return self(x), x.flatten(1)[:, 10:20]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    record = evaluate_samples(written / "x.npz", run_config(runs / "all"), few=True, features="own_classes:Ten")
+    plain = evaluate_samples(written / "x.npz", run_config(runs / "all"), few=True)
+    assert numbers(record) == numbers(plain)
+    with np.load(written / "x.npz") as archive:
+        x = torch.from_numpy(archive["samples"].round() / 8 - 1).flatten(1)[:, 10:20]
+    right = inception_score(x)
+    found = record["variety"]["inception_score"]
+    assert (found["value"], found["stderr"]) == pytest.approx(right, rel=1e-5)
+    assert "inception_score" not in plain["variety"]
 
 
 def test_small_sets_leave_the_frechet_distance_out_and_say_why():

@@ -24,8 +24,8 @@ from scorelab.cli.runs import load_run
 from scorelab.cli.steering import Steering
 from scorelab.data import Source, read_samples
 from scorelab.data.sources import Stored
-from scorelab.evaluation import collected, compared, features_of
-from scorelab.evaluation.comparison import check_counts
+from scorelab.evaluation import Features, collected, compared, features_of
+from scorelab.evaluation.comparison import check_counts, varied
 from scorelab.evaluation.estimates import parts
 from scorelab.evaluation.features import module_checksum
 from scorelab.noise import PerSampleNoise
@@ -37,6 +37,19 @@ __all__ = ["JudgedRun", "evaluate_samples", "sampler_of", "table"]
 
 _AT_ONCE = 1000
 _AGAINST = ("train", "held_out")
+
+
+class _WithLogits(Features):
+    """Features, and beside them logits, so that samples are drawn and seen once."""
+
+    def __init__(self, seen: Features) -> None:
+        self.seen = seen
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat(self.seen.both(x), 1)
+
+    def about(self) -> dict[str, str]:
+        return self.seen.about()
 
 
 class _Beside:
@@ -78,13 +91,17 @@ class _Beside:
         # one for all processes of torchrun
         aside = _cache() / f".{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
         try:
-            x = collected(self.seen, rounded, n, place=aside, size=_AT_ONCE)
+            seen = _WithLogits(self.seen) if self.seen.classifies else self.seen
+            whole = collected(seen, rounded, n, place=aside, size=_AT_ONCE)
+            x, logits = whole.tensor_split([real.shape[1]], 1)
             distances = compared(x, real, few=self.few)
+            variety = varied(x, real, logits if self.seen.classifies else None)
             parallel.wait()
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+        found = {"distances": distances, "variety": variety}
         software = f"scorelab {scorelab.__version__}, torch {torch.__version__}"
-        return {"distances": distances, "software": software, "seconds": round(time.perf_counter() - begun, 1)}
+        return {**found, "software": software, "seconds": round(time.perf_counter() - begun, 1)}
 
     def floor(self, device: torch.device) -> dict[str, Any]:
         """Distances of the data from itself, which no sampler is expected to go below: of the part that samples are not
@@ -218,11 +235,13 @@ def table(record: dict[str, Any]) -> str:
     of = record["data"]
     lines = [f"{record['of']}, beside {of['count']:,} of {of['source']} ({of['against']})"]
     lines.append(f"features: {record['features']}; rounding {record['rounding']}")
-    for name, found in record["distances"].items():
+    for name, found in (record["distances"] | record["variety"]).items():
         if "left_out" in found:
             lines.append(f"{name:<20} left out: {found['left_out']}")
             continue
         low, high = found["interval_95"]
-        plain = f", plain {found['plain']:.4g}" if "plain" in found else ""
-        lines.append(f"{name:<20} {found['value']:.4g} ± {found['stderr']:.2g}, 95 %: {low:.4g} to {high:.4g}{plain}")
+        more = f", plain {found['plain']:.4g}" if "plain" in found else ""
+        if "of_data" in found:
+            more = f", of the data {found['of_data']['value']:.4g} ± {found['of_data']['stderr']:.2g}"
+        lines.append(f"{name:<20} {found['value']:.4g} ± {found['stderr']:.2g}, 95 %: {low:.4g} to {high:.4g}{more}")
     return "\n".join(lines)

@@ -55,9 +55,16 @@ class Features(ABC):
     def about(self) -> dict[str, str]:
         """What decides them, by name: the network and its checksum, and what is done to images before."""
 
-    def logits(self, x: Tensor) -> Tensor:
-        """(B, classes), for the Inception score; ValueError where the network tells no classes apart."""
+    classifies = False
+    """Whether the network tells classes apart, for the Inception score."""
+
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits (B, classes), from one evaluation; ValueError where there are no classes."""
         raise ValueError(f"{type(self).__name__} has no classes; expected features of a classifier, or of Inception")
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, classes); ValueError where there are none."""
+        return self.both(x)[1]
 
 
 class Pixels(Features):
@@ -99,6 +106,8 @@ class FromClassifier(Features):
     Raises ValueError for a classifier whose network is not scorelab's own.
     """
 
+    classifies = True
+
     def __init__(self, model: ClassifierModel, name: str = "classifier") -> None:
         pool = getattr(model.net, "pool", None)
         if not isinstance(getattr(pool, "out", None), nn.Linear):
@@ -119,9 +128,6 @@ class FromClassifier(Features):
     def __call__(self, x: Tensor) -> Tensor:
         return self.both(x)[0]
 
-    def logits(self, x: Tensor) -> Tensor:
-        return self.both(x)[1]
-
     def about(self) -> dict[str, str]:
         images = f"from -1 to 1, noise level {self.model.sigma_range[0]:.3g}"
         return {"features": self.name, "checksum": module_checksum(self.model), "images": images}
@@ -134,6 +140,8 @@ class Inception(Features):
     gray ones three equal channels, of 299 x 299 pixels by TensorFlow 1's bilinear rule. Logits are without the bias, as
     published. Raises ValueError where torch-fidelity or the file is missing, and for another file.
     """
+
+    classifies = True
 
     def __init__(self, path: str | Path) -> None:
         place = Path(path).expanduser()
@@ -151,7 +159,7 @@ class Inception(Features):
         torch.load(place, weights_only=True)
         self.net = _inception()("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(place))
 
-    def _both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_batch(x)
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise ValueError(f"images are {tuple(x.shape)}; expected (B, 1 or 3, H, W)")
@@ -161,10 +169,7 @@ class Inception(Features):
         return features, logits
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._both(x)[0]
-
-    def logits(self, x: Tensor) -> Tensor:
-        return self._both(x)[1]
+        return self.both(x)[0]
 
     def about(self) -> dict[str, str]:
         images = "bytes, 299 x 299 by TensorFlow 1's bilinear rule"

@@ -126,7 +126,8 @@ def prepared(code: str) -> None:
     for run in sorted(set(re.findall(r"(?:--workdir |load\(\")(runs/\w+)", code)) - set(made)):
         assert main(["train", "--config=configs/digits/conditional.py", f"--workdir={run}", *SMALL]) == 0
     for name, size in (("mask", 8), ("image", 8), ("small", 14)):
-        Image.fromarray(np.linspace(0, 255, size * size, dtype=np.uint8).reshape(size, size)).save(f"{name}.png")
+        levels = np.linspace(0, 255, size * size).reshape(size, size)
+        Image.fromarray((levels // 128 * 255 if name == "mask" else levels).astype(np.uint8)).save(f"{name}.png")
     if "=FOLDER" in code:
         Path("FOLDER").mkdir()
         for part in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:

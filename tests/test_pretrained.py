@@ -14,8 +14,10 @@ from PIL import Image
 import scorelab
 from scorelab import PerSampleNoise, ScoreModel, classifier_free, sample, sigmas
 from scorelab.cli.main import main
+from scorelab.data import digits
+from scorelab.evaluation.features import features_of
 from scorelab.interop import PRETRAINED
-from scorelab.interop.loading import pretrained
+from scorelab.interop.loading import FEATURES, pretrained
 from scorelab.samplers import Heun
 
 ROOT = Path(scorelab.__file__).parent / "pretrained"
@@ -35,7 +37,7 @@ def drawn(name: str, count: int, scale: float = 1.0) -> tuple[torch.Tensor, torc
 
 def test_they_are_small_and_have_cards():
     assert sum(f.stat().st_size for f in ROOT.rglob("*") if f.is_file()) <= 6 * 2**20
-    assert sorted(p.name for p in ROOT.iterdir()) == sorted(PRETRAINED)
+    assert sorted(p.name for p in ROOT.iterdir()) == sorted(PRETRAINED + FEATURES)
     for name in PRETRAINED:
         card = (ROOT / name / "card.md").read_text()
         for word in ("config", "seed", "training", "machine", "right class", "make models"):
@@ -43,6 +45,20 @@ def test_they_are_small_and_have_cards():
         model = scorelab.load(name)
         assert not model.training
         assert all(p.dtype == torch.float32 and not p.requires_grad for p in model.parameters())
+
+
+def test_feature_classifiers_know_images_and_have_cards():
+    data = digits()
+    x, labels = data.take(torch.arange(0, 1797, 9)), data.labels[::9]
+    for name in FEATURES:
+        card = (ROOT / name / "card.md").read_text()
+        for word in ("config", "seed", "training", "machine", "right class", "make models"):
+            assert word in card
+    seen = features_of("digits")
+    assert seen(x).shape == (200, 64)
+    # most of these it learnt from; of those that it had not seen it knew .987
+    assert float((seen.logits(x).argmax(1) == labels).float().mean()) > 0.97
+    assert seen.about()["features"] == "digits"
 
 
 def test_digits_are_of_the_class_that_is_asked_for():

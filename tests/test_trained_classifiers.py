@@ -21,7 +21,7 @@ from scorelab.cli.steering import Steering
 from scorelab.guidance import classifier
 from scorelab.losses import CrossEntropy
 from scorelab.sigmas import LogUniform
-from scorelab.training import build_sampling, train
+from scorelab.training import build, build_sampling, train
 from scorelab.training.evaluations import evaluations
 from scorelab.training.settings import resolve
 from scorelab.typing import Batch
@@ -204,3 +204,11 @@ def test_other_classes_are_refused_and_other_levels_told(runs, tmp_path):
         ClassifierModel(Same(), other.process, data_shape=(1, 8, 8))(
             torch.randn(2, 1, 8, 8, generator=generator()), torch.tensor(1.0)
         )
+
+
+def test_a_classifier_of_hardly_noised_images_is_no_mistake(recwarn):
+    """Nothing begins at its largest noise, as samples do."""
+    c = runpy.run_path(str(ROOT / "configs" / "digits" / "features.py"))["get_config"]()
+    model = build(c).model
+    assert model.sigma_range == pytest.approx((0.01, 0.1))
+    assert [w for w in recwarn if "would begin far" in str(w.message)] == []

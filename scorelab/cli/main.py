@@ -43,9 +43,9 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab likelihood --workdir runs/x --method bound [--n 64] [--bits] [--steps 250] [--out FILE.png]
                        [--variance posterior|forward|learned|analytic]
            (--config configs/digits/edm.py: of that config's data, for a saved or converted model)
-       scorelab evaluate --workdir runs/x [--n 10000] [--against train|held_out] [--features pixels|classifier:DIR|
-                       inception:FILE|package.module:Class] [--few] [--out FILE.json] [--sampler ...] [--nfe 20]
-                       [--condition ...] [--guidance ...] [--config FILE.py] ...
+       scorelab evaluate --workdir runs/x [--n 10000] [--against train|held_out] [--few] [--out FILE.json]
+                       [--features pixels|digits|fashion_mnist|classifier:DIR|inception:FILE|package.module:Class]
+                       [--sampler ...] [--nfe 20] [--condition ...] [--guidance ...] [--config FILE.py] ...
        scorelab evaluate --samples FILE.npz|DIRECTORY --workdir runs/x ...  (or --config FILE.py: for the data)
        scorelab evaluate --workdir runs/x --samplers heun,dpm2m,calibrated --nfe 5,10,20 [--out FILE.json] ...
            (quality against cost: a JSON of records and a plot)

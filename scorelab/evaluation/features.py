@@ -24,6 +24,7 @@ from torch import nn
 from scorelab import parallel
 from scorelab.checks import check_batch, nearest_name
 from scorelab.classifiers import ClassifierModel
+from scorelab.interop.loading import PRETRAINED, pretrained
 from scorelab.parts import Kind
 from scorelab.typing import Tensor
 from scorelab.writing import whole
@@ -203,19 +204,22 @@ def module_checksum(module: nn.Module) -> str:
 
 
 def features_of(text: str, where: str = "--features") -> Features:
-    """pixels; classifier:DIR, of a run or a saved one; inception:FILE; or package.module:Class, a module of one's own
-    made without arguments. Raises ValueError for others, naming ``where`` it was asked for."""
+    """pixels; digits or fashion_mnist, of the classifiers that come with scorelab; classifier:DIR, of a run or a saved
+    one; inception:FILE; or package.module:Class, a module of one's own made without arguments. Raises ValueError for
+    others, naming ``where`` it was asked for."""
     kind, _, rest = text.partition(":")
     if text == "pixels":
         return Pixels()
+    if text in PRETRAINED:
+        return FromClassifier(ClassifierModel.load(pretrained(f"{text}_features")), text)
     if kind == "inception":
         return Inception(rest)
     if kind == "classifier":
         return FromClassifier(ClassifierModel.load(rest), Path(rest).name)
     if not rest:
         raise ValueError(
-            f"{where} is {text!r}; {nearest_name(text, ('pixels', 'classifier', 'inception'))} (pixels, "
-            "classifier:DIR, inception:FILE or package.module:Class)"
+            f"{where} is {text!r}; {nearest_name(text, ('pixels', *PRETRAINED, 'classifier', 'inception'))} (pixels, "
+            f"{', '.join(PRETRAINED)}, classifier:DIR, inception:FILE or package.module:Class)"
         )
     made = Kind("features", {}).maker(text, where)()
     if not isinstance(made, (Features, nn.Module)):

@@ -248,7 +248,8 @@ def _warn_of_scale(x0: Tensor, model: NoisedModel, sigma_data: float, net: str) 
             RuntimeWarning,
             stacklevel=3,
         )
-    if std > high:
+    # nothing is sampled by a classifier
+    if std > high and isinstance(model, ScoreModel):
         warnings.warn(
             f"the data has a standard deviation of {std:.4g}, the largest noise level is {high:.4g}: samples would "
             "begin far from it; raise process.sigma_max to several times that, or scale the data",

@@ -69,9 +69,9 @@ class Distance(Evaluation):
     standard error.
 
     distance: energy, cubic (KID's kernel) or frechet, extrapolated, which takes four times as many samples as features.
-    features: pixels, classifier:DIR, inception:FILE or package.module:Class. against: train or held_out data, "" for
-    the latter where there is any. Samples, rounded to the data's values, and data are the same at every step but for
-    the weights. called: its name in the config.
+    features: pixels, digits, fashion_mnist, classifier:DIR, inception:FILE or package.module:Class. against: train or
+    held_out data, "" for the latter where there is any. Samples, rounded to the data's values, and data are the same at
+    every step but for the weights. called: its name in the config.
     """
 
     def __init__(

@@ -111,7 +111,7 @@ def main() -> None:
         f"{d}/{p.stem}"
         for d in reversed(DATA)
         for p in sorted((ROOT / "configs" / d).glob("*.py"))
-        if p.stem != "classifier"
+        if p.stem not in ("classifier", "features")
     ]
     names = options.names or every
     options.out.mkdir(parents=True, exist_ok=True)

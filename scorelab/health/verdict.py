@@ -115,9 +115,10 @@ def judged(
     """What is wrong by these measures. lags: by name, how much less the loss of other weights is (``lag``)."""
     found = [
         *_of_range(samples),
+        # what is known by heart is best told more noise on other data
+        *_of_memory(levels, samples),
         *_of_score(levels),
         *_of_weights(lags or {}),
-        *_of_memory(levels, samples),
         *_of_strength(levels),
         *_of_samples(samples),
     ]

@@ -115,6 +115,7 @@ FEW = {
     "likelihood": ["--n=2"],
     "density": ["--n=4"],
     "evaluate": ["--n=40", "--nfe=2"],
+    "health": ["--n=20", "--nfe=2", "--levels=3", "--points=8"],
 }
 """What is added to commands, so that they take a moment."""
 

@@ -202,6 +202,14 @@ def classifier(*, schedule: str = "ddpm", steps: int = 1000, lr: float = 3e-4) -
     return c
 
 
+def features() -> ConfigDict:
+    """The same network of images with hardly any noise, for what its last layer sees: no paper's."""
+    c = classifier()
+    c.process = ConfigDict({"name": "ve", "sigma_min": 0.01, "sigma_max": 0.1})
+    c.model.label = "time"
+    return c
+
+
 def _half_life(images: float, batch_size: int) -> float:
     """The decay of an average that halves a weight's share in so many images."""
     return float(0.5 ** (batch_size / images))

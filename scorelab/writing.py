@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from scorelab.typing import Tensor
 
-__all__ = ["check_writable", "save_tensors", "whole"]
+__all__ = ["check_writable", "save_json", "save_tensors", "whole"]
 
 
 @contextmanager
@@ -25,6 +27,12 @@ def whole(path: Path) -> Iterator[Path]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def save_json(found: Any, path: Path) -> None:
+    """``path``, whole, as lines that people can read."""
+    with whole(path) as aside:
+        aside.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -13,6 +13,7 @@ from scorelab import load, sigmas
 from scorelab.cli.main import main
 from scorelab.data import digits
 from scorelab.distributions import Empirical, GaussianMixture
+from scorelab.evaluation import nearest_distances
 from scorelab.health import copies, derivatives, judged, lag, level_health, level_told, sample_health
 from scorelab.training import train
 from scorelab.typing import Batch
@@ -254,6 +255,24 @@ def test_size_and_power_of_the_test_of_copies(law):
     assert sum(c.share.value for c in found) / 20 == pytest.approx(0.5, abs=0.15)
 
 
+def test_authenticity_and_what_is_known_already(law):
+    """By the distances of all pairs; distances that are passed in give the same."""
+    generator = torch.Generator().manual_seed(8)
+    train, held, x = (law.sample(n, generator).double() for n in (80, 40, 50))
+    apart = torch.cdist(train, train).fill_diagonal_(math.inf).min(1).values
+    right = [(d.min(1).values > apart[d.argmin(1)]).double().mean() for d in (torch.cdist(z, train) for z in (x, held))]
+    found = copies(x, train, held)
+    assert (found.authentic.value, found.authentic_held.value) == pytest.approx([float(r) for r in right])
+    known = {"of_samples": nearest_distances(x, train), "of_held": nearest_distances(held, train)}
+    assert copies(x, train, held, **known) == found
+
+
+def test_of_as_many_samples_for_every_datum_none_is_in_excess(law):
+    x = law.sample(60, torch.Generator().manual_seed(9))
+    found = copies(x, x[:40], x[40:])
+    assert (found.p, found.share.value) == (0.5, 0.0)
+
+
 def test_smooth_samples_are_no_copies(law):
     """Cluster means are nearer to training data than held-out data are, so C_T takes them for copies."""
     generator = torch.Generator().manual_seed(6)
@@ -291,6 +310,12 @@ def test_the_packaged_digits_are_healthy():
 def test_data_that_does_not_fit_is_refused(held, train, said):
     with pytest.raises(ValueError, match=said):
         measured(Known(gaussian), held, train)
+
+
+def test_classes_that_were_asked_for_are_one_for_each_sample(bars):
+    generator, train, held = bars
+    with pytest.raises(ValueError, match=r"asked is \(3,\) for 12 samples"):
+        sample_health(images(torch.arange(12) % 6, generator), train, held, asked=torch.arange(3))
 
 
 def test_a_score_that_does_not_say_its_levels_is_asked_for_them():

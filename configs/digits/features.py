@@ -4,14 +4,11 @@ scorelab evaluate --features digits.
 
 from ml_collections import ConfigDict
 
-from scorelab.experiments import classifier
+from scorelab.experiments import features
 
 
 def get_config() -> ConfigDict:
-    c = classifier()
-    c.process.name, c.model.label = "ve", "time"
-    del c.process.steps
-    c.process.sigma_min, c.process.sigma_max = 0.01, 0.1
+    c = features()
     c.data.source, c.data.validation = "digits", 300
     c.model.net.width, c.model.net.multipliers, c.model.net.blocks = 32, (1, 2), 1
     c.model.net.attention, c.model.net.head, c.model.net.dropout = (1,), 32, 0.1

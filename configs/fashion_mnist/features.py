@@ -6,14 +6,11 @@ The images come from Debian's package dataset-fashion-mnist, or from data.path, 
 
 from ml_collections import ConfigDict
 
-from scorelab.experiments import classifier
+from scorelab.experiments import features
 
 
 def get_config() -> ConfigDict:
-    c = classifier()
-    c.process.name, c.model.label = "ve", "time"
-    del c.process.steps
-    c.process.sigma_min, c.process.sigma_max = 0.01, 0.1
+    c = features()
     c.data.source, c.data.validation = "fashion_mnist", 5000
     c.model.net.width, c.model.net.multipliers, c.model.net.blocks = 16, (1, 2, 4), 1
     c.model.net.attention, c.model.net.head, c.model.net.dropout = (2,), 32, 0.1

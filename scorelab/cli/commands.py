@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import platform
 from collections.abc import Callable
@@ -243,7 +242,7 @@ def _evaluate(arguments: list[str]) -> None:
     from scorelab.cli.evaluating import JudgedRun, evaluate_samples, table
     from scorelab.cli.runs import place_of, run_config
     from scorelab.cli.steering import Steering
-    from scorelab.writing import check_writable, whole
+    from scorelab.writing import check_writable, save_json
 
     out = Path(values["out"].value).expanduser() if values["out"].value else None
     if out is not None:
@@ -282,8 +281,7 @@ def _evaluate(arguments: list[str]) -> None:
     if parallel.world()[0] == 0:
         print(table(record))
         if out is not None:
-            with whole(out) as aside:
-                aside.write_text(json.dumps(record, indent=1) + "\n")
+            save_json(record, out)
 
 
 def _counts(values: flags.FlagValues, several: str) -> list[int]:
@@ -305,9 +303,10 @@ def _health(arguments: list[str]) -> None:
     numbers: dict[str, int | None] = {"n": 1000, "levels": 8, "points": 512, "nfe": None}
     values = _run_flags(numbers, {"model": None, "out": None, "sampler": None, "weights": "ema", "device": ""})
     parse([a for a in arguments if not a.startswith("--config.")], values)
+    from scorelab import parallel
     from scorelab.cli.health import health_run, health_table
     from scorelab.cli.runs import place_of
-    from scorelab.writing import check_writable, whole
+    from scorelab.writing import check_writable, save_json
 
     workdir, _ = place_of(values["workdir"].value, values["model"].value)
     n, count, points = (int(values[k].value or 0) for k in ("n", "levels", "points"))
@@ -323,10 +322,10 @@ def _health(arguments: list[str]) -> None:
     options |= {k: int(values[k].value or 0) for k in ("seed", "step")}
     options |= {"count": count, "points": points, "nfe": nfe, "data": data}
     _, record = health_run(workdir, n=n, changes=lambda c: sampling_changed(c, given), **options)
-    print(health_table(record))
-    if out is not None:
-        with whole(out) as aside:
-            aside.write_text(json.dumps(record, indent=1) + "\n")
+    if parallel.world()[0] == 0:
+        print(health_table(record))
+        if out is not None:
+            save_json(record, out)
 
 
 def _settings(arguments: list[str]) -> None:

@@ -20,7 +20,7 @@ from scorelab.cli.overrides import sampling_changed
 from scorelab.plotting import figure, scaled_for
 from scorelab.samplers import SAMPLERS, Calibrated
 from scorelab.training import nfe_of, with_nfe
-from scorelab.writing import whole
+from scorelab.writing import save_json, whole
 
 __all__ = ["Point", "cost_of", "cost_table", "points", "shown_distance"]
 
@@ -98,8 +98,7 @@ def cost_of(run: JudgedRun, asked: list[Point], out: Path) -> Record:
         others = [r for r in found["records"] if (r["name"], r["nfe"]) != (point.name, point.nfe)]
         found["records"] = [*others, {**mine, **{k: v for k, v in record.items() if k not in about and k not in mine}}]
         if parallel.world()[0] == 0:
-            with whole(out) as aside:
-                aside.write_text(json.dumps(found, indent=1) + "\n")
+            save_json(found, out)
     if parallel.world()[0] == 0:
         with whole(out.with_suffix(".png")) as aside:
             cost_figure(found).savefig(aside, format="png")

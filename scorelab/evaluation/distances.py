@@ -17,19 +17,21 @@ from scorelab.typing import ScoreFn, Tensor
 __all__ = ["KL", "kl_to_model", "nearest_distances"]
 
 
-def nearest_distances(x: Tensor, data: Tensor, *, same: bool = False) -> tuple[Tensor, Tensor]:
+def nearest_distances(x: Tensor, data: Tensor, *, same: bool | Tensor = False) -> tuple[Tensor, Tensor]:
     """Euclidean distance of each x (B, *D) to its nearest neighbour in data (N, *D), and that one's index, both (B,).
 
-    ``same``: x is the data itself; each point's own copy does not count.
+    ``same``: x is the data itself, or these of its points (B,); each point's own copy does not count.
     """
     check_batch(x, "x")
     check_batch(data, "data", tuple(x.shape[1:]))
+    own = same if isinstance(same, Tensor) else torch.arange(len(x)) if same else None
     a, b = _centred(x, data)
     values, indices = [], []
     for start in range(0, max(1, len(a)), size := max(1, CHUNK // max(1, len(b)))):
         distances = torch.cdist(a[start : start + size], b)
-        if same:
-            distances.diagonal(start).fill_(math.inf)
+        if own is not None:
+            some = own[start : start + size].to(distances.device)
+            distances[torch.arange(len(some), device=distances.device), some] = math.inf
         least = distances.min(1)
         values.append(least.values)
         indices.append(least.indices)

@@ -37,6 +37,8 @@ from scorelab.typing import Tensor
 __all__ = ["Copies", "copies"]
 
 _DIRECTIONS = 64
+_ROWS = 2000
+"""Training data that the directions are of, about."""
 _CELLS = 5
 """Of C_T; fewer where data are few, so that each has 20 of samples and of held-out data on average."""
 
@@ -53,8 +55,14 @@ class Copies(NamedTuple):
     c_t: float
 
 
-def copies(x: Tensor, train: Tensor, held: Tensor) -> Copies:
-    """Of samples x (n, *D), training data (N, *D) and held-out data (M, *D), as pixels or features.
+Nearest = tuple[Tensor, Tensor]
+
+
+def copies(
+    x: Tensor, train: Tensor, held: Tensor, *, of_samples: Nearest | None = None, of_held: Nearest | None = None
+) -> Copies:
+    """Of samples x (n, *D), training data (N, *D) and held-out data (M, *D), as pixels or features. of_samples,
+    of_held: their ``nearest_distances`` to training data, where these are known.
 
     Raises ValueError for sets that do not fit, or of fewer than 20 rows.
     """
@@ -64,7 +72,8 @@ def copies(x: Tensor, train: Tensor, held: Tensor) -> Copies:
         raise ValueError(f"there are {len(x)}, {len(train)} and {len(held)} rows; expected at least 20 of each")
     n, seen, unseen = len(x), len(train), len(held)
     both = seen + unseen
-    nearest, index = nearest_distances(x, train)
+    nearest, index = nearest_distances(x, train) if of_samples is None else of_samples
+    theirs, its = nearest_distances(held, train) if of_held is None else of_held
     apart, other = nearest_distances(x, held)
     counts = torch.zeros(both, dtype=torch.float64)
     # ties, such as of data that both sets hold, are halved: by turns
@@ -73,15 +82,17 @@ def copies(x: Tensor, train: Tensor, held: Tensor) -> Copies:
     expected = n * seen / both
     variance = seen * unseen / (both * (both - 1)) * float((counts - n / both).square().sum())
     excess = float(counts[:seen].sum()) - expected
-    room = n - expected
-    own, _ = nearest_distances(train, train, same=True)
-    of_held, its = nearest_distances(held, train)
+    # where every datum has as many samples nothing is in excess
+    room, spread = n - expected, math.sqrt(variance) or 1.0
+    # of the training data that are anyone's nearest
+    asked, place = torch.unique(torch.cat([index, its]), return_inverse=True)
+    own = nearest_distances(train[asked], train, same=asked)[0][place]
     return Copies(
-        1 - NormalDist().cdf(excess / math.sqrt(variance)),
-        Estimate(excess / room, math.sqrt(variance) / room),
-        _share(nearest > own[index]),
-        _share(of_held > own[its]),
-        _c_t(x, nearest, held, of_held, train),
+        NormalDist().cdf(-excess / spread),
+        Estimate(excess / room, spread / room),
+        _share(nearest > own[:n]),
+        _share(theirs > own[n:]),
+        _c_t(x, nearest, held, theirs, train),
     )
 
 
@@ -94,11 +105,9 @@ def _c_t(x: Tensor, nearest: Tensor, held: Tensor, of_held: Tensor, train: Tenso
     """Cells by the nearest of centres of the training data, in the directions in which it varies most."""
     flat = train.cpu().double()
     centre = flat.mean(0)
-    kept = min(_DIRECTIONS, flat.shape[1])
-    covariance = torch.cov((flat - centre).T).reshape(flat.shape[1], -1)
-    directions = (
-        torch.linalg.eigh(covariance).eigenvectors[:, -kept:] if flat.shape[1] > kept else torch.eye(kept).double()
-    )
+    # of few dimensions these are all of them, turned, which no distance sees
+    some = flat[:: max(1, len(flat) // _ROWS)] - centre
+    directions = torch.linalg.svd(some, full_matrices=False).Vh[:_DIRECTIONS].T
     reduced = [((z.cpu().double() - centre) @ directions).numpy() for z in (train, x, held)]
     cells = max(1, min(_CELLS, min(len(x), len(held)) // 20))
     centres, _ = kmeans2(reduced[0], cells, seed=0, minit="++")

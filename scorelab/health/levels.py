@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,13 +82,15 @@ class Level:
     fokker_planck: float | None = None
 
 
-def levels_of(score: object, count: int, low: float = 0.0, high: float = math.inf) -> tuple[list[float], Tensor | None]:
+def levels_of(
+    score: ScoreFn, count: int, low: float = 0.0, high: float = math.inf
+) -> tuple[list[float], Tensor | None]:
     """``count`` noise levels that a score knows, from the least, and all levels of one that counts them, ascending."""
     own = getattr(score, "levels", None)
     process = getattr(score, "process", None)
     if own is None and isinstance(process, DiscreteVP):
         own = process.step_sigmas.flip(0)
-    known = sigma_range(score) if callable(score) else (0.0, math.inf)
+    known = sigma_range(score)
     low, high = max(low, known[0]), min(high, known[1])
     if not 0 < low < high < math.inf:
         raise ValueError(
@@ -132,17 +135,17 @@ def level_health(
     for sigma in sigmas:
         batch = _some(unseen, points, generator)
         noised = _Noised.of(score, batch, sigma, generator)
-        loss = noised.losses(sigma)
+        loss = noised.losses
         found = Level(sigma, _mean(loss), *noised.consistent(), _profile(noised, own, sigma_range(score)))
         if truth is not None:
-            gap = noised.eps_hat(sigma) + sigma * truth.score(noised.x, level(sigma, noised.x))
+            gap = noised.own + sigma * truth.score(noised.x, level(sigma, noised.x))
             found = replace(found, fisher=_mean(gap.flatten(1).square().mean(1)))
         if linear is not None:
             found = replace(found, linear=float(noised.errors(linear.eps_hat(noised.x, sigma)).mean()))
         if reference is not None:
             # noised training data is among what the least loss is computed from
             trained = _Noised.of(score, _some(reference, points, generator), sigma, generator)
-            mine = trained.losses(sigma)
+            mine = trained.losses
             least = trained.errors(_known_by_heart(trained.x, trained.batch.condition, reference, sigma, score))
             found = replace(found, train_loss=_mean(mine), best=_mean(least), memorised=_memorised(loss, mine, least))
         if differentiated:
@@ -175,8 +178,7 @@ def lag(score: ScoreFn, other: ScoreFn, held: Tensor | Batch, *, count: int = 8,
     batch = _some(as_batch(held, "held"), points, generator)
     for sigma in levels_of(score, count)[0]:
         own = _Noised.of(score, batch, sigma, generator)
-        a, b = own.losses(sigma), replace(own, score=other).losses(sigma)
-        ratio = _ratio(a, b)
+        ratio = _ratio(own.losses, replace(own, score=other).losses)
         gaps.append(math.log(ratio.value))
         errors.append(ratio.stderr / ratio.value)
     return Estimate(sum(gaps) / len(gaps), math.hypot(*errors) / len(gaps))
@@ -204,6 +206,11 @@ class _Noised:
         eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=generator.device).to(x0.device)
         return cls(score, batch, eps, x0 + sigma * eps, sigma)
 
+    @cached_property
+    def own(self) -> Tensor:
+        """eps_hat (N, *D) of the score that is told the level there is."""
+        return self.eps_hat(self.sigma)
+
     def eps_hat(self, told: float) -> Tensor:
         """(N, *D), of a score that is told another level."""
         found = []
@@ -219,19 +226,22 @@ class _Noised:
         """(N,), per dimension."""
         return doubled(eps_hat - self.eps).flatten(1).square().mean(1)
 
-    def losses(self, told: float) -> Tensor:
-        return self.errors(self.eps_hat(told))
+    @property
+    def losses(self) -> Tensor:
+        """(N,), told the level there is."""
+        return self.errors(self.own)
 
     def shapes(self, told: float) -> tuple[float, ...]:
         """The loss that is left by the best multiple of eps_hat, of each of some parts of the samples."""
         found = []
-        for a, b in zip(*(torch.tensor_split(doubled(z), _PARTS) for z in (self.eps, self.eps_hat(told))), strict=True):
+        eps_hat = self.own if told == self.sigma else self.eps_hat(told)
+        for a, b in zip(*(torch.tensor_split(doubled(z), _PARTS) for z in (self.eps, eps_hat)), strict=True):
             found.append(float(a.square().mean() - (a * b).mean() ** 2 / b.square().mean().clamp_min(1e-300)))
         return tuple(found)
 
     def consistent(self) -> tuple[Estimate, Estimate]:
         """Slope and offset."""
-        eps, eps_hat = doubled(self.eps.flatten(1)), doubled(self.eps_hat(self.sigma).flatten(1))
+        eps, eps_hat = doubled(self.eps.flatten(1)), doubled(self.own.flatten(1))
         products, squares = (eps * eps_hat).mean(1), eps_hat.square().mean(1)
         e, n = self.sigma * (eps - eps_hat), len(eps)
         # of e's mean the squared length, without that of the samples' own noise
@@ -259,7 +269,7 @@ def _differentiated(noised: _Noised, sigma: float, between: bool, generator: tor
     )
     if found is None:
         return {}
-    errors = noised.losses(sigma) * noised.x[0].numel()
+    errors = noised.losses * noised.x[0].numel()
     known = float(found.trace.sum()) > 0
     return found._asdict() | {"trace": _ratio(errors, doubled(found.trace)) if known else None}
 

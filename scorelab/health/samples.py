@@ -62,10 +62,14 @@ def sample_health(
     x = as_batch(x, "x").x0
     seen, unseen = as_batch(train, "train", x), None if held is None else as_batch(held, "held", x)
     beside = seen if unseen is None else unseen
+    if asked is not None and asked.shape != (len(x),):
+        raise ValueError(f"asked is {tuple(asked.shape)} for {len(x)} samples; expected the class of each")
     channels = [_channel(x[:, c], beside.x0[:, c]) for c in range(x.shape[1])]
-    classes, p = _classes(x, seen, beside, asked, same=unseen is None)
+    mine = nearest_distances(x, seen.x0)
+    theirs = nearest_distances(beside.x0, seen.x0, same=unseen is None)
+    classes, p = _classes(mine[1], theirs[1], seen, beside, asked)
     few = unseen is None or min(len(x), len(unseen.x0), len(seen.x0)) < 20
-    found = None if unseen is None or few else copies(x, seen.x0, unseen.x0)
+    found = None if unseen is None or few else copies(x, seen.x0, unseen.x0, of_samples=mine, of_held=theirs)
     return SampleHealth(channels, classes, "the samples" if asked is None else "those asked for", p, found)
 
 
@@ -81,12 +85,14 @@ def _channel(x: Tensor, data: Tensor) -> Channel:
     return Channel(Estimate(gap, error), Estimate(ratio, ratio * relative), below, above)
 
 
-def _classes(x: Tensor, train: Batch, data: Batch, asked: Tensor | None, *, same: bool) -> tuple[list[Class], float]:
+def _classes(
+    mine: Tensor, theirs: Tensor, train: Batch, data: Batch, asked: Tensor | None
+) -> tuple[list[Class], float]:
+    """By the nearest training data of the samples, ``mine``, and of the data, ``theirs``."""
     if train.condition is None or data.condition is None or train.condition.ndim != 1:
         return [], 1.0
     count = int(torch.cat([train.condition, data.condition]).max()) + 1
-    taken = train.condition.cpu()[nearest_distances(x, train.x0)[1].cpu()]
-    of_data = train.condition.cpu()[nearest_distances(data.x0, train.x0, same=same)[1].cpu()]
+    taken, of_data = (train.condition.cpu()[nearest.cpu()] for nearest in (mine, theirs))
     if asked is not None:
         own = data.condition.cpu()
         right = [(taken[asked.cpu() == k] == k, of_data[own == k] == k) for k in range(count)]

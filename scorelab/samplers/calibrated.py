@@ -39,7 +39,7 @@ from scorelab.samplers.multistep import adams_weights, combine
 from scorelab.samplers.ode import RK4
 from scorelab.scores import check_known, restricted
 from scorelab.typing import ScoreFn, Tensor
-from scorelab.writing import whole
+from scorelab.writing import save_json
 
 __all__ = ["Calibrated", "calibrate", "evaluations_taken"]
 
@@ -93,8 +93,7 @@ class Calibrated(Sampler):
         """Write one JSON file."""
         mark = None if self.fingerprint is None else self.fingerprint.text()
         text = {"format": _FORMAT, "sigmas": self.sigmas, "weights": self.weights, "report": self.report}
-        with whole(Path(path)) as aside:
-            aside.write_text(json.dumps({**text, "fingerprint": mark}, indent=1) + "\n")
+        save_json({**text, "fingerprint": mark}, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Calibrated:

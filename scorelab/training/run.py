@@ -36,7 +36,7 @@ from scorelab.training.sampling import check_sampling
 from scorelab.training.settings import PARTS, check_types, default_config, named_part, resolve
 from scorelab.training.upgrading import upgraded
 from scorelab.training.watch import Watch, keep_until
-from scorelab.writing import whole
+from scorelab.writing import save_json
 
 __all__ = ["Interrupted", "recorded_config", "recorded_data", "recorded_values", "train"]
 
@@ -218,11 +218,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _write(path: Path, found: dict[str, Any]) -> None:
-    with whole(path) as aside:
-        aside.write_text(json.dumps(found, indent=1) + "\n")
-
-
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Refuse (ValueError) a run that another process trains. The lock ends with the process, however that ends."""
@@ -278,8 +273,8 @@ def _resume(trainer: Trainer, workdir: Path, accept_changes: bool, held: ExitSta
     if step >= 0:
         trainer.restore(checkpoint.place_of(folder, step))
     if trainer.rank == 0:
-        _write(workdir / "data.json", about)
-        _write(workdir / "config.json", _plain(config))
+        save_json(about, workdir / "data.json")
+        save_json(_plain(config), workdir / "config.json")
 
 
 def train(

@@ -62,6 +62,9 @@ def test_a_record_is_of_the_samples_that_are_drawn_and_of_the_data(runs, cache, 
     assert record["data"] == {"source": "digits", "against": "held_out", "count": 300, "content": content}
     assert (record["features"], record["rounding"], record["seed"]) == ("pixels", "to the data's values", 0)
     assert record["sampler"]["grid"]["n"] == 3
+    # Heun's two a step, but for the last, which ends at 0
+    assert record["sampler"]["sampler"]["name"] == "heun"
+    assert record["network_evaluations"] == 2 * 3 - 1
     (kept,) = cache.iterdir()
     before = kept.stat().st_mtime_ns
     assert main(command) == 0

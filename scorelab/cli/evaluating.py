@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from ml_collections import ConfigDict
+from torch import nn
 from tqdm.auto import tqdm
 
 import scorelab
@@ -165,8 +166,11 @@ class JudgedRun:
         """What all records of the run say alike."""
 
     def record(self, sampler: Path | None = None, config: ConfigDict | None = None) -> dict[str, Any]:
-        """Draw them, by the file of a calibrated sampler or the sampler of a config (None: the run's), and compare."""
-        config, seconds = self.config if config is None else config, 0.0
+        """Draw them, by the file of a calibrated sampler or the sampler of a config (None: the run's), and compare.
+
+        Its ``network_evaluations`` are those that a sample took on average, two for each that is guided by no class.
+        """
+        config, seconds, evaluated = self.config if config is None else config, 0.0, 0
         bar = tqdm(total=len(parallel.shard(self._n)), desc=f"samples of {self.workdir.name}", unit="sample")
 
         def drawn(rows: range) -> Tensor:
@@ -180,9 +184,19 @@ class JudgedRun:
             bar.update(len(rows))
             return x
 
-        with bar:
-            found = self.beside.compared(drawn, self._n, self.model.device)
-        return {**self.about, "sampler": sampler_of(config, sampler), **found, "seconds_drawing": round(seconds, 1)}
+        def count(net: nn.Module, given: tuple[Tensor, ...]) -> None:
+            nonlocal evaluated
+            evaluated += len(given[0])
+
+        hook = self.model.net.register_forward_pre_hook(count)
+        try:
+            with bar:
+                found = self.beside.compared(drawn, self._n, self.model.device)
+        finally:
+            hook.remove()
+        each = evaluated / max(1, len(parallel.shard(self._n)))
+        own = {"sampler": sampler_of(config, sampler), "network_evaluations": round(each, 2)}
+        return {**self.about, **own, **found, "seconds_drawing": round(seconds, 1)}
 
 
 def sampler_of(config: ConfigDict, file: Path | None = None) -> dict[str, Any]:

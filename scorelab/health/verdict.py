@@ -67,9 +67,10 @@ NORMAL = {
     "underestimated",
     "offset": "0 within some errors; the share of the error that is the same for all data",
     "trace": "1 within some errors; what the derivative says of the error of x0_hat beside that error",
-    "dimension": "falls with sigma from the number of values to 0; flat where data lies on so many dimensions",
-    "asymmetry": "0 of a gradient; up to .3 of good networks at the largest sigma, .1 at others",
-    "fokker_planck": "0 of one law at all levels; below .2 of good networks but at the least sigma",
+    "dimension": "falls with sigma from the number of values to 0, flat where data lies on so many dimensions; below 0 "
+    "where a network is wrong about clean data, which it never saw with so much noise told",
+    "asymmetry": "0 of a gradient; of good networks below .1 at small sigma, up to .35 at large ones",
+    "fokker_planck": "0 of one law at all levels; below .4 of good networks but at the least sigma",
     "fisher": "small beside 1; the squared error of sigma s beside the truth, per dimension",
 }
 """What is normal of each number of a level, and what to do."""

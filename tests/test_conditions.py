@@ -370,10 +370,9 @@ def test_other_objectives_train_from_a_config(name, tmp_path, capsys):
     assert found[-1]["loss"] < 0
     assert main(["report", f"--workdir={tmp_path}"]) == 0
     # images by their exact trace, and in several parts
-    c = small(
-        2, training__objective__name=name, training__batch_size=2, training__accumulate=2, model__net__dropout=0.0
-    )
-    whole = small(2, training__objective__name=name, training__batch_size=2, model__net__dropout=0.0)
+    options = {"training__objective__name": name, "training__batch_size": 2, "model__net__dropout": 0.0}
+    options["model__net__width"] = 8
+    c, whole = small(2, training__accumulate=2, **options), small(2, **options)
     a, b = Trainer(build(c), c), Trainer(build(whole), whole)
     for _ in range(2):
         x, y = a.advance(), b.advance()

@@ -169,7 +169,7 @@ def run(tmp_path_factory) -> Path:
     return workdir
 
 
-@settings(QUIET, max_examples=15)
+@settings(QUIET, max_examples=10)
 @given(where=st.integers(0, 100), damage=DAMAGE)
 def test_damaged_runs_are_read_or_refused(tmp_path, run, where, damage):
     """Any file of a run directory: sampling, the report and going on answer, or say what is wrong."""

@@ -329,7 +329,7 @@ def test_the_documented_network_trains_is_killed_and_goes_on(tmp_path):
         *base,
         "train",
         "--config=config.py",
-        "--config.training.steps=200",
+        "--config.training.steps=80",
         "--config.training.checkpoint_every=10",
     ]
     train += ["--config.training.sample_every=0", "--config.training.precision=fp32", "--config.training.batch_size=32"]
@@ -342,11 +342,11 @@ def test_the_documented_network_trains_is_killed_and_goes_on(tmp_path):
         while checkpoint.last_step(tmp_path / "killed") < 20 and child.poll() is None:
             time.sleep(0.01)
         child.kill()
-    assert 20 <= checkpoint.last_step(tmp_path / "killed") < 200
+    assert 20 <= checkpoint.last_step(tmp_path / "killed") < 80
     done = run([*train, "--workdir=killed"])
     assert done.returncode == 0, done.stderr
     for name in ("model.safetensors", "ema.safetensors"):
-        files = [tmp_path / w / "checkpoints" / "step_00000200" / name for w in ("whole", "killed")]
+        files = [tmp_path / w / "checkpoints" / "step_00000080" / name for w in ("whole", "killed")]
         assert files[0].read_bytes() == files[1].read_bytes()
     script = str(Path(sys.executable).parent / "scorelab")
     for command in (["sample", "--workdir=killed", "--n=4"], ["report", "--workdir=killed"]):
@@ -687,7 +687,7 @@ def test_a_codec_stands_between_the_data_and_the_model(tmp_path, capsys):
     train(c, run, progress=False)
     assert checkpoint.last_step(run) == 301
     capsys.readouterr()
-    assert main(["likelihood", f"--workdir={run}", "--n=200", "--divergence=exact"]) == 0
+    assert main(["likelihood", f"--workdir={run}", "--n=60", "--divergence=exact"]) == 0
     # of the data in its own units: that of a normal distribution with these deviations
     found = json.loads(capsys.readouterr().out)["log_prob"]["mean"]
     assert found == pytest.approx(-math.log(2 * math.pi * math.e * 5.0 * 0.01), abs=0.5)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench models docs lint clean
+.PHONY: demo gallery test test-slow bench models docs lint clean
 .venv/.ready: setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "scorelab needs Python 3.11 or newer"'
 	$(PYTHON) -m venv .venv
@@ -11,6 +11,9 @@ BIN := .venv/bin
 
 demo: .venv/.ready
 	$(BIN)/python -m toy.demo
+
+gallery: .venv/.ready
+	$(BIN)/python -m benchmarks.gallery
 
 test: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -1,7 +1,7 @@
 """Guided digits: are they what was asked for? And DDIM there and back. ``python -m benchmarks.guided --out runs/x``
 
 configs/digits/{conditional,ddpm,classifier}.py are trained by the command line, if they are not there. Samples, each
-class in turn, are judged by a network of one hidden layer that learnt from other digits (scikit-learn, see families.py)
+class in turn, are judged by a network of one hidden layer that learnt from other digits (scikit-learn, see judge.py)
 and has nothing to do with what guides; standard errors in brackets. Held-out digits are encoded by DDIM and decoded.
 """
 
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.families import ROOT, known
+from benchmarks.judge import known
 from scorelab import sample, sigmas
 from scorelab.cli.runs import load_run
 from scorelab.cli.sampling import sample_run
@@ -21,6 +21,7 @@ from scorelab.inverse import encode
 from scorelab.samplers import DDIM
 from scorelab.typing import Tensor
 
+ROOT = Path(__file__).parents[1]
 NAMES = ("conditional", "ddpm", "classifier")
 SCALES = (1.0, 2.0, 4.0)
 

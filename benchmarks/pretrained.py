@@ -15,12 +15,12 @@ import shutil
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from benchmarks.families import worth
+from benchmarks.judge import worth
+from benchmarks.minutes import spent
 from scorelab import PerSampleNoise, ScoreModel
 from scorelab.classifiers import ClassifierModel
 from scorelab.cli.runs import load_run
@@ -57,15 +57,13 @@ def trained(config: str, name: str) -> tuple[Path, Path, dict[str, str]]:
     subprocess.run(command, cwd=ROOT, check=True)
     shutil.rmtree(out, ignore_errors=True)
     recorded = json.loads((workdir / "config.json").read_text())
-    seconds = [json.loads(row)["seconds"] for row in (workdir / "metrics.jsonl").read_text().splitlines()]
-    # of every start
-    spent, t = sum(a for a, b in pairwise([*seconds, 0.0]) if b < a), recorded["training"]
+    t = recorded["training"]
     return (
         workdir,
         out,
         {
             "config": f"`{config}`, seed {recorded['seed']}",
-            "training": f"{t['steps']:,} steps of {t['batch_size']}, {spent:.0f} s, {t['precision']}",
+            "training": f"{t['steps']:,} steps of {t['batch_size']}, {spent(workdir):.0f} s, {t['precision']}",
             "machine": f"{cpu()}, {os.cpu_count()} cores, torch {torch.__version__}",
             "made by": f"`make models` (`python -m benchmarks.pretrained {name}`)",
         },

@@ -13,7 +13,6 @@ their differences are known better than the errors of each. ODE: uniform dequant
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import platform
@@ -27,14 +26,16 @@ import torch
 from ml_collections import ConfigDict
 from scipy.stats import t as student
 
+from benchmarks.minutes import steps_in
 from scorelab import PerSampleNoise, ScoreModel, clipped, sample, variational_bound
+from scorelab.cli.overrides import config_file
 from scorelab.evaluation import energy_distance
 from scorelab.likelihood import bits_per_dim
 from scorelab.losses import Bins, ContinuousBound
 from scorelab.processes import DiscreteVP, Learned, Process
 from scorelab.samplers import Ancestral, analytic_variance
 from scorelab.sigmas import from_betas
-from scorelab.training import Trainer, build, load_data, train
+from scorelab.training import load_data, train
 from scorelab.typing import Batch, Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -44,13 +45,7 @@ FEW, FEWER, SAMPLES, GROUPS, STATISTICS, DRAWS, BATCHES = 25, 8, 1000, 5, 128, 6
 
 
 def config_of(source: str, name: str) -> ConfigDict:
-    path = ROOT / "configs" / source / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    c: ConfigDict = module.get_config()
+    c, _ = config_file([f"--config={ROOT / 'configs' / source / name}.py"])
     c.data.validation = HELD[source]
     c.training.sample_every = c.training.validate_every = 0
     return c
@@ -61,13 +56,8 @@ def trained(source: str, name: str, minutes: float, out: Path) -> tuple[ScoreMod
     c, workdir = config_of(source, name), out / source / name
     record = workdir / "seconds.json"
     if not record.is_file():
-        trainer, times = Trainer(build(c), c), []
-        for _ in range(60):
-            began = time.perf_counter()
-            trainer.advance(measure=False)
-            times.append(time.perf_counter() - began)
-        each = statistics.median(times[10:])
-        c.training.steps = c.training.checkpoint_every = int(60 * minutes / each)
+        c.training.steps, each = steps_in(c, 60 * minutes)
+        c.training.checkpoint_every = c.training.steps
         began = time.perf_counter()
         train(c, workdir, progress=False)
         took = {"steps": c.training.steps, "step": each, "seconds": time.perf_counter() - began}

@@ -162,7 +162,10 @@ def cost_figure(found: Record) -> Figure:
     name = shown_distance(found)
     drawn, ((ax,),) = figure(1, size=7)
     drawn.set_size_inches(7.2, 5)
-    ticks = sorted({r["evaluations"] for r in found["records"]})
+    ticks: list[int] = []
+    for count in sorted({r["evaluations"] for r in found["records"]}, reverse=True):
+        # one number where two would lie over each other
+        ticks += [count] if not ticks or ticks[-1] > 1.15 * count else []
     for sampler in sorted({r["name"] for r in found["records"]}):
         mine = sorted((r for r in found["records"] if r["name"] == sampler), key=lambda r: r["evaluations"])
         values = [r["distances"][name]["value"] for r in mine]

@@ -14,7 +14,7 @@ __all__ = ["Section", "write_page"]
 Section = tuple[str, str, list["Path | bytes"], object]
 """Heading, explanation, pictures (files, or PNGs in memory) and numbers."""
 
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#222}
+_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:0 auto;padding:1rem;color:#222}
 figure{display:inline-block;margin:.3rem}figure img{min-width:14rem;image-rendering:pixelated}
 figcaption{font-size:.75rem;color:#666}
 img{max-width:100%;height:auto;display:block;margin:.5rem 0}

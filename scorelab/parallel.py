@@ -9,7 +9,7 @@ import atexit
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from scorelab.typing import Tensor
 
-__all__ = ["gather", "join", "most", "rows_within", "shard", "wait", "world"]
+T = TypeVar("T")
+
+__all__ = ["gather", "join", "most", "rows_within", "shard", "together", "wait", "world"]
 
 
 def join() -> torch.device:
@@ -59,6 +61,20 @@ def gather(x: Tensor, count: int) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(size)]
     distributed.all_gather(parts, padded)
     return torch.cat([p[: count * (i + 1) // size - count * i // size] for i, p in enumerate(parts)])
+
+
+def together(part: Callable[[], T]) -> T:
+    """``part()``, which sends nothing itself. Where it fails in one process it fails in all, in the others with a
+    RuntimeError, so that none waits for what is never sent.
+    """
+    failed: Exception | None = None
+    try:
+        found = part()
+    except Exception as error:
+        failed = error
+    if most(float(failed is not None))[0]:
+        raise failed or RuntimeError("another process failed, and says why")
+    return found
 
 
 def wait() -> None:

@@ -40,6 +40,20 @@ except ValueError as error:
     assert "PerSampleNoise" in str(error)
 else:
     raise AssertionError("two processes drew the same noise")
+
+
+def broken(x, sigma):
+    # in the second process alone
+    if rank == 1:
+        raise ValueError("out of range")
+    return score(x, sigma)
+
+
+try:
+    sample(broken, (7, 2), grid, generator=PerSampleNoise(3), sharded=True)
+except (ValueError, RuntimeError) as error:
+    said = str(error)
+assert said == ("another process failed, and says why", "out of range")[rank], said
 """
 
 

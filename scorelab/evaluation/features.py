@@ -243,7 +243,7 @@ def collected(
     that and ``features.about()``, and found again; without it is written again. Under torchrun every process makes its
     share, and all see the whole: the folder is one that they share.
 
-    Raises ValueError for images that give no finite features.
+    Raises ValueError for images that give no finite features; where a process fails, all do.
     """
     if count < 1 or size < 1:
         raise ValueError(f"count is {count}, size is {size}; expected 1 or more")
@@ -255,8 +255,7 @@ def collected(
         mine = parallel.shard(count)
         part = place / f".{rank}_{name}"
         try:
-            _write(features, images, mine, part, size)
-            parallel.wait()
+            parallel.together(lambda: _write(features, images, mine, part, size))
             if rank == 0:
                 _join([place / f".{k}_{name}" for k in range(parallel.world()[1])], count, target)
             parallel.wait()

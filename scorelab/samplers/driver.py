@@ -158,17 +158,20 @@ def _in_parts(
     if size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     bar = tqdm(_parts(score, x, generator, mine, size), disable=not progress, desc="sampling", unit="part")
-    try:
-        made = torch.cat([_last(s, part, sigmas, sampler, g, False, None, options) for s, part, g in bar])
-    except (RuntimeError, ValueError) as error:
-        if can_split(score) or size >= count:
-            raise
-        raise ValueError(
-            f"the score failed on {size} of {count} samples ({error}); it does not say how it is restricted to some "
-            "rows of a batch: expected one bound to no rows, one with rows(index), as model.conditioned(y) has, or no "
-            "batch_size"
-        ) from error
-    return parallel.gather(made, count) if sharded else made
+
+    def made() -> Tensor:
+        try:
+            return torch.cat([_last(s, part, sigmas, sampler, g, False, None, options) for s, part, g in bar])
+        except (RuntimeError, ValueError) as error:
+            if can_split(score) or size >= count:
+                raise
+            raise ValueError(
+                f"the score failed on {size} of {count} samples ({error}); it does not say how it is restricted to "
+                "some rows of a batch: expected one bound to no rows, one with rows(index), as model.conditioned(y) "
+                "has, or no batch_size"
+            ) from error
+
+    return parallel.gather(parallel.together(made), count) if sharded else made()
 
 
 def _last(

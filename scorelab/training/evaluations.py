@@ -48,12 +48,17 @@ class FixedNoiseLoss(Evaluation):
         index = torch.arange(count) % len(held.x0)
         batch, u = held.mapped(lambda t: t[index]), (torch.arange(count) + 0.5) / count
         noise = counted("normal", batches.noise_shape(batch), range(count), 0, 10).to(batch.x0)
-        draw, mine, found = Draw(batch, u, noise), parallel.shard(count), []
-        with torch.no_grad():
+        draw, mine = Draw(batch, u, noise), parallel.shard(count)
+
+        def measured() -> Tensor:
+            found = []
             for first in range(mine.start, mine.stop, batches.size):
                 some = draw.part(slice(first, min(first + batches.size, mine.stop)))
                 found.append(self.each(e.objective, model, some.mapped(lambda t: t.to(batches.device))))
-        numbers = parallel.gather(torch.cat(found), count)
+            return torch.cat(found)
+
+        with torch.no_grad():
+            numbers = parallel.gather(parallel.together(measured), count)
         bins = numbers.double().cpu().reshape(BINS, -1).mean(1).tolist()
         return Found({self.key: float(np.mean(bins)), self.bins: bins})
 

@@ -119,5 +119,8 @@ class Distance(Evaluation):
     def _seen(self, x: Tensor) -> Tensor:
         """Features of images, of which every process makes its share."""
         mine = parallel.shard(len(x))
-        parts = [self._features(some) for some in torch.split(x[mine.start : mine.stop], _AT_ONCE)]
-        return parallel.gather(torch.cat(parts), len(x))
+
+        def seen() -> Tensor:
+            return torch.cat([self._features(some) for some in torch.split(x[mine.start : mine.stop], _AT_ONCE)])
+
+        return parallel.gather(parallel.together(seen), len(x))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import torch
 
-from scorelab import VE, VP, Cosine, DiscreteVP, Flow, SubVP
+from scorelab import VE, VP, Cosine, DiscreteVP, Flow, SubVP, parallel
 from scorelab.distributions import Gaussian, GaussianMixture, target
 from scorelab.processes import cosine_betas, linear_betas
 
@@ -51,3 +52,33 @@ def ring() -> GaussianMixture:
     found = target("ring", dtype=F64)
     assert isinstance(found, GaussianMixture)
     return found
+
+
+def as_processes(monkeypatch, count, run):
+    """What ``run(rank)`` returns, or raises, in threads that take themselves for processes and wait for each other."""
+    place, barrier, told, found = threading.local(), threading.Barrier(count, timeout=60), {}, {}
+
+    def most(*values):
+        told[place.rank] = values
+        barrier.wait()
+        largest = [max(v) for v in zip(*told.values(), strict=True)]
+        barrier.wait()
+        return largest
+
+    def ran(rank):
+        place.rank = rank
+        try:
+            found[rank] = run(rank)
+        except Exception as error:
+            found[rank] = error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parallel, "world", lambda: (place.rank, count))
+        patched.setattr(parallel, "wait", barrier.wait)
+        patched.setattr(parallel, "most", most)
+        threads = [threading.Thread(target=ran, args=(rank,)) for rank in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return [found[rank] for rank in range(count)]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from problems import as_processes
 from test_training import small
 
-from scorelab import parallel
 from scorelab.cli import evaluating
 from scorelab.cli.evaluating import JudgedRun, evaluate_samples
 from scorelab.cli.main import main
@@ -78,20 +77,8 @@ def test_batches_and_processes_change_nothing(runs, monkeypatch):
     assert whole["data"]["count"] == 1797 - 300
     monkeypatch.setattr(evaluating, "_AT_ONCE", 7)
     assert numbers(JudgedRun(runs / "held", **options).record()) == pytest.approx(numbers(whole), rel=1e-6, abs=1e-9)
-    place, together, found = threading.local(), threading.Barrier(2), {}
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    monkeypatch.setattr(parallel, "world", lambda: (place.rank, 2))
-    monkeypatch.setattr(parallel, "wait", together.wait)
-
-    def run(rank):
-        place.rank = rank
-        found[rank] = JudgedRun(runs / "held", **options, seed=0).record()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = as_processes(monkeypatch, 2, lambda rank: JudgedRun(runs / "held", **options, seed=0).record())
     assert numbers(found[0]) == numbers(found[1])
     assert numbers(found[0]) == pytest.approx(numbers(whole), rel=1e-6, abs=1e-9)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from problems import as_processes
 from torch import nn
 
 from scorelab import parallel
@@ -49,24 +49,28 @@ def test_they_are_kept_whatever_the_batches(tmp_path, size):
 
 
 def test_processes_make_their_shares(tmp_path, monkeypatch):
-    """Three, as threads that wait for each other."""
-    place, together, x, found = threading.local(), threading.Barrier(3), images(), {}
-    monkeypatch.setattr(parallel, "world", lambda: (place.rank, 3))
-    monkeypatch.setattr(parallel, "wait", together.wait)
+    x = images()
 
     def run(rank):
-        place.rank, mine = rank, []
-        found[rank] = collected(Pixels(), lambda rows: mine.extend(rows) or x[list(rows)], 50, place=tmp_path, size=8)
+        mine = []
+        found = collected(Pixels(), lambda rows: mine.extend(rows) or x[list(rows)], 50, place=tmp_path, size=8)
         assert mine == list(parallel.shard(50))
+        return found
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 3
-    assert all(torch.equal(f, x.flatten(1)) for f in found.values())
+    for found in as_processes(monkeypatch, 3, run):
+        torch.testing.assert_close(found, x.flatten(1), rtol=0, atol=0)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_fails_in_one_process_fails_in_all(tmp_path, monkeypatch):
+    x = images()
+    x[33, 0, 2, 2] = math.nan
+    first, second, third = as_processes(
+        monkeypatch, 3, lambda rank: collected(Pixels(), lambda rows: x[list(rows)], 50, place=tmp_path, size=8)
+    )
+    assert "features of image 33 are not finite" in str(third)
+    assert str(first) == str(second) == "another process failed, and says why"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_images_leave_no_file(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import threading
 import time
 
 import numpy as np
@@ -192,6 +194,10 @@ def test_a_run_outlives_the_terminal_that_shows_it(tmp_path, monkeypatch):
     monkeypatch.setattr(watch_module, "tqdm", lambda **options: bar(file=closed, mininterval=0, **options))
     train(small(training__steps=3, training__checkpoint_every=3, training__sample_every=0), tmp_path / "x")
     assert closed.refused
+    other = threading.Thread(target=lambda: bar(total=1, file=io.StringIO()).close(), daemon=True)
+    other.start()
+    other.join(20)
+    assert not other.is_alive()
     assert (tmp_path / "x" / "checkpoints" / "step_00000003").is_dir()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -92,8 +93,10 @@ class Watch:
         try:
             act()
         except OSError:
-            # the pipe or terminal that it went to has gone, and the run has not
+            # the pipe or terminal that it went to has gone, and the run has not; tqdm still holds the lock that bars of
+            # other threads wait for
             self._bar.disable = True
+            type(self._bar).set_lock(threading.RLock())
 
     def stepped(self, metrics: Metrics | None, seconds: float) -> None:
         """A step took ``seconds``; write what it measured."""

@@ -182,6 +182,16 @@ def test_masks_that_are_no_black_and_white_are_told(files):
         operator_of("inpaint", (1, 8, 8), mask="photo.png")
 
 
+@pytest.mark.usefixtures("files")
+def test_arrays_that_hardly_use_the_range_are_warned_of():
+    """As those scaled to [0, 1], of data that goes to 16 here."""
+    np.save("scaled.npy", np.load("digit.npy") / 16)
+    with pytest.warns(
+        RuntimeWarning, match=r"--image=scaled.npy spans \[0, 1\] of the data's \[0, 16\]: are they scaled"
+    ):
+        restored(*INPAINT, "--image=scaled.npy")
+
+
 def test_what_is_shown_of_a_measurement():
     x0 = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
     operator = operator_of("super_resolve", (1, 8, 8), factor=4)
@@ -200,7 +210,10 @@ def test_what_is_shown_of_a_measurement():
         (("--task=inpaint", "--mask=none.png"), "--mask is none.png, and there is no such file"),
         ((*INPAINT, "--image=narrow.png"), "narrow.png is 5x8; expected 8x8; crop or scale it"),
         ((*INPAINT, "--image=text.png"), "--image is text.png, which can't be used: it is no image of a format"),
-        ((*INPAINT, "--image=bright.npy"), "--image=bright.npy spans [3, 19] but the declared data_range is [0, 16]"),
+        (
+            (*INPAINT, "--image=bright.npy"),
+            "--image=bright.npy spans [3, 19] of the data's [0, 16]; expected the data's own values",
+        ),
         ((*INPAINT, "--image=points.npy"), "--image=points.npy holds (8, 8); expected images (N, C, H, W)"),
         ((*INPAINT, "--image=none.npy"), "--image is none.npy, and there is no such file; expected an image"),
         ((*INPAINT, "--image="), "--image is missing; expected an image file, a folder of them"),

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from scorelab import parallel
-from scorelab.checks import check_range, checked_device, nearest_name
+from scorelab.checks import checked_device, nearest_name
 from scorelab.cli.overrides import parse, sampling_changed
 from scorelab.cli.runs import load_run, place_of
 from scorelab.cli.sampling import RunSamples, values_of, write_samples
@@ -230,8 +230,7 @@ def _read(place: Path, numbers: Values | None, gray: bool, background: str) -> T
         x = source.kept(torch.arange(len(source))).float()
         if x.ndim != 4:
             raise ValueError(f"--image={place} holds {tuple(x.shape)}; expected images (N, C, H, W)")
-        if own.ends is not None:
-            check_range(x, (own.least, own.most), f"--image={place}")
+        own.check(float(x.min()), float(x.max()), f"--image={place}")
         return own.inside(x)
     if place.is_dir():
         source = load("folder", files)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,8 +65,8 @@ def read_samples(place: Path, data_shape: Shape, values: Values) -> StoredSample
         span = found(parts)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
-    if values.ends is not None and not place.is_dir():
-        _check_span(span, values, place)
+    if not place.is_dir():
+        values.check(span.least, span.most, str(place))
     return StoredSamples(x, values, place.is_dir(), _checksum(place))
 
 
@@ -78,16 +77,6 @@ def _of_shape(x: np.ndarray, data_shape: Shape, place: Path) -> np.ndarray:
             if way.shape[1:] == tuple(data_shape):
                 return way
     raise ValueError(f"{place} holds {x.dtype} {x.shape}; expected numbers {('N', *data_shape)}, as the data is")
-
-
-def _check_span(span: Values, values: Values, place: Path) -> None:
-    """Refuse values outside the data's range, and warn of those that hardly use it."""
-    wide = values.most - values.least
-    said = f"{place} spans [{span.least:.4g}, {span.most:.4g}] of the data's [{values.least:g}, {values.most:g}]"
-    if span.least < values.least - 1e-4 * wide or span.most > values.most + 1e-4 * wide:
-        raise ValueError(f"{said}; expected the data's own values, as scorelab sample --out writes them")
-    if 10 * (span.most - span.least) < wide:
-        warnings.warn(f"{said}: are they scaled otherwise?", RuntimeWarning, stacklevel=3)
 
 
 def _checksum(place: Path) -> str:

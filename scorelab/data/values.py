@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -40,6 +41,18 @@ class Values:
         """``least`` and ``most`` inside."""
         low, high = self.inside(torch.tensor([self.least, self.most], dtype=torch.float64)).tolist()
         return low, high
+
+    def check(self, least: float, most: float, what: str) -> None:
+        """ValueError for numbers outside the data's range, and RuntimeWarning for those that span less than a tenth of
+        it, as bytes scaled to [0, 1] do; nothing where the data has no ends."""
+        if self.ends is None:
+            return
+        wide = self.most - self.least
+        said = f"{what} spans [{least:.4g}, {most:.4g}] of the data's [{self.least:g}, {self.most:g}]"
+        if least < self.least - 1e-4 * wide or most > self.most + 1e-4 * wide:
+            raise ValueError(f"{said}; expected the data's own values, as scorelab sample --out writes them")
+        if 10 * (most - least) < wide:
+            warnings.warn(f"{said}: are they scaled otherwise?", RuntimeWarning, stacklevel=4)
 
     def inside(self, x: Tensor) -> Tensor:
         """What a model sees of numbers outside."""

@@ -25,9 +25,10 @@ from scorelab.described import (
     process_from_dict,
     process_to_dict,
 )
-from scorelab.noised import NoisedModel, unwrapped
+from scorelab.noised import NoisedModel
 from scorelab.predictions import EPS, PREDICTIONS, X0, Prediction, V, coefficients
 from scorelab.processes import Process
+from scorelab.saved import unwrapped
 from scorelab.typing import ScoreFn, Shape, Tensor
 
 __all__ = ["Conditioned", "Constant", "LogSigma", "ScoreModel", "UnitVariance", "process_from_dict", "process_to_dict"]

@@ -19,9 +19,9 @@ from scorelab.interop.schedulers import config_of, prediction_of, process_of, re
 from scorelab.interop.unet2d import checked, config_for, filled, state_for
 from scorelab.models import ScoreModel
 from scorelab.nn import UNet
-from scorelab.noised import unwrapped
 from scorelab.predictions import EPS, X0, V
 from scorelab.processes import VE, DiscreteVP, cosine_betas
+from scorelab.saved import unwrapped
 from scorelab.typing import Tensor
 from scorelab.writing import save_tensors, whole
 

@@ -27,7 +27,7 @@ from torch.export import Dim, ExportedProgram
 from scorelab import __version__
 from scorelab.checks import broadcast
 from scorelab.models import ScoreModel
-from scorelab.noised import unwrapped
+from scorelab.saved import unwrapped
 from scorelab.typing import Tensor
 from scorelab.writing import check_writable
 

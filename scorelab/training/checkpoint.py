@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from scorelab.noised import NoisedModel
+from scorelab.saved import Model
 from scorelab.typing import Tensor
 from scorelab.writing import save_tensors
 
@@ -62,7 +62,7 @@ def place_of(folder: Path, step: int) -> Path:
 def write(
     folder: Path,
     step: int,
-    model: NoisedModel,
+    model: Model,
     weights: dict[str, Tensor],
     averages: Averages,
     training: dict[str, Any],

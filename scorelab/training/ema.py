@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from scorelab.noised import NoisedModel
+from scorelab.saved import Model
 from scorelab.training.sharding import full_state, like
 from scorelab.typing import Tensor
 
@@ -62,7 +62,7 @@ class EMA:
         self.count += 1
         self.initial_share *= decay
 
-    def weights(self, model: NoisedModel) -> dict[str, Tensor]:
+    def weights(self, model: Model) -> dict[str, Tensor]:
         """The model's weights with averages in place of its parameters; the model itself is not touched.
 
         Of parameters spread over processes the averages are whole, and all processes must call.
@@ -72,12 +72,12 @@ class EMA:
             state[name] = average.clone()
         return full_state(state)
 
-    def load(self, model: NoisedModel, state: dict[str, Tensor]) -> None:
+    def load(self, model: Model, state: dict[str, Tensor]) -> None:
         """Take the averages from weights of the model."""
         for name, average in self._named(model):
             average.copy_(like(state[name], average))
 
-    def _named(self, model: NoisedModel) -> Iterator[tuple[str, Tensor]]:
+    def _named(self, model: Model) -> Iterator[tuple[str, Tensor]]:
         """Every name of a parameter in the model, of a shared one all, and its average."""
         averages = {id(p): a for p, a in zip(self.parameters, self.average, strict=True)}
         for name, parameter in model.named_weights():

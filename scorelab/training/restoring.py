@@ -25,8 +25,8 @@ from scorelab.inverse import (
 )
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
-from scorelab.noised import unwrapped
 from scorelab.samplers import Sampler, sample
+from scorelab.saved import unwrapped
 from scorelab.training.sampling import build_sampling, own_score, with_nfe, with_statistics
 from scorelab.training.settings import resolve
 from scorelab.typing import ScoreFn, Tensor

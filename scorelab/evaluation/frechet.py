@@ -93,7 +93,7 @@ def frechet_distance(x: Tensor, y: Tensor | Moments) -> Frechet:
     too, with c/N twice, three times, four times as large, so a line through the four meets the distance of endless sets
     (Chong and Forsyth, 2020, arXiv:1911.07023). The error is the delta method's: the distance changes with a row x of
     the first set by 2 (m - m')(x - m) + (x - m)'(1 - T)(x - m), T the map that carries its Gaussian onto the other.
-    Over 400 pairs of sets 95 % intervals held the distance of Gaussians in 95 to 97 % (tests/test_frechet.py).
+    Over 400 pairs of sets 95 % intervals held the distance of Gaussians in 95 to 97 % (tests/test_distances.py).
     Published moments count as exact.
 
     Raises ValueError where a quarter of a set has no more rows than D, for then its covariance has no inverse, and for

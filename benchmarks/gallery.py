@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from benchmarks.judge import worth
-from benchmarks.minutes import spent, steps_in
+from benchmarks.minutes import spent, step_of, steps_in
 from benchmarks.restoring import half, scattered
 from scorelab import ScoreModel, sample
 from scorelab.cli.bound import bound_run
@@ -91,7 +91,7 @@ def trained(name: str, minutes: float, workdir: Path) -> ScoreModel:
             c.training.label_dropout = c.training.label_dropout or 0.1 * c.model.conditional
             source, kind = name.split("/")
             seconds = SHARES[source] * minutes * (LONGER if kind == MAIN else 1)
-            c.training.steps = min(c.training.steps, steps_in(c, seconds, tried=12)[0])
+            c.training.steps = min(c.training.steps, steps_in(seconds, step_of(c), tried=12)[0])
             c.optim.warmup = min(c.optim.warmup, c.training.steps // 10)
     model = train(c, workdir)
     assert isinstance(model, ScoreModel)

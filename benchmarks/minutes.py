@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,16 +14,24 @@ from ml_collections import ConfigDict
 from scorelab.training import Trainer, build
 
 
-def steps_in(config: ConfigDict, seconds: float, tried: int = 60) -> tuple[int, float]:
-    """As many steps as a config makes in so many seconds, 1 at least, and the seconds of a step: the median of
-    ``tried``."""
-    trainer, times = Trainer(build(config), config), []
+def steps_in(
+    seconds: float, step: Callable[[], object], tried: int = 60, clock: Callable[[], float] = time.perf_counter
+) -> tuple[int, float]:
+    """How many steps last so many seconds, 1 at least, and the seconds of one: the median of those tried, but for a
+    sixth that warms up."""
+    times = []
     for _ in range(tried):
-        began = time.perf_counter()
-        trainer.advance(measure=False)
-        times.append(time.perf_counter() - began)
+        began = clock()
+        step()
+        times.append(clock() - began)
     each = statistics.median(times[tried // 6 :])
     return max(1, int(seconds / each)), each
+
+
+def step_of(config: ConfigDict) -> Callable[[], object]:
+    """What makes a step of training by a config, of a run that is thrown away."""
+    trainer = Trainer(build(config), config)
+    return lambda: trainer.advance(measure=False)
 
 
 def spent(workdir: Path) -> float:

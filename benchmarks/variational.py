@@ -26,7 +26,7 @@ import torch
 from ml_collections import ConfigDict
 from scipy.stats import t as student
 
-from benchmarks.minutes import steps_in
+from benchmarks.minutes import step_of, steps_in
 from scorelab import PerSampleNoise, ScoreModel, clipped, sample, variational_bound
 from scorelab.cli.overrides import config_file
 from scorelab.evaluation import energy_distance
@@ -56,7 +56,7 @@ def trained(source: str, name: str, minutes: float, out: Path) -> tuple[ScoreMod
     c, workdir = config_of(source, name), out / source / name
     record = workdir / "seconds.json"
     if not record.is_file():
-        c.training.steps, each = steps_in(c, 60 * minutes)
+        c.training.steps, each = steps_in(60 * minutes, step_of(c))
         c.training.checkpoint_every = c.training.steps
         began = time.perf_counter()
         train(c, workdir, progress=False)

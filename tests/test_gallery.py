@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import gallery
+from benchmarks import gallery, minutes
 from scorelab.plotting.page import write_page
 
 
@@ -20,10 +20,20 @@ def test_every_config_of_a_score_model_is_in_it():
     assert not {"digits/classifier", "digits/features"} & set(names)
 
 
+def test_steps_in_a_time_and_the_time_of_all_starts(tmp_path):
+    """A clock that tells half a second more each time it is read: 20 steps in 10 s, however few were tried."""
+    for tried in (1, 12):
+        told = iter(range(1000))
+        assert minutes.steps_in(10, lambda: None, tried, lambda told=told: next(told) / 2) == (20, 0.5)
+    assert minutes.steps_in(0.1, lambda: None, 6, lambda told=told: next(told))[0] == 1
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"seconds": {s}}}\n' for s in (1, 2, 5.5, 0.5, 2.5, 1)))
+    assert minutes.spent(tmp_path) == 5.5 + 2.5 + 1
+
+
 def test_a_family_is_trained_and_its_sheets_are_on_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(gallery, "SHEET", 10)
     # on a slow machine one step may be all that fits, after which no class matters yet
-    monkeypatch.setattr(gallery, "steps_in", lambda config, seconds, tried: (4, seconds / 4))
+    monkeypatch.setattr(gallery, "steps_in", lambda seconds, step, tried: (4, seconds / 4))
     config = gallery.config_of("digits/conditional")
     config.sampling.grid.n = 4
     monkeypatch.setattr(gallery, "config_of", lambda name: config)

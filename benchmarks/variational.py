@@ -43,7 +43,8 @@ HELD = {"digits": 300, "fashion_mnist": 500}
 FEW, FEWER, SAMPLES, GROUPS, STATISTICS, DRAWS, BATCHES = 25, 8, 1000, 5, 128, 64, 100
 
 
-def config_of(source: str, name: str) -> ConfigDict:
+def config_file(source: str, name: str) -> ConfigDict:
+    """configs/SOURCE/NAME.py's."""
     path = ROOT / "configs" / source / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -51,6 +52,11 @@ def config_of(source: str, name: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     c: ConfigDict = module.get_config()
+    return c
+
+
+def config_of(source: str, name: str) -> ConfigDict:
+    c = config_file(source, name)
     c.data.validation = HELD[source]
     c.training.sample_every = c.training.validate_every = 0
     return c

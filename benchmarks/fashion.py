@@ -5,7 +5,8 @@ trains each row for the same CPU time, to the end of its learning rate's schedul
 ``n`` samples, and judges them as ``scorelab evaluate --samples`` does, by the features that come with the package,
 beside the 60,000 training images; the floor is the test images beside them. Drawing and judging are not counted as
 training. What is done is not done again, and drawing goes on where it was interrupted. The numbers go into
-benchmarks/results/fashion.json, the table into docs/evaluation.md; --table only writes the table.
+benchmarks/results/fashion.json, where rows measured alike stay, the table into docs/evaluation.md; --table only writes
+the table.
 
 scorelab: ``configs/fashion_mnist/minutes.py``. diffusers, in fp32, by its example of unconditional training:
 UNet2DModel of about as many parameters, DDPMScheduler with 1,000 steps, AdamW with that example's settings, a cosine
@@ -298,13 +299,17 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         torch.set_num_threads(1)
-        known = rows_of(options.data, options.out)
-        rows = {name: row(known[name], options.data, options.minutes, options.n) for name in options.rows or known}
-        found = {"minutes": options.minutes, "n": options.n, "machine": f"one thread of {cpu()}"}
+        found: dict[str, Any] = {"minutes": options.minutes, "n": options.n, "machine": f"one thread of {cpu()}"}
         found |= {"versions": f"torch {torch.__version__}, Python {platform.python_version()}"}
-        RESULT.write_text(
-            json.dumps({**found, "rows": rows, "floor": floor(options.data, options.out)}, indent=1) + "\n"
-        )
+        # rows that were measured alike stay
+        before = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+        rows = before["rows"] if {k: before.get(k) for k in found} == found else {}
+        known = rows_of(options.data, options.out)
+        for name in options.rows or known:
+            rows[name] = row(known[name], options.data, options.minutes, options.n)
+        found["rows"] = {name: rows[name] for name in known if name in rows}
+        found["floor"] = floor(options.data, options.out)
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
     page(json.loads(RESULT.read_text()))
 
 

@@ -37,8 +37,8 @@ from torch import nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from benchmarks.pretrained import cpu
 from benchmarks.minutes import step_of, steps_in
+from benchmarks.pretrained import cpu
 from benchmarks.variational import markdown
 from scorelab import PerSampleNoise
 from scorelab.cli.evaluating import evaluate_samples
@@ -46,7 +46,7 @@ from scorelab.cli.overrides import config_file
 from scorelab.cli.runs import load_run
 from scorelab.data.files import read_idx
 from scorelab.precision import prepare
-from scorelab.training import Trainer, build, load_data, sample_model, train
+from scorelab.training import load_data, sample_model, train
 from scorelab.typing import Tensor
 
 ROOT = Path(__file__).parents[1]

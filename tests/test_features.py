@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import re
 from pathlib import Path
@@ -59,6 +60,23 @@ def test_processes_make_their_shares(tmp_path, monkeypatch):
 
     for found in as_processes(monkeypatch, 3, run):
         torch.testing.assert_close(found, x.flatten(1), rtol=0, atol=0)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_two_jobs_at_once_do_not_meet(tmp_path, monkeypatch):
+    """The second begins and ends while the first, of another process, is at its second part."""
+    x, pids, inside = images(), itertools.count(7), []
+    monkeypatch.setattr(features.os, "getpid", lambda: next(pids))
+
+    def seen(rows):
+        if rows.start == 8 and not inside:
+            inside.append(None)
+            inside[0] = collected(Pixels(), seen, 50, place=tmp_path, known={"of": "x"}, size=8)
+        return x[list(rows)]
+
+    found = collected(Pixels(), seen, 50, place=tmp_path, known={"of": "x"}, size=8)
+    torch.testing.assert_close(found, x.flatten(1), rtol=0, atol=0)
+    torch.testing.assert_close(inside[0], x.flatten(1), rtol=0, atol=0)
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -164,7 +182,7 @@ def test_files_are_arrays_that_numpy_reads(tmp_path):
 
 def test_the_page_of_distances_runs_as_it_stands(capsys):
     page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    code = re.findall(r"```python\n(.*?)```", page, re.S)[0]
     exec(compile(code, "evaluation.md", "exec"), {})
     energy, interval, coverage = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"-?[\d.e-]+ ± [\d.e-]+", energy)

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from abc import ABC, abstractmethod
@@ -250,14 +251,16 @@ def collected(
     settled = json.dumps({"of": known, "count": count, **features.about()}, sort_keys=True, default=str)
     name = f"{hashlib.sha256(settled.encode()).hexdigest()[:16]}.npy"
     place.mkdir(parents=True, exist_ok=True)
-    target, rank = place / name, parallel.world()[0]
-    if known is None or not target.is_file():
-        mine = parallel.shard(count)
-        part = place / f".{rank}_{name}"
+    target, (rank, size_of_world) = place / name, parallel.world()
+    # all processes see alike what is there, and a number that none of another job's has
+    missing, job = parallel.most(float(known is None or not target.is_file()), float(os.getpid()))
+    if missing:
+        mine, files = parallel.shard(count), [place / f".{job:.0f}_{k}_{name}" for k in range(size_of_world)]
+        part = files[rank]
         try:
             parallel.together(lambda: _write(features, images, mine, part, size))
             if rank == 0:
-                _join([place / f".{k}_{name}" for k in range(parallel.world()[1])], count, target)
+                _join(files, count, target)
             parallel.wait()
         finally:
             part.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from benchmarks.minutes import step_of, steps_in
+from benchmarks.minutes import once, step_of, steps_in
 from benchmarks.pretrained import cpu
 from benchmarks.variational import markdown
 from scorelab import PerSampleNoise
@@ -57,16 +57,6 @@ SCHEDULERS = {"DDIM": (DDIMScheduler, 50), "DPM-Solver++": (DPMSolverMultistepSc
 
 Draw = Callable[[int, int], Tensor]
 """Samples (n, 1, 28, 28) in [-1, 1] from the first one's place on."""
-
-
-def once(record: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was recorded, or else is now."""
-    if not record.is_file():
-        found = work()
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(found))
-    told: dict[str, Any] = json.loads(record.read_text())
-    return told
 
 
 def config_of(data: Path) -> ConfigDict:

@@ -30,8 +30,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from benchmarks.judge import worth
-from benchmarks.minutes import spent, step_of, steps_in
-from benchmarks.restoring import half, scattered
+from benchmarks.minutes import once, spent, step_of, steps_in
+from benchmarks.restoring import CASES, draw_rows
 from scorelab import ScoreModel, sample
 from scorelab.cli.bound import bound_run
 from scorelab.cli.cost import cost_of, cost_table, points
@@ -41,7 +41,7 @@ from scorelab.cli.restoring import measure
 from scorelab.cli.runs import load_run, run_config
 from scorelab.cli.sampling import sample_run
 from scorelab.cli.steering import Steering
-from scorelab.inverse import LinearOperator, Measurement, SuperResolution, encode, slerp
+from scorelab.inverse import Measurement, encode, slerp
 from scorelab.plotting import figure
 from scorelab.plotting.page import Section, write_page
 from scorelab.plotting.pictures import tiled
@@ -51,18 +51,13 @@ from scorelab.sigmas import karras
 from scorelab.training import load_data, posterior_samples, train
 from scorelab.training.restoring import DEFAULT, usual_nfe
 from scorelab.typing import Batch, Tensor
-from scorelab.writing import save_json
 
 ROOT = Path(__file__).parents[1]
 SHARES = {"digits": 40 / 60, "fashion_mnist": 160 / 60}
 """Seconds of training a minute of the gallery."""
 MAIN, LONGER, HELD = "edm", 3, 100
 SCALES, SHEET, COUNT = (0, 1, 2, 4), 40, 1000
-TASKS: dict[str, Callable[[tuple[int, ...]], LinearOperator]] = {
-    "lower half missing": half,
-    "random half missing": scattered,
-    "half the size": lambda shape: SuperResolution(shape, 2),
-}
+TASKS = {name: case.operator for name, case in CASES.items() if not (case.coloured or case.noise_std)}
 COSTS = {"samplers": ["heun", "dpm2m", "ancestral"], "nfe": [5, 10, 20, 50]}
 JUDGED = {"digits": 1000, "fashion_mnist": 300}
 Numbers = dict[str, Any]
@@ -127,15 +122,11 @@ def main_model(source: str, out: Path) -> tuple[ConfigDict, ScoreModel, Batch]:
     return c, model, load_data(c).hold_out(HELD)
 
 
-def rows_picture(rows: dict[str, Tensor], columns: Sequence[str] = ()) -> Figure:
-    """Rows of images (K, 1, H, W) under each other, with their names and those of the columns."""
+def rows_picture(rows: Tensor, names: Sequence[str], columns: Sequence[str] = ()) -> Figure:
+    """A picture of ``draw_rows`` alone."""
     made, ((ax,),) = figure(1)
-    made.set_size_inches(0.8 * len(next(iter(rows.values()))) + 1, 0.8 * len(rows) + 0.3)
-    page = tiled(torch.cat(list(rows.values())), columns=len(next(iter(rows.values()))))
-    ax.imshow(page, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    ax.set_yticks([page.shape[0] / len(rows) * (k + 0.5) for k in range(len(rows))], list(rows))
-    ax.set_xticks([page.shape[1] / len(columns) * (k + 0.5) for k in range(len(columns))], columns)
-    ax.xaxis.tick_top()
+    made.set_size_inches(0.8 * rows.shape[1] + 1.6, 0.8 * len(rows) + 0.3)
+    draw_rows(ax, rows, names, columns)
     return made
 
 
@@ -145,11 +136,10 @@ def restored(source: str, out: Path) -> Numbers:
     x0, seconds = held.x0[:8], {}
     for task, made in TASKS.items():
         began, operator = time.perf_counter(), made(model.data_shape)
-        y = operator(x0)
-        seen = measure(operator, y if isinstance(operator, SuperResolution) else x0)
+        seen = measure(operator, x0)
         x = posterior_samples(model, c, Measurement(operator, seen.y), 3, nfe=usual_nfe(c, model, DEFAULT))
-        rows = {"image": x0, "known": seen.picture} | {f"sample {k + 1}": x[:, k] for k in range(3)}
-        rows_picture(rows).savefig(out / f"{task.replace(' ', '_')}.png")
+        rows = torch.stack([x0, seen.picture, *x.unbind(1)])
+        rows_picture(rows, ("image", "known", *["sample"] * 3)).savefig(out / f"{task.replace(' ', '_')}.png")
         seconds[f"{task}, s"] = time.perf_counter() - began
     return {"method": DEFAULT, **seconds}
 
@@ -165,9 +155,9 @@ def interpolated(source: str, out: Path) -> Numbers:
     a, b = (encode(score, x, levels, Heun(), tol=1e-3) for x in (first, second))
     ways = [slerp(a, b, w) for w in torch.linspace(0, 1, 7).tolist()]
     x = sample(score, torch.cat(ways), levels, Heun()).reshape(7, 5, *model.data_shape)
-    page = {f"pair {k + 1}": torch.stack([first[k], *x[:, k], second[k]]) for k in range(5)}
+    rows = torch.stack([first, *x, second], 1)
     columns = ["image", "decoded", *(f"{k}/6" for k in range(1, 6)), "decoded", "image"]
-    rows_picture(page, columns).savefig(out / "interpolated.png")
+    rows_picture(rows, [f"pair {k + 1}" for k in range(5)], columns).savefig(out / "interpolated.png")
     given_back = float((torch.stack([x[0], x[6]]) - torch.stack([first, second])).square().mean().sqrt())
     return {"seconds": time.perf_counter() - began, "ends off the images by (RMS)": given_back}
 
@@ -237,7 +227,7 @@ def work(part: Callable[..., Numbers], arguments: tuple[Any, ...], out: Path) ->
     out.mkdir(parents=True, exist_ok=True)
     (out / "failed.txt").unlink(missing_ok=True)
     try:
-        save_json(part(*arguments, out), out / "record.json")
+        once(out / "record.json", lambda: part(*arguments, out))
     except Exception as error:
         # the other parts go on
         (out / "failed.txt").write_text(traceback.format_exc())

@@ -1,4 +1,4 @@
-"""Training for a given time, to the end of the learning rate's schedule."""
+"""Long work: training for a given time, to the end of the learning rate's schedule, and what is not done twice."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from scorelab.training import Trainer, build
+from scorelab.writing import save_json
 
 
 def steps_in(
@@ -32,6 +34,16 @@ def step_of(config: ConfigDict) -> Callable[[], object]:
     """What makes a step of training by a config, of a run that is thrown away."""
     trainer = Trainer(build(config), config)
     return lambda: trainer.advance(measure=False)
+
+
+def once(record: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was recorded, or else is now."""
+    if not record.is_file():
+        found = work()
+        record.parent.mkdir(parents=True, exist_ok=True)
+        save_json(found, record)
+    told: dict[str, Any] = json.loads(record.read_text())
+    return told
 
 
 def spent(workdir: Path) -> float:

@@ -19,11 +19,12 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from ml_collections import ConfigDict
 from torch import Tensor
@@ -157,18 +158,22 @@ def numbers(case: Case, method: str) -> dict[str, tuple[float, float] | float]:
     return {**spread, "seconds": seconds}
 
 
+def draw_rows(ax: Axes, rows: Tensor, names: Sequence[str], columns: Sequence[str] = ()) -> None:
+    """Rows of images (R, K, C, H, W) under each other, with their names and those of the columns."""
+    page = tiled(rows.flatten(0, 1), columns=rows.shape[1])
+    ax.imshow(page, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    for axis, size, said in ((ax.yaxis, page.shape[0], names), (ax.xaxis, page.shape[1], columns)):
+        axis.set_ticks([size / len(said) * (k + 0.5) for k in range(len(said))], said)
+    ax.xaxis.tick_top()
+
+
 def plot() -> None:
     """restored.png: a panel for each task; from above the images, what is known of them, and samples."""
     made, axes = figure(2, 2, size=4.6)
     cases = {name: case for name, case in CASES.items() if not case.noise_std}
     for ax, (name, case) in zip(axes.flat, cases.items(), strict=True):
         x0, seen, x, _, _ = restored(case, DEFAULT, SHOWN, 3)
-        rows = torch.cat([x0[:, None], seen[:, None], x], 1).transpose(0, 1)
-        page = tiled(rows.flatten(0, 1), columns=SHOWN)
-        ax.imshow(page, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        places = [page.shape[0] / len(rows) * (k + 0.5) for k in range(len(rows))]
-        ax.set_yticks(places, ["image", "known", "sample", "sample", "sample"])
-        ax.set_xticks([])
+        draw_rows(ax, torch.stack([x0, seen, *x.unbind(1)]), ("image", "known", *["sample"] * 3))
         ax.set_title(f"{name}, by {DEFAULT}")
     made.set_size_inches(9.2, 7.6)
     made.savefig(DOCS / "images" / "restored.png")

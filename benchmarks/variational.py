@@ -26,7 +26,7 @@ import torch
 from ml_collections import ConfigDict
 from scipy.stats import t as student
 
-from benchmarks.minutes import step_of, steps_in
+from benchmarks.minutes import once, step_of, steps_in
 from scorelab import PerSampleNoise, ScoreModel, clipped, sample, variational_bound
 from scorelab.cli.overrides import config_file
 from scorelab.evaluation import energy_distance
@@ -54,15 +54,15 @@ def config_of(source: str, name: str) -> ConfigDict:
 def trained(source: str, name: str, minutes: float, out: Path) -> tuple[ScoreModel, dict[str, float]]:
     """The averaged model after so many minutes of steps, and what training took."""
     c, workdir = config_of(source, name), out / source / name
-    record = workdir / "seconds.json"
-    if not record.is_file():
+
+    def work() -> dict[str, float]:
         c.training.steps, each = steps_in(60 * minutes, step_of(c))
         c.training.checkpoint_every = c.training.steps
         began = time.perf_counter()
         train(c, workdir, progress=False)
-        took = {"steps": c.training.steps, "step": each, "seconds": time.perf_counter() - began}
-        record.write_text(json.dumps(took))
-    took = json.loads(record.read_text())
+        return {"steps": c.training.steps, "step": each, "seconds": time.perf_counter() - began}
+
+    took = once(workdir / "seconds.json", work)
     return ScoreModel.load(sorted((workdir / "checkpoints").glob("step_*"))[-1]).eval(), took
 
 

@@ -259,9 +259,7 @@ def collected(
         part = files[rank]
         try:
             parallel.together(lambda: _write(features, images, mine, part, size))
-            if rank == 0:
-                _join(files, count, target)
-            parallel.wait()
+            parallel.together(lambda: None if rank else _join(files, count, target))
         finally:
             part.unlink(missing_ok=True)
     return torch.from_numpy(np.load(target, mmap_mode="c"))

@@ -51,7 +51,9 @@ def test_a_family_is_trained_and_its_sheets_are_on_the_page(tmp_path, monkeypatc
     assert gallery.trained("digits/conditional", 60, place / "run") is not None
     assert (place / "run" / "metrics.jsonl").read_text() == before
     names = ["digits/conditional", "digits/ddpm"]
-    page = write_page(tmp_path / "index.html", "gallery", list(gallery.sections(names, [], tmp_path))).read_text()
+    odd = ("a < b", "by ``--data x<y``", [], None)
+    page = write_page(tmp_path / "index.html", "gallery", [odd, *gallery.sections(names, [], tmp_path)]).read_text()
+    assert "<h2>a &lt; b</h2><p>by <code>--data x&lt;y</code></p>" in page
     assert page.count("<img") == 4
     assert re.search(r"4 steps in \d+ s; 10 samples: guidance 0 \d+ s, guidance 1", page)
     assert "not done yet" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 from pathlib import Path
 
 from scorelab.writing import whole
@@ -66,12 +67,13 @@ def _numbers(value: object) -> str:
 
 
 def write_page(path: Path, title: str, sections: list[Section]) -> Path:
-    """Write sections to ``path``."""
+    """Write sections to ``path``; what stands in double backticks in an explanation is shown as code."""
     parts = []
     for heading, text, pictures, numbers in sections:
         shown = "".join(_picture(p, len(pictures) > 1 and isinstance(p, Path), heading) for p in pictures)
         table = f"<details><summary>numbers</summary>{_numbers(numbers)}</details>" if numbers is not None else ""
-        parts.append(f"<h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>{shown}{table}")
+        said = re.sub(r"``(.+?)``", r"<code>\1</code>", html.escape(text))
+        parts.append(f"<h2>{html.escape(heading)}</h2><p>{said}</p>{shown}{table}")
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style><body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"

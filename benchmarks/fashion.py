@@ -52,7 +52,7 @@ from scorelab.typing import Tensor
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "fashion.json"
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
-SHAPE, CLASSES, AT_ONCE, FIRST, SEED = (1, 28, 28), 10, 100, 1000, 1
+SHAPE, AT_ONCE, FIRST, SEED, MOST = (1, 28, 28), 100, 1000, 1, 60_000
 SCHEDULERS = {"DDIM": (DDIMScheduler, 50), "DPM-Solver++": (DPMSolverMultistepScheduler, 20)}
 
 Draw = Callable[[int, int], Tensor]
@@ -91,9 +91,11 @@ class Scorelab:
         prepare(model, c.training.precision, compile=False)
         # the config's own, which may be newer than the run
         s = c.sampling = self.config.sampling
+        # as often as the data has them: of each in turn would be no independent draws
+        classes = load_data(self.config).drawn_classes(MOST, SEED)
 
         def draw(first: int, n: int) -> Tensor:
-            labels = torch.arange(first, first + n) % CLASSES
+            labels = classes[first : first + n]
             return sample_model(model, c, n, PerSampleNoise(SEED, first), condition=labels, progress=False)
 
         guided = f", guidance {s.guidance:g}" if s.guidance != 1 else ""

@@ -46,6 +46,29 @@ def labelled(n: int = 200) -> Arrays:
     return Arrays(labels.float().unsqueeze(1) + torch.rand(n, 3, generator=generator()) / 2, labels)
 
 
+def test_classes_are_drawn_as_often_as_the_data_has_them():
+    """Independently, of those alone that are not held out, and each by its seed and place."""
+    data = Arrays(torch.rand(1000, 3), torch.tensor([0] * 500 + [1] * 300 + [3] * 200), classes="abcd")
+    held = data.hold_out(400)
+    counts = torch.bincount(data.labels, minlength=4) - torch.bincount(held.condition, minlength=4)
+    assert torch.equal(data.class_shares(), counts.double() / 600)
+    drawn = torch.stack([data.drawn_classes(100, seed) for seed in range(300)])
+    assert torch.equal(drawn[7, :30], data.drawn_classes(30, 7))
+    of_class = (drawn.unsqueeze(-1) == torch.arange(4)).double().sum(1)
+    p, n = data.class_shares(), 100
+    error = (p * (1 - p) / (300 * n)).sqrt()
+    assert bool(((of_class.mean(0) / n - p).abs() <= 4 * error).all())
+    assert float(of_class[:, 2].sum()) == 0
+    # the counts vary as a multinomial's do, not as those of classes in turn, which are all the same
+    variance = (of_class - n * p).square().mean(0)[[0, 1, 3]]
+    assert torch.allclose(variance, (n * p * (1 - p))[[0, 1, 3]], rtol=4 * (2 / 300) ** 0.5)
+    law = Drawn(target("labelled_ring"))
+    shares = torch.bincount(law.drawn_classes(4000, 1)).double() / 4000
+    assert torch.allclose(shares, torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=F64), atol=0.03)
+    with pytest.raises(ValueError, match="the data has no classes"):
+        Arrays(torch.rand(10, 3)).drawn_classes(4, 0)
+
+
 @pytest.mark.parametrize("reference", [0, 90])
 def test_labels_stay_with_their_samples(reference):
     made = batches(labelled(), conditional=True, reference=reference)

@@ -17,6 +17,7 @@ from scorelab.cli.evaluating import JudgedRun, evaluate_samples
 from scorelab.cli.main import main
 from scorelab.cli.runs import run_config
 from scorelab.cli.sampling import sample_run, write_samples
+from scorelab.cli.steering import Steering
 from scorelab.data import Values, digits, read_samples
 from scorelab.evaluation import compared, inception_score, kernel_distance
 from scorelab.evaluation.comparison import varied
@@ -81,6 +82,33 @@ def test_batches_and_processes_change_nothing(runs, monkeypatch):
     found = as_processes(monkeypatch, 2, lambda rank: JudgedRun(runs / "held", **options, seed=0).record())
     assert numbers(found[0]) == numbers(found[1])
     assert numbers(found[0]) == pytest.approx(numbers(whole), rel=1e-6, abs=1e-9)
+
+
+def test_classes_are_drawn_as_often_as_the_data_has_them(tmp_path):
+    """And not each in turn, of which an equal number is no independent draw: as ``--condition=data`` draws them, by
+    what was not held out."""
+    data = digits()
+    x = data.take(torch.arange(1797)).numpy()
+    np.savez(tmp_path / "data.npz", data=x, labels=data.labels)
+    np.savez(tmp_path / "plain.npz", data=x)
+    c = small(30, data__validation=300, sampling__grid__n=3, model__conditional=True, training__batch_size=64)
+    c.data.source, c.data.path, c.optim.lr = "arrays", str(tmp_path / "data.npz"), 0.02
+    options = {"n": 60, "few": True, "seed": 4, "weights": "model"}
+    train(c, tmp_path / "run", progress=False)
+    record = JudgedRun(tmp_path / "run", **options).record()
+    run = sample_run(tmp_path / "run", n=60, seed=4, weights="model", steering=Steering("data"))
+    write_samples(run, tmp_path / "x.npz")
+    found = evaluate_samples(tmp_path / "x.npz", run_config(tmp_path / "run"), few=True)
+    assert numbers(found) == pytest.approx(numbers(record), rel=1e-6, abs=1e-9)
+    assert record["steering"] == {"condition": "data"}
+    data.hold_out(300)
+    assert torch.equal(run.labels, data.drawn_classes(60, seed=4))
+    each = JudgedRun(tmp_path / "run", **options, steering=Steering("each")).record()
+    assert numbers(each) != numbers(record)
+    other = run_config(tmp_path / "run")
+    other.data.path = str(tmp_path / "plain.npz")
+    with pytest.raises(ValueError, match="10 classes as often as the data has them, and it has 0 classes"):
+        JudgedRun(tmp_path / "run", n=60, few=True, data=other)
 
 
 def test_classes_and_features_of_ones_own_are_told(runs, tmp_path, monkeypatch):

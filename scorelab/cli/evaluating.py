@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,10 @@ class JudgedRun:
     """n samples of a run, or of a saved model, beside data; under torchrun every process draws its share.
 
     against: "train", the data that the run learnt from, or "held_out", what it held out (by default, if there is any).
-    features: see ``features_of``. Samples are rounded to the values that the data takes, as images in files are. The
-    other arguments are ``sample_run``'s and ``likelihood_run``'s. Features of the data are kept in ~/.cache/scorelab,
-    or under XDG_CACHE_HOME. Raises ValueError for data that is drawn afresh, and for fewer than 2,048 samples or data
+    features: see ``features_of``. Unless ``steering`` names a condition, classes are drawn as often as the data has
+    them. Samples are rounded to the values that the data takes, as images in files are. The other arguments are
+    ``sample_run``'s and ``likelihood_run``'s. Features of the data are kept in ~/.cache/scorelab, or under
+    XDG_CACHE_HOME. Raises ValueError for data that is drawn afresh, and for fewer than 2,048 samples or data
     unless ``few``.
     """
 
@@ -150,7 +151,11 @@ class JudgedRun:
         check_counts(n, self.beside.about["count"], few)
         place = parallel.join()
         prepare(self.model.to(checked_device(device) if device else place), "fp32", compile=False)
-        self._labels, self._by = steering.applied(workdir, config, self.model, n, found=found, weights=weights)
+        if not steering.condition and steering.classes(self.model):
+            # of each in turn are no independent draws, and too near to the data
+            steering = replace(steering, condition="data")
+        known: dict[str, Any] = {"found": found, "weights": weights, "seed": seed, "source": self.beside.source}
+        self._labels, self._by = steering.applied(workdir, config, self.model, n, **known)
         if nfe:
             self.config = with_nfe(config, self.model, nfe)
         self.workdir, self.steering = workdir, steering

@@ -24,7 +24,7 @@ from scorelab.health.verdict import NORMAL
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.precision import prepare
-from scorelab.training import in_turn, sample_model, with_nfe
+from scorelab.training import sample_model, with_nfe
 from scorelab.typing import Batch
 
 __all__ = ["health_run", "health_table"]
@@ -73,7 +73,7 @@ def health_run(
         lags["the raw weights"] = lag(model, raw, fresh, count=count, points=points)
     samples: SampleHealth | None = None
     if n:
-        labels = in_turn(model, n)
+        labels = None if model.num_classes is None else source.drawn_classes(n, seed)
         x = sample_model(model, config, n, PerSampleNoise(seed), condition=labels)
         x = x if source.values is None else source.values.rounded(x)
         seen, unseen = (held, None) if train is None else (train, held)

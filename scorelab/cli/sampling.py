@@ -86,7 +86,7 @@ def sample_run(
     if not n and classes and steering.condition in ("", "each"):
         count = max(1, count // classes) * classes
     check_held((count, *model.data_shape))
-    labels, by = steering.applied(workdir, config, model, count, found=found, weights=weights)
+    labels, by = steering.applied(workdir, config, model, count, found=found, weights=weights, seed=seed)
     if by is not None:
         prepare(by, precision, compile=compile)
     x = sample_model(model, config, count, PerSampleNoise(seed), condition=labels, by=by, sampler=sampler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
@@ -15,7 +16,9 @@ from ml_collections import ConfigDict
 from scorelab.checks import nearest_name
 from scorelab.classifiers import ClassifierModel
 from scorelab.cli.runs import load_run
+from scorelab.data import Source
 from scorelab.models import ScoreModel
+from scorelab.training import load_data
 from scorelab.training.run import recorded_data
 from scorelab.training.sampling import check_guidance
 from scorelab.typing import Tensor
@@ -46,32 +49,53 @@ class Steering:
         return model.num_classes if self.classifier is None else ClassifierModel.load(str(self.classifier)).num_classes
 
     def applied(
-        self, workdir: Path, config: ConfigDict, model: ScoreModel, n: int, *, found: int, weights: str = "ema"
+        self,
+        workdir: Path,
+        config: ConfigDict,
+        model: ScoreModel,
+        n: int,
+        *,
+        found: int,
+        weights: str = "ema",
+        seed: int = 0,
+        source: Source | None = None,
     ) -> tuple[Tensor | None, ScoreModel | ClassifierModel | None]:
         """The classes of n samples (n,), and what guides them beside the model, of step ``found``, where that is; the
-        rest goes into the experiment's settings. Raises ValueError for what does not go together.
+        rest goes into the experiment's settings. seed, source: of classes that are drawn, and the data that has them,
+        by default the config's. Raises ValueError for what does not go together.
         """
         _guide(config, self.guidance, self.guidance_interval, self.guidance_rescale)
-        labels, by = self._found(workdir, config, model, n, found, weights)
+
+        def drawn(count: int) -> Tensor:
+            return _drawn(_split(config) if source is None else source, count, n, seed)
+
+        labels, by = self._found(workdir, config, model, n, found, weights, drawn)
         if self.guidance_interval is not None or self.guidance_rescale is not None:
             check_guidance(config, model, "--", none=0.0 if self.classifier is not None else 1.0)
         return labels, by
 
     def _found(
-        self, workdir: Path, config: ConfigDict, model: ScoreModel, n: int, found: int, weights: str
+        self,
+        workdir: Path,
+        config: ConfigDict,
+        model: ScoreModel,
+        n: int,
+        found: int,
+        weights: str,
+        drawn: Callable[[int], Tensor],
     ) -> tuple[Tensor | None, ScoreModel | ClassifierModel | None]:
         """What ``applied`` returns."""
         if self.classifier is not None:
             if self.autoguidance is not None:
                 raise ValueError("got --classifier and --autoguidance; expected one of them")
             by = self._classifier(model, tuple(config.sampling.guidance_interval) or (0.0, math.inf))
-            labels = condition_of(self.condition, by, Path(self.classifier).expanduser(), n)
+            labels = condition_of(self.condition, by, Path(self.classifier).expanduser(), n, drawn)
             if labels is None:
                 raise ValueError(
                     "--classifier guides to a class, and --condition is none; expected a class, each or no --condition"
                 )
             return labels, by
-        labels = condition_of(self.condition, model, workdir, n)
+        labels = condition_of(self.condition, model, workdir, n, drawn)
         if self.autoguidance is not None:
             return labels, _earlier(workdir, config, model, self.autoguidance, found, weights)
         _check_guided(labels, self.guidance, self.guidance_interval, self.guidance_rescale)
@@ -149,10 +173,32 @@ def _earlier(workdir: Path, config: ConfigDict, model: ScoreModel, step: int, fo
     return load_run(workdir, step=step, weights=weights)[1].to(model.device)
 
 
-def condition_of(text: str, model: ScoreModel | ClassifierModel, workdir: Path, n: int) -> Tensor | None:
-    """The classes (n,) that ``--condition`` asks for: a class's name or number, "each" in turn, or "none".
+def _split(config: ConfigDict) -> Source:
+    """The data of a run, without what it held out."""
+    source = load_data(config)
+    if config.data.validation:
+        source.hold_out(config.data.validation)
+    return source
 
-    Nothing ("") is each, of a model that has classes. Raises ValueError for what the model does not know.
+
+def _drawn(source: Source, count: int, n: int, seed: int) -> Tensor:
+    """Of n samples of ``count`` classes, as often as data has them; ValueError for data of other classes."""
+    if len(source.classes) != count:
+        raise ValueError(
+            f"--condition=data draws {count} classes as often as the data has them, and it has {len(source.classes)} "
+            "classes; expected data of the model, or --condition=each, a class or none"
+        )
+    return source.drawn_classes(n, seed)
+
+
+def condition_of(
+    text: str, model: ScoreModel | ClassifierModel, workdir: Path, n: int, drawn: Callable[[int], Tensor] | None = None
+) -> Tensor | None:
+    """The classes (n,) that ``--condition`` asks for: a class's name or number, "each" in turn, "data", as often as
+    the data has them, or "none".
+
+    Nothing ("") is each, of a model that has classes. drawn: what draws the data's, for samples that are no data's.
+    Raises ValueError for what the model does not know.
     """
     if model.num_classes is None:
         if text:
@@ -166,6 +212,8 @@ def condition_of(text: str, model: ScoreModel | ClassifierModel, workdir: Path, 
         return torch.full((n,), names.index(text) if text in names else called.index(text.casefold()))
     if text in ("", "each"):
         return torch.arange(n) % model.num_classes
+    if text == "data" and drawn is not None:
+        return drawn(model.num_classes)
     if text == "none":
         # refused where the model knows no such condition
         if isinstance(model, ScoreModel):
@@ -175,9 +223,10 @@ def condition_of(text: str, model: ScoreModel | ClassifierModel, workdir: Path, 
     if text.isascii() and text.isdigit() and int(text) < model.num_classes and not any(n.isdigit() for n in names):
         return torch.full((n,), int(text))
     numbers = "" if any(n.isdigit() for n in names) else f", or a number from 0 to {len(names) - 1}"
-    meant = nearest_name(text, [*names, *difflib.get_close_matches(text, ["each", "none"], cutoff=0.7)])
+    words = ["each", "none"] if drawn is None else ["each", "data", "none"]
+    meant = nearest_name(text, [*names, *difflib.get_close_matches(text, words, cutoff=0.7)])
     if text.isdigit() and all(name.isdigit() for name in names):
         # no other number is meant
         meant = f"known: {', '.join(names[:20])}" + (", ..." if len(names) > 20 else "")
-    others = ", each or none" if meant.startswith("known") else ""
+    others = f", {', '.join(words[:-1])} or none" if meant.startswith("known") else ""
     raise ValueError(f"--condition is {text!r}; {meant}{others}{numbers}")

@@ -53,6 +53,22 @@ class Source(ABC):
         """Samples (count, *data_shape) that no batch will hold from now on; ValueError if there are too few."""
         raise ValueError(f"{type(self).__name__} has fresh samples at every step; expected data.validation = 0")
 
+    def class_shares(self) -> Tensor | None:
+        """Of what batches are made of, (K,) in float64, of sum 1; None without classes."""
+        return None
+
+    def drawn_classes(self, n: int, seed: int) -> Tensor:
+        """Independent classes (n,), as often as batches hold them; that of sample i follows from (seed, i) alone.
+
+        Raises ValueError where there are none.
+        """
+        shares = self.class_shares()
+        if shares is None:
+            raise ValueError("the data has no classes, so none can be drawn as often as it has them")
+        ends = shares.cumsum(0)
+        drawn = counted("uniform", (1,), range(n), seed, 0, 14).flatten().double()
+        return torch.searchsorted(ends / ends[-1], drawn, right=True)
+
     def fingerprint(self) -> dict[str, Any]:
         """By what a run knows its data again, by name; nothing where its settings say it all."""
         return {"classes": list(self.classes)} if self.classes else {}
@@ -130,6 +146,12 @@ class Stored(Source):
     def trained(self) -> Tensor:
         """Which samples batches are made of: all but those that were held out."""
         return torch.arange(len(self)) if self._trained is None else self._trained.sort().values
+
+    def class_shares(self) -> Tensor | None:
+        if self.labels is None or not self.classes:
+            return None
+        counts = torch.bincount(self.labels[self.trained].long(), minlength=len(self.classes)).double()
+        return counts / counts.sum()
 
     def labelled(self, x0: Tensor, index: Tensor) -> Batch:
         """The batch of these samples."""
@@ -269,6 +291,9 @@ class Coded(Source):
     def hold_out(self, count: int) -> Batch:
         return self._coded(self.source.hold_out(count))
 
+    def class_shares(self) -> Tensor | None:
+        return self.source.class_shares()
+
     def fingerprint(self) -> dict[str, Any]:
         return self.source.fingerprint()
 
@@ -295,6 +320,9 @@ class Drawn(Source):
             x = self.distribution.sample(size, generator)
         whole = Batch(x, labels)
         return whole if rows is None else whole.part(slice(rows.start, rows.stop))
+
+    def class_shares(self) -> Tensor | None:
+        return self.distribution.weights.double() if isinstance(self.distribution, Labelled) else None
 
     def reference(self) -> Tensor:
         return self.first(10_000).x0

@@ -31,7 +31,7 @@ from scorelab.training.batches import Batches, Draw
 from scorelab.training.config import Experiment
 from scorelab.training.ema import averages_of
 from scorelab.training.optim import learning_rate
-from scorelab.training.sampling import in_turn, sample_model
+from scorelab.training.sampling import sample_model
 from scorelab.training.settings import part, resolve
 from scorelab.training.sharding import full, full_state, like, spread
 
@@ -281,11 +281,10 @@ class Trainer:
             self._evaluated.load_weights(self.ema.weights(self.model))
         return self._evaluated
 
-    def samples(self, model: ScoreModel, n: int) -> Tensor:
-        """n samples of a model, decoded, by the experiment's sampler and of each class in turn, always with the same
+    def samples(self, model: ScoreModel, n: int, condition: Tensor | None) -> Tensor:
+        """n samples of a model for a condition (n,) or none, decoded, by the experiment's sampler, always with the same
         noise; every process makes its share and has all."""
-        noise = PerSampleNoise(0)
-        return sample_model(model, self.config, n, noise, condition=in_turn(model, n), progress=False)
+        return sample_model(model, self.config, n, PerSampleNoise(0), condition=condition, progress=False)
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of this step into ``folder``; of several processes the first writes."""

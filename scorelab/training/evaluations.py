@@ -16,6 +16,7 @@ from scorelab.noised import NoisedModel
 from scorelab.training.batches import Draw
 from scorelab.training.engine import BINS, Trainer
 from scorelab.training.measures import Distance, Evaluation, Found
+from scorelab.training.sampling import in_turn
 from scorelab.training.settings import EVALUATION, named_part
 from scorelab.typing import Tensor
 
@@ -114,7 +115,7 @@ class Samples(Evaluation):
             mean, std = moments(model.decode(data))
             self._of_data = {"data_mean": mean, "data_std": std}
         n = trainer.config.sampling.samples
-        x = trainer.samples(model, n)
+        x = trainer.samples(model, n, in_turn(model, n))
         mean, std = moments(x)
         # before, samples of most networks are far off
         if trainer.rank == 0 and trainer.step >= _SETTLED:

@@ -65,8 +65,8 @@ _AT_ONCE = 256
 
 
 class Distance(Evaluation):
-    """The distance of ``n`` samples, by the run's own sampler and of each class in turn, from as many data, with its
-    standard error.
+    """The distance of ``n`` samples, by the run's own sampler and of classes drawn as often as the data has them, from
+    as many data, with its standard error.
 
     distance: energy, cubic (KID's kernel) or frechet, extrapolated, which takes four times as many samples as features.
     features: pixels, digits, fashion_mnist, classifier:DIR, inception:FILE or package.module:Class. against: train or
@@ -98,7 +98,8 @@ class Distance(Evaluation):
         values = trainer.experiment.data.values
         if self._of_data is None:
             self._of_data = self._seen(self._data(trainer).to(model.device))
-        x = trainer.samples(model, self.n)
+        drawn = None if model.num_classes is None else trainer.experiment.data.drawn_classes(self.n, 0)
+        x = trainer.samples(model, self.n, drawn)
         value, stderr = self._between(self._seen(x if values is None else values.rounded(x)), self._of_data)
         return Found({self.key: value, f"{self.key}_stderr": stderr})
 

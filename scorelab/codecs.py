@@ -19,11 +19,10 @@ __all__ = ["CODECS", "Codec", "Standardise"]
 class Codec(nn.Module):
     """Base of codecs: ``encode`` and ``decode`` take batches, and are identities here.
 
-    ``stochastic``: encode draws from its generator; then a batch is always encoded whole, so that several processes see
-    the same codes. A codec is not trained with the model, and is saved with it.
+    A codec is not trained with the model, and is saved with it. ``fingerprint`` tells those that were trained apart.
     """
 
-    stochastic: bool = False
+    fingerprint: str = ""
 
     log_scale: float | None = 0.0
     """log |det dx/dz|: what a log-density of codes exceeds that of the data by; None where it is not one number."""
@@ -31,9 +30,14 @@ class Codec(nn.Module):
     def fit(self, x0: Tensor) -> None:
         """Adapt to data (N, *D), once, before a model is made."""
 
-    def encode(self, x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Codes of data (B, *D)."""
+    def encode(self, x0: Tensor) -> Tensor:
+        """Codes of data (B, *D); of a codec that draws them, their means."""
         return x0
+
+    def moments(self, x0: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and deviation of the normal distributions that training draws codes of data (B, *D) from; no deviation
+        for a codec that draws nothing."""
+        return self.encode(x0), None
 
     def decode(self, z: Tensor) -> Tensor:
         """Data (B, *D) of codes."""
@@ -70,7 +74,7 @@ class Standardise(Codec):
         self.mean.copy_(mean.reshape(self.mean.shape))
         self.std.copy_(std.reshape(self.std.shape))
 
-    def encode(self, x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, x0: Tensor) -> Tensor:
         return (x0 - self.mean.to(x0)) / self.std.to(x0)
 
     def decode(self, z: Tensor) -> Tensor:

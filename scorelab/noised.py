@@ -97,6 +97,11 @@ class NoisedModel(Model):
         """What the model is for a condition, as a function of (x, sigma)."""
         raise NotImplementedError
 
+    def rehearse(self, x: Tensor) -> None:
+        no_null = self.num_classes is not None and self.null_condition is None
+        called = self.conditioned(torch.tensor([0])) if no_null else self
+        called(x, torch.tensor(self.sigma_range[1], device=x.device))
+
     def _called(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The noise level in x's dimensions, and what the network returns."""
         level = broadcast(sigma, x).to(widened(x))
@@ -107,7 +112,13 @@ class NoisedModel(Model):
             scale = self.input_scale(sigma)
         label = self._label(sigma).expand(x.shape[0])
         others = () if condition is None else (condition,)
-        return level, self._computed((scale.reshape(level.shape) * x).to(x.dtype), label, *others)
+        output = self._computed((scale.reshape(level.shape) * x).to(x.dtype), label, *others)
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"the network returned {type(output).__name__}; expected a tensor: wrap a network that gives more in "
+                "one that returns what it predicts"
+            )
+        return level, output
 
     def _label(self, sigma: Tensor) -> Tensor:
         if callable(self.label):

@@ -1,7 +1,7 @@
 """How a model's network computes: in single precision or bfloat16, channels first or last, eagerly or compiled.
 
 ``prepare`` is the only place that decides; training, evaluation and the command line use it. The network runs in what
-was chosen; x, noise levels, labels and coefficients are float32 at least, for ``NoisedModel`` changes precision at the
+was chosen; x, noise levels, labels and coefficients are float32 at least, for a model changes precision at the
 network's door.
 """
 
@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from scorelab.checks import nearest_name
-from scorelab.noised import NoisedModel
+from scorelab.saved import Model
 
 __all__ = ["check_compiler", "multiplies_in_bf16", "prepare", "settled_precision", "unsafe_convolution"]
 
@@ -36,7 +36,7 @@ def multiplies_in_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def settled_precision(name: str, model: NoisedModel) -> str:
+def settled_precision(name: str, model: Model) -> str:
     """ "fp32" or "bf16", the only place that decides. "auto" is bf16 for convolutional networks where the device has
     instructions for it and computes every gradient right, else fp32.
 
@@ -80,19 +80,15 @@ class _Convolutions(TorchFunctionMode):
         return out
 
 
-def unsafe_convolution(model: NoisedModel) -> str:
+def unsafe_convolution(model: Model) -> str:
     """The sizes of the first convolution whose bf16 weight gradients a CPU may get wrong, "" if there is none.
 
     That is known of kernels of 3 at sizes of 1 and 2; here it is any kernel but that of a plain matrix product, at any
     size of 1 or 2, or shorter than half of the kernel. The network runs once, on one row of zeros.
     """
     training = model.net.training
-    x = torch.zeros(1, *model.data_shape, device=model.device)
     with torch.no_grad(), _Convolutions() as seen:
-        model.eval()
-        no_null = model.num_classes is not None and model.null_condition is None
-        called = model.conditioned(torch.tensor([0])) if no_null else model
-        called(x, torch.tensor(model.sigma_range[1], device=model.device))
+        model.eval().rehearse(torch.zeros(1, *model.data_shape, device=model.device))
     model.train(training)
     for kernel, before, after in seen.found:
         for k, n, m in zip(kernel, before, after, strict=True):
@@ -114,13 +110,13 @@ def check_compiler(device: torch.device) -> None:
 
 
 def prepare(
-    model: NoisedModel,
+    model: Model,
     precision: str = "auto",
     *,
     compile: bool = False,
     channels_last: str = "auto",
     graphs: bool = True,
-) -> NoisedModel:
+) -> Model:
     """The model itself, its network set to compute as chosen where the model now is.
 
     precision: "fp32", "bf16" or "auto" (see ``settled_precision``). compile: by torch.compile, at the next call.

@@ -58,6 +58,12 @@ class Model(nn.Module):
             self.codec.eval()
         return self
 
+    @property
+    def outside_shape(self) -> Shape:
+        """Of a sample as it is decoded."""
+        with torch.no_grad():
+            return tuple(self.decode(torch.zeros(1, *self.data_shape, device=self.device)).shape[1:])
+
     def encode(self, x0: Tensor) -> Tensor:
         """Codes (B, *data_shape) of data, in which scores and densities are: itself, for a model without a codec."""
         return x0 if self.codec is None else self.codec.encode(x0)
@@ -93,14 +99,19 @@ class Model(nn.Module):
         """Whether the network knows conditions, which its training takes from the data."""
         return self.num_classes is not None or self.null_condition is not None
 
-    def _computed(self, x: Tensor, *others: Tensor) -> Tensor:
-        """What the network returns, in its precision."""
+    def rehearse(self, x: Tensor) -> None:
+        """One evaluation of x, the network called as it is in training."""
+        raise NotImplementedError
+
+    def _computed(self, x: Tensor, *others: Tensor, by: str = "") -> Any:
+        """What the network returns, or a method of it, in its precision."""
+        call = getattr(unwrapped(self.net), by) if by else self.net
         try:
             if self.precision == "bf16":
                 with torch.autocast(x.device.type, torch.bfloat16):
-                    output: Tensor = self.net(x, *others)
+                    output = call(x, *others)
             else:
-                output = self.net(x, *others)
+                output = call(x, *others)
         except RuntimeError as error:
             own = next((p.dtype for p in self.parameters()), x.dtype)
             if x.dtype == own or torch.is_autocast_enabled(x.device.type):
@@ -109,11 +120,6 @@ class Model(nn.Module):
                 f"x is {x.dtype}, the network's weights are {own}, and it fails on that ({error}); pass x.to({own}), "
                 f"or convert the model with .to({x.dtype})"
             ) from error
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                f"the network returned {type(output).__name__}; expected a tensor: wrap a network that gives more in "
-                "one that returns what it predicts"
-            )
         return output
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,9 +174,9 @@ class Model(nn.Module):
         """Write ``model.json`` and ``model.safetensors`` into the directory ``path``.
 
         The network is saved without what torch.compile or DataParallel wrap around it, shared weights under each of
-        their names. dtype: of the numbers in the file, by default their own; torch.float16 halves it, and ``load``
-        gives what is left in single precision. Raises ValueError for a process, prediction or function of one's own;
-        RuntimeWarning for a network that ``load`` will need.
+        their names. dtype: of the network's numbers in the file, by default their own; torch.float16 halves it, and
+        ``load`` gives what is left in single precision. Raises ValueError for a process, prediction or function of
+        one's own; RuntimeWarning for a network that ``load`` will need.
         """
         folder, described = Path(path), self.to_dict()
         if described["net"] is None:
@@ -183,7 +189,7 @@ class Model(nn.Module):
         settings, state = json.dumps(described, indent=1), self.weights()
         folder.mkdir(parents=True, exist_ok=True)
         with whole(folder / "model.safetensors") as aside:
-            save_tensors({k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in state.items()}, aside)
+            save_tensors({k: v.to(dtype) if dtype and _halved(k, v) else v for k, v in state.items()}, aside)
         with whole(folder / "model.json") as aside:
             aside.write_text(settings + "\n")
 
@@ -236,7 +242,10 @@ class Model(nn.Module):
             raise ValueError(f"model settings have format {settings.get('format')!r}; this version reads 1")
         # scores were all there were once
         if (kind := settings.get("kind", "score")) != cls.kind:
-            raise _Unfit(f"it holds a {kind} model and no {cls.kind} model; expected {kind.capitalize()}Model.load")
+            article = "an" if kind[0] in "aeiou" else "a"
+            raise _Unfit(
+                f"it holds {article} {kind} model and no {cls.kind} model; expected {kind.capitalize()}Model.load"
+            )
         if net is None:
             if settings["net"] is None:
                 raise _Unfit(
@@ -255,6 +264,12 @@ class Model(nn.Module):
             "data_range": None if settings["data_range"] is None else tuple(settings["data_range"]),
             "codec": None if settings.get("codec") is None else part_from_dict(settings["codec"], CODEC),
         }
+
+
+def _halved(name: str, value: Tensor) -> bool:
+    """Whether it may be of another type in a file: what is trained, not a codec that was, by whose fingerprint it is
+    known again."""
+    return value.is_floating_point() and not name.startswith("codec:")
 
 
 def _network(settings: dict[str, Any]) -> nn.Module:

@@ -22,6 +22,7 @@ from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise, randn
 from scorelab.samplers import calibrate
 from scorelab.samplers.calibrated import evaluations_taken
+from scorelab.saved import Model
 from scorelab.scores import data_mean
 from scorelab.training import load_data, own_score, resolve
 from scorelab.typing import Batch, ScoreFn, Tensor
@@ -151,13 +152,13 @@ def with_data(config: ConfigDict, data: ConfigDict | None) -> ConfigDict:
     return config
 
 
-def data_for(model: ScoreModel, config: ConfigDict) -> Source:
+def data_for(model: Model, config: ConfigDict) -> Source:
     """The data of a config; ValueError if it is not of the model's shape, or is scaled otherwise."""
-    source = load_data(config)
+    source, shape = load_data(config), model.outside_shape
     ends = None if source.values is None else source.values.ends
-    if source.data_shape != model.data_shape or (model.codec is None and ends != model.data_range):
+    if source.data_shape != shape or (model.codec is None and ends != model.data_range):
         raise ValueError(
-            f"the data is {source.data_shape}, with {ends} scaled to [-1, 1], and the model's is {model.data_shape}, "
+            f"the data is {source.data_shape}, with {ends} scaled to [-1, 1], and the model's is {shape}, "
             f"with {model.data_range}; expected the same: --config names a config with data of the model"
         )
     return source

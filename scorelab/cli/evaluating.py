@@ -21,7 +21,7 @@ import scorelab
 from scorelab import parallel
 from scorelab.checks import checked_device, nearest_name
 from scorelab.cli.analysis import data_for, with_data
-from scorelab.cli.runs import load_run
+from scorelab.cli.runs import load_drawn
 from scorelab.cli.steering import Steering
 from scorelab.data import Source, read_samples
 from scorelab.data.sources import Stored
@@ -145,7 +145,7 @@ class JudgedRun:
         data: ConfigDict | None = None,
         changes: Callable[[ConfigDict], ConfigDict] = lambda config: config,
     ) -> None:
-        config, self.model, found = load_run(workdir, step=step, weights=weights)
+        config, self.model, found = load_drawn(workdir, step=step, weights=weights)
         self.config = config = changes(with_data(config, data))
         self.beside = _Beside(data_for(self.model, config), config, against=against, features=features, few=few)
         check_counts(n, self.beside.about["count"], few)

@@ -20,6 +20,7 @@ from scorelab.training.run import recorded_config
 __all__ = ["report_run"]
 
 Row = dict[str, Any]
+_CODED = ("reconstruction_rmse", "bits_given_code", "bits_of_code")
 _NORMAL = 1.96
 """Standard errors on each side of a 95 % interval."""
 
@@ -53,7 +54,8 @@ def _legend(ax: Axes) -> None:
 
 
 def _losses(trained: list[Row], validated: list[Row], stable: bool) -> bytes:
-    drawn, axes = figure(2, size=5)
+    by_level = any(level is not None for level in trained[-1]["sigma_bins"])
+    drawn, axes = figure(1 + by_level, size=5)
     steps = [r["step"] for r in trained]
     # the plain target's loss has a part that no network can lower
     kinds = (" (stable target)", " (plain target, whose least loss is higher)") if stable else ("", "")
@@ -70,6 +72,8 @@ def _losses(trained: list[Row], validated: list[Row], stable: bool) -> bytes:
     scale = "log" if min(r["loss"] for r in trained) > 0 else "linear"
     axes[0, 0].set(xlabel="step", yscale=scale, title="loss")
     _legend(axes[0, 0])
+    if not by_level:
+        return _png(drawn)
     # a part of the noise levels without a sample is None, and NaN here
     loss, zero = (np.array([r[key] for r in trained], dtype=float) for key in ("loss_bins", "zero_bins"))
     beside = bool((zero != 0).all())
@@ -187,9 +191,9 @@ def _write(workdir: Path, rows: list[Row]) -> Path:
     sections: list[Section] = [
         (
             "Loss",
-            "Each noise level beside the predictor that always says 0.",
+            "Each noise level beside the predictor that always says 0." if levels else "",
             [_losses(trained, validated, stable)],
-            levels,
+            levels or None,
         ),
         ("Health", "", [_health(trained)], summary),
     ]
@@ -207,10 +211,13 @@ def _write(workdir: Path, rows: list[Row]) -> Path:
         numbers = {f"{r['step']:,}": {"value": r[key], "standard error": r[f"{key}_stderr"]} for r in measured}
         said = _best(key, measured, saved)
         sections.append((key.replace("_", " "), said, [_measured(key, measured, saved)], numbers))
-    pictures: list[Path | bytes] = list(sorted((workdir / "samples").glob("step_*.png"))[-24:])
-    if pictures:
-        sections.append(
-            ("Samples over time", "The same noise at every step, from the averaged weights.", pictures, None)
-        )
+    coded = {f"{r['step']:,}": {k: r[k] for k in _CODED} for r in rows if _CODED[0] in r}
+    for name, title, text in (
+        ("step", "Samples over time", "The same noise at every step, from the averaged weights."),
+        (_CODED[0], "Reconstructions over time", "Each beside the image that it is of, from the averaged weights."),
+    ):
+        pictures: list[Path | bytes] = list(sorted((workdir / "samples").glob(f"{name}_*.png"))[-24:])
+        if pictures:
+            sections.append((title, text, pictures, coded or None))
     sections.append(("Settings", "", [], config))
     return write_page(workdir / "report.html", f"Run {workdir.name}, step {last['step']:,}", sections)

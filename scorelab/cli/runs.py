@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from ml_collections import ConfigDict
 from safetensors.torch import load_file
 
+from scorelab.autoencoders import AutoencoderModel
 from scorelab.checks import nearest_name
 from scorelab.interop.loading import PRETRAINED, pretrained
 from scorelab.models import ScoreModel
+from scorelab.saved import Model
 from scorelab.training import Snapshot, checkpoint, default_config, reconstruct
 from scorelab.training.run import recorded_config
 
-__all__ = ["load_run", "place_of", "run_config"]
+__all__ = ["load_drawn", "load_run", "place_of", "run_config"]
+
+M = TypeVar("M", bound=Model)
 
 
 def place_of(workdir: str | None, model: str | None) -> tuple[Path, Path]:
@@ -34,15 +40,30 @@ def place_of(workdir: str | None, model: str | None) -> tuple[Path, Path]:
 
 
 def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[ConfigDict, ScoreModel, int]:
-    """Config, model and step of a run's checkpoint (0: the last); ValueError if it is missing or damaged.
+    """Config, model and step of a run's checkpoint (0: the last); ValueError if it is missing or damaged, or of no
+    score model.
 
     ``weights``: "model" for the raw ones, "ema" for the first average, "ema_0.9999" or "ema_power_0.1" for another; a
     power-function average of a width that is not stored is made from those that are, in all checkpoints up to the step.
 
     A directory of a saved model alone is one of step 0, with the default settings of sampling, and without data.
     """
+    return _load(ScoreModel, workdir, step, weights)
+
+
+def load_drawn(
+    workdir: Path, *, step: int = 0, weights: str = "ema"
+) -> tuple[ConfigDict, ScoreModel | AutoencoderModel, int]:
+    """The same of a run that samples can be drawn of: an autoencoder's, too."""
+    place = workdir if (workdir / "model.json").is_file() else checkpoint.latest(workdir / "checkpoints")
+    described = {} if place is None else json.loads((place / "model.json").read_text())
+    of = AutoencoderModel if described.get("kind") == AutoencoderModel.kind else ScoreModel
+    return _load(of, workdir, step, weights)
+
+
+def _load(of: type[M], workdir: Path, step: int, weights: str) -> tuple[ConfigDict, M, int]:
     if (workdir / "model.json").is_file():
-        return _saved(workdir, step, weights)
+        return _saved(of, workdir, step, weights)
     folder, config = workdir / "checkpoints", run_config(workdir)
     place = folder / f"step_{step:08d}" if step else checkpoint.latest(folder)
     if place is None or not place.is_dir():
@@ -57,12 +78,12 @@ def load_run(workdir: Path, *, step: int = 0, weights: str = "ema") -> tuple[Con
     weights = "ema" if weights == first else weights
     stored = sorted(p.stem for p in place.glob("*.safetensors"))
     if weights in stored:
-        return config, ScoreModel.load(place, weights=f"{weights}.safetensors"), found
+        return config, of.load(place, weights=f"{weights}.safetensors"), found
     if width == weights:
         raise ValueError(
             f"{place} holds no weights {weights!r}; expected {', '.join(stored)}, or ema_power_ and a width"
         )
-    model = ScoreModel.load(place)
+    model = of.load(place)
     averages, error = reconstruct(_snapshots(folder, found), _as_width(width))
     if error > 0.05:
         warnings.warn(
@@ -86,14 +107,14 @@ def run_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def _saved(folder: Path, step: int, weights: str) -> tuple[ConfigDict, ScoreModel, int]:
+def _saved(of: type[M], folder: Path, step: int, weights: str) -> tuple[ConfigDict, M, int]:
     if step or weights not in ("ema", "model"):
         raise ValueError(f"{folder} holds one model and no checkpoints; expected neither --step nor --weights")
-    model, config = ScoreModel.load(folder), default_config()
+    model, config = of.load(folder), default_config()
     config.data.source, config.model.conditional = "none", model.conditional
     if model.null_condition is not None:
         config.training.label_dropout = 0.1
-    if model.variance:
+    if isinstance(model, ScoreModel) and model.variance:
         config.sampling.sampler = ConfigDict({"name": "ancestral", "variance": "learned"})
     return config, model, 0
 

@@ -13,14 +13,14 @@ from PIL import Image
 
 from scorelab import parallel
 from scorelab.checks import checked_device
-from scorelab.cli.runs import load_run
+from scorelab.cli.runs import load_drawn
 from scorelab.cli.steering import Steering
 from scorelab.data import Values
-from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.plotting.pictures import are_images, picture_bytes, scatter, tiled
 from scorelab.precision import prepare
 from scorelab.samplers.base import check_held
+from scorelab.saved import Model
 from scorelab.training import sample_model, with_nfe
 from scorelab.training.run import recorded_values
 from scorelab.typing import Tensor
@@ -36,7 +36,7 @@ class RunSamples:
 
     x: Tensor
     values: Values | None
-    model: ScoreModel
+    model: Model
     step: int
     labels: Tensor | None = None
 
@@ -76,7 +76,7 @@ def sample_run(
 
     Under torchrun every process makes its share and returns all of them.
     """
-    config, model, found = load_run(workdir, step=step, weights=weights)
+    config, model, found = load_drawn(workdir, step=step, weights=weights)
     config = changes(config)
     place = parallel.join()
     prepare(model.to(checked_device(device) if device else place), precision, compile=compile)
@@ -93,7 +93,7 @@ def sample_run(
     return RunSamples(x, values_of(workdir, model), model, found, labels)
 
 
-def values_of(workdir: Path, model: ScoreModel) -> Values | None:
+def values_of(workdir: Path, model: Model) -> Values | None:
     """What a run's numbers mean; of one that did not record it, by the model's range."""
     found = recorded_values(workdir)
     if found or model.data_range is None:

@@ -18,6 +18,7 @@ from scorelab.classifiers import ClassifierModel
 from scorelab.cli.runs import load_run
 from scorelab.data import Source
 from scorelab.models import ScoreModel
+from scorelab.saved import Model
 from scorelab.training import load_data
 from scorelab.training.run import recorded_data
 from scorelab.training.sampling import check_guidance
@@ -44,7 +45,7 @@ class Steering:
         asked = {key: value for key, value in asdict(self).items() if value not in (None, "")}
         return "".join(f" --{key}={quote(str(value))}" for key, value in asked.items())
 
-    def classes(self, model: ScoreModel) -> int | None:
+    def classes(self, model: Model) -> int | None:
         """How many classes can be asked for."""
         return model.num_classes if self.classifier is None else ClassifierModel.load(str(self.classifier)).num_classes
 
@@ -52,7 +53,7 @@ class Steering:
         self,
         workdir: Path,
         config: ConfigDict,
-        model: ScoreModel,
+        model: Model,
         n: int,
         *,
         found: int,
@@ -64,6 +65,10 @@ class Steering:
         rest goes into the experiment's settings. seed, source: of classes that are drawn, and the data that has them,
         by default the config's. Raises ValueError for what does not go together.
         """
+        if not isinstance(model, ScoreModel):
+            if asked := self.options().strip():
+                raise ValueError(f"got {asked}, and an {model.kind} has no conditions; expected none")
+            return None, None
         _guide(config, self.guidance, self.guidance_interval, self.guidance_rescale)
 
         def drawn(count: int) -> Tensor:

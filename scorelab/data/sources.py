@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -81,6 +82,8 @@ class Stored(Source):
     labels: Tensor | None = None
     most_reference: int = 2**62
     """Samples that statistics are taken of, at most."""
+    fixed: bool = True
+    """Whether batches hold the samples as they are."""
 
     def __init__(self, stored: Tensor | np.ndarray, labels: Tensor | None, classes: Sequence[str] = ()) -> None:
         count = len(stored)
@@ -249,7 +252,7 @@ class Images(Stored):
             raise ValueError(f"images are {pixels.dtype} {tuple(pixels.shape)}; expected uint8 (N, C, H, W)")
         super().__init__(pixels, labels, classes)
         found(_parts(pixels))
-        self.flip, self.dequantise = flip, dequantise
+        self.flip, self.dequantise, self.fixed = flip, dequantise, not (flip or dequantise)
         self.data_shape = tuple(pixels.shape[1:])
         # with noise of a step's width added a value stands in the middle of its bin
         self.values = Values(0.0, 255.0, 1.0, (-0.5, 255.5) if dequantise else (0.0, 255.0))
@@ -270,17 +273,30 @@ class Images(Stored):
 
 
 class Coded(Source):
-    """The codes of another source's samples; ``values`` are those of what they decode to."""
+    """The codes of another source's samples; ``values`` are those of what they decode to.
+
+    Where a sample is always the same, and all of them are at most ``most_kept`` numbers, each is encoded once, when it
+    is first asked for.
+    """
+
+    most_kept: int = 2**29
 
     def __init__(self, source: Source, codec: Codec) -> None:
         self.source, self.codec = source, codec
         self.values, self.classes = source.values, source.classes
         self.data_shape = tuple(self.first(1).x0.shape[1:])
+        self._kept: _Kept | None = None
+        if isinstance(source, Stored) and source.fixed and codec.fingerprint:
+            fits = 2 * len(source) * math.prod(self.data_shape) <= self.most_kept
+            self._kept = _Kept(source, codec) if fits else None
 
     def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Batch:
-        generator = counter_generator(seed, step, 12)
-        whole = self._coded(self.source.batch(seed, step, size, None if self.codec.stochastic else rows), generator)
-        return whole.part(slice(rows.start, rows.stop)) if self.codec.stochastic and rows is not None else whole
+        rows = range(size) if rows is None else rows
+        if self._kept is not None:
+            index = self._kept.source.indices(seed, step, size, rows)
+            z = self._drawn(*self._kept.moments(index), rows, seed, step, 12)
+            return self._kept.source.labelled(z, index)
+        return self._coded(self.source.batch(seed, step, size, rows), seed, step, 12, rows=rows)
 
     def reference(self) -> Tensor:
         return self._coded(Batch(self.source.reference())).x0
@@ -295,12 +311,48 @@ class Coded(Source):
         return self.source.class_shares()
 
     def fingerprint(self) -> dict[str, Any]:
-        return self.source.fingerprint()
+        codec = {"codec": self.codec.fingerprint} if self.codec.fingerprint else {}
+        return {**self.source.fingerprint(), **codec}
 
-    def _coded(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
-        generator = counter_generator(0, 0, 13) if generator is None else generator
+    def _coded(self, batch: Batch, *counters: int, rows: range | None = None) -> Batch:
+        """The batch's codes, drawn by its rows and these counters."""
         with torch.no_grad():
-            return batch._replace(x0=self.codec.encode(batch.x0, generator))
+            mean, std = self.codec.moments(batch.x0)
+        return batch._replace(x0=self._drawn(mean, std, range(len(mean)) if rows is None else rows, *counters))
+
+    def _drawn(self, mean: Tensor, std: Tensor | None, rows: range, *counters: int) -> Tensor:
+        if std is None:
+            return mean
+        return mean + std * counted("normal", tuple(mean.shape[1:]), rows, *(counters or (0, 0, 13)))
+
+
+_TOGETHER = 64
+
+
+class _Kept:
+    """Moments of the codes of stored samples, each encoded once, and always with the same neighbours: another batch
+    would round otherwise, and a run that goes on differ from one that never stopped."""
+
+    def __init__(self, source: Stored, codec: Codec) -> None:
+        self.source, self.codec = source, codec
+        self._known = torch.zeros(len(source), dtype=torch.bool)
+        self._found: tuple[Tensor, ...] = ()
+        self._lock = threading.Lock()
+
+    def moments(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of these samples."""
+        with self._lock:
+            for block in sorted(set((index[~self._known[index]] // _TOGETHER).tolist())):
+                rows = slice(block * _TOGETHER, min((block + 1) * _TOGETHER, len(self.source)))
+                with torch.no_grad():
+                    made = self.codec.moments(self.source.take(torch.arange(rows.start, rows.stop)))
+                if not self._found:
+                    self._found = tuple(torch.empty(len(self.source), *m.shape[1:]) for m in made if m is not None)
+                for kept, m in zip(self._found, (m for m in made if m is not None), strict=True):
+                    kept[rows] = m
+                self._known[rows] = True
+            mean, *std = (kept[index] for kept in self._found)
+            return mean, std[0] if std else None
 
 
 class Drawn(Source):

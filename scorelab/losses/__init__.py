@@ -1,5 +1,6 @@
-"""How a score is learnt: denoising, implicit and sliced score matching, the variational bound; and a classifier."""
+"""How a score is learnt: denoising, implicit and sliced score matching, the variational bound; classifiers; codes."""
 
+from scorelab.losses.autoencoding import Elbo
 from scorelab.losses.base import Losses, Objective
 from scorelab.losses.classification import CrossEntropy
 from scorelab.losses.denoising import WEIGHTINGS, Denoising, denoising_loss, weighting
@@ -14,6 +15,7 @@ __all__ = [
     "ContinuousBound",
     "CrossEntropy",
     "Denoising",
+    "Elbo",
     "Hybrid",
     "Implicit",
     "Losses",
@@ -33,5 +35,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "bound": Bound,
     "continuous_bound": ContinuousBound,
     "cross_entropy": CrossEntropy,
+    "elbo": Elbo,
 }
 """Objectives by the names that configs have for them."""

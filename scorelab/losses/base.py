@@ -6,9 +6,10 @@ normal. So a step follows from (seed, step, place) whatever the objective, and a
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -30,20 +31,20 @@ class Objective(ABC):
 
     ``draws``: how many standard normals a sample needs for each of its numbers; noise is (B, *D) for one, else
     (B, draws, *D). ``reference``: how many samples of the data ``batch.reference`` must hold at least, 0 for none.
-    ``learns_variance``: the score is called with variance=True and returns (score, v). ``classifies``: in place of a
-    score it is called with a ``ClassifierModel``. ``observes``: it goes by the losses of earlier steps, which
+    ``learns_variance``: the score is called with variance=True and returns (score, v). ``kind``: of the models that it
+    is for, which it is called with in place of a score. ``observes``: it goes by the losses of earlier steps, which
     ``observe`` is told after each of training, and which ``state`` keeps.
     """
 
     draws: int = 1
     reference: int = 0
     learns_variance: bool = False
-    classifies: bool = False
+    kind: ClassVar[str] = "score"
     observes: bool = False
 
-    @abstractmethod
     def levels(self, u: Tensor) -> Tensor:
-        """Noise levels (B,) of u (B,)."""
+        """Noise levels (B,) of u (B,); NaN, and u of no use, for an objective without any."""
+        return torch.full_like(u, math.nan)
 
     @abstractmethod
     def losses(self, score: Callable[..., Tensor], batch: Batch, u: Tensor, noise: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.nn import functional
@@ -28,7 +29,7 @@ class CrossEntropy(Objective):
 
     sigmas: SigmaDistribution
     num_classes: int
-    classifies = True
+    kind: ClassVar[str] = "classifier"
 
     def levels(self, u: Tensor) -> Tensor:
         return self.sigmas(u)

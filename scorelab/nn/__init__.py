@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from scorelab.nn.autoencoder import ConvAutoencoder, MLPAutoencoder
 from scorelab.nn.classifier import Classifier
 from scorelab.nn.dit import DiT
 from scorelab.nn.edm2 import EDM2
@@ -11,7 +12,21 @@ from scorelab.nn.mlp import MLP
 from scorelab.nn.refinenet import RefineNet
 from scorelab.nn.unet import UNet, adm, ddpm, ncsnpp
 
-__all__ = ["EDM2", "MLP", "NETWORKS", "Classifier", "DiT", "RefineNet", "UNet", "adm", "ddpm", "fitting", "ncsnpp"]
+__all__ = [
+    "EDM2",
+    "MLP",
+    "NETWORKS",
+    "Classifier",
+    "ConvAutoencoder",
+    "DiT",
+    "MLPAutoencoder",
+    "RefineNet",
+    "UNet",
+    "adm",
+    "ddpm",
+    "fitting",
+    "ncsnpp",
+]
 
 
 def fitting(
@@ -64,5 +79,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "dit": DiT,
     "refinenet": RefineNet,
     "classifier": Classifier,
+    "autoencoder": ConvAutoencoder,
+    "mlp_autoencoder": MLPAutoencoder,
 }
 """Networks by the names that configs and saved models have for them."""

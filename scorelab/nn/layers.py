@@ -29,10 +29,10 @@ _POOLED = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg
 class Style:
     """What all blocks of a network share.
 
-    embedding: its width. adaptive: time scales and shifts after the second norm, (1 + a) h + b, else it is added before
-    it. rescaled: sums of two branches are divided by sqrt(2). group: the least channels in a group of the norms, of
-    which there are 32 at most; eps: theirs. fir: the kernel of resampling; () pools and repeats. project: a block that
-    resamples has a convolution in its skip also where the channels stay.
+    embedding: its width, 0 for none. adaptive: time scales and shifts after the second norm, (1 + a) h + b, else it is
+    added before it. rescaled: sums of two branches are divided by sqrt(2). group: the least channels in a group of the
+    norms, of which there are 32 at most; eps: theirs. fir: the kernel of resampling; () pools and repeats. project: a
+    block that resamples has a convolution in its skip also where the channels stay.
     """
 
     rank: int
@@ -154,23 +154,26 @@ class Residual(nn.Module):
         super().__init__()
         self.style, self.up = style, up
         self.norm1, self.conv1 = style.norm(channels), style.conv(channels, out)
-        self.embed = nn.Linear(style.embedding, (1 + style.adaptive) * out)
+        self.embed = nn.Linear(style.embedding, (1 + style.adaptive) * out) if style.embedding else None
         self.norm2, self.dropout, self.conv2 = style.norm(out), Dropout(style.dropout), style.conv(out, out)
         nn.init.zeros_(self.conv2.weight)
         projected = channels != out or (up is not None and style.project)
         self.skip = style.conv(channels, out, 1) if projected else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         h = functional.silu(self.norm1(x))
         if self.up is not None:
             h, x = resampled(h, self.up, self.style.fir), resampled(x, self.up, self.style.fir)
         h = self.conv1(h)
-        time = self.embed(embedding).reshape(x.shape[0], -1, *(1,) * (x.ndim - 2))
-        if self.style.adaptive:
-            scale, shift = time.chunk(2, 1)
-            h = self.norm2(h) * (1 + scale) + shift
+        if self.embed is None:
+            h = self.norm2(h)
         else:
-            h = self.norm2(h + time)
+            time = self.embed(embedding).reshape(x.shape[0], -1, *(1,) * (x.ndim - 2))
+            if self.style.adaptive:
+                scale, shift = time.chunk(2, 1)
+                h = self.norm2(h) * (1 + scale) + shift
+            else:
+                h = self.norm2(h + time)
         return self.style.sum(self.skip(x), self.conv2(self.dropout(functional.silu(h))))
 
 

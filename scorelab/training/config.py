@@ -14,18 +14,20 @@ import torch
 from ml_collections import ConfigDict
 from torch import nn
 
+from scorelab.autoencoders import Autoencoded, AutoencoderModel
 from scorelab.checks import nearest_name
 from scorelab.classifiers import ClassifierModel
 from scorelab.codecs import Codec
 from scorelab.data import Coded, Files, Source, load
 from scorelab.described import remember
 from scorelab.interop.loading import pretrained
-from scorelab.losses import Bins, Objective
+from scorelab.losses import OBJECTIVES, Bins, Objective
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
 from scorelab.noised import NoisedModel
 from scorelab.precision import settled_precision
 from scorelab.predictions import EPS, FLOW, SCORE, X0, V, edm
 from scorelab.processes import DiscreteVP, Process
+from scorelab.saved import Model
 from scorelab.sigmas import FromSigmas, SigmaDistribution
 from scorelab.training.settings import check_types, check_used, default_config, named_part, part, plain, resolve
 from scorelab.typing import Batch, Tensor
@@ -54,7 +56,7 @@ class Experiment:
     training objective."""
 
     data: Source
-    model: NoisedModel
+    model: Model
     objective: Objective
     held_out: Batch | None = None
     """Samples that training does not see, ``data.validation`` of them."""
@@ -69,7 +71,7 @@ class Experiment:
     def summary(self, config: ConfigDict) -> str:
         """What is trained, on what, and what was chosen from the data where the config leaves it open, in lines."""
         data, model, t, scales = self.data, self.model, config.training, self.scales
-        (low, high), values = model.sigma_range, data.values
+        values = data.values
         stored = data.source if isinstance(data, Coded) else data
         count = f"{len(stored)} samples" if isinstance(stored, Sized) else "fresh samples at every step"
         classes = f", {len(data.classes)} classes" if data.classes else ""
@@ -78,20 +80,27 @@ class Experiment:
             span += f", as codes by {type(model.codec).__name__}"
         elif model.data_range is not None:
             span += ", scaled to [-1, 1]"
-        chosen = [k for k in ("sigma_min", "sigma_max") if not config.model.saved and config.process.get(k, 0) is None]
-        why = {
-            "sigma_min": "sigma_min, a 250th of that, can't be seen",
-            "sigma_max": "sigma_max is the largest distance of samples, or 20 times that",
-        }
-        predicts = f"prediction {model.prediction.name}" if isinstance(model, ScoreModel) else "of the class"
+        lines = [f"data: {config.data.source}, {count} of shape {data.data_shape}{classes}{span}"]
+        if isinstance(model, NoisedModel):
+            low, high = model.sigma_range
+            chosen = [
+                k for k in ("sigma_min", "sigma_max") if not config.model.saved and config.process.get(k, 0) is None
+            ]
+            why = {
+                "sigma_min": "sigma_min, a 250th of that, can't be seen",
+                "sigma_max": "sigma_max is the largest distance of samples, or 20 times that",
+            }
+            lines.append(
+                f"noise: {type(model.process).__name__}, sigma from {low:.6g} to {high:.6g} beside a root mean "
+                f"square of {scales.sigma_data:.4g}" + "".join(f"; {why[k]}" for k in chosen)
+            )
+        predicts = f"prediction {model.prediction.name}" if isinstance(model, ScoreModel) else model.kind
         parameters = sum(p.numel() for p in model.parameters())
         saved = config.model.saved
         whose = f" of {saved}, with its process and prediction, whatever the config's," if saved else ","
         return "\n".join(
             [
-                f"data: {config.data.source}, {count} of shape {data.data_shape}{classes}{span}",
-                f"noise: {type(model.process).__name__}, sigma from {low:.6g} to {high:.6g} beside a root mean "
-                f"square of {scales.sigma_data:.4g}" + "".join(f"; {why[k]}" for k in chosen),
+                *lines,
                 f"model: {type(model.net).__name__}{whose} {parameters:,} parameters, {predicts}, in "
                 f"{settled_precision(t.precision, model)}",
                 f"training: {t.steps:,} steps of {t.batch_size}, {t.steps * t.batch_size:,} samples",
@@ -309,6 +318,13 @@ def _codec(config: ConfigDict, data: Source) -> Codec | None:
     codec: Codec = part(config, "model.codec", data_shape=data.data_shape, scaled=scaled)
     if type(codec) is Codec:
         return None
+    if isinstance(codec, Autoencoded):
+        ends, of_codec = None if data.values is None else data.values.ends, codec.model.data_range
+        if ends != of_codec:
+            raise ValueError(
+                f"model.codec.path learnt from data with {of_codec} scaled to [-1, 1], and the data has {ends}; "
+                "expected the same"
+            )
     codec.fit(data.reference())
     _remember(codec, config.model.codec, {"data_shape": data.data_shape})
     return codec
@@ -359,12 +375,14 @@ def _mean(reference: Tensor) -> Tensor:
 
 def _model(
     config: ConfigDict, data: Source, codec: Codec | None, process: Process, sigmas: Any, sigma_data: float
-) -> NoisedModel:
+) -> Model:
     """A model with fresh weights."""
     m = config.model
+    net = _trained_network(config, data)
+    if getattr(net, "encodes", False):
+        return AutoencoderModel(net, data_shape=data.data_shape, codec=codec)
     if isinstance(process, nn.Module):
         _remember(process, config.process, {})
-    net = _trained_network(config, data)
     label = _choice(config, "label", net, _LABELS, "log_sigma")
     levels = sigmas.sigmas if label == "index" and isinstance(sigmas, FromSigmas) else None
     if label == "index" and levels is None and not isinstance(process, DiscreteVP):
@@ -397,14 +415,18 @@ def _model(
     return ScoreModel(net, process, prediction, variance=bool(m.net.get("variance")), **options)
 
 
-def _check_objective(model: NoisedModel, objective: Objective) -> None:
+_NETWORKS = {"classifier": "'classifier'", "autoencoder": "'autoencoder' or 'mlp_autoencoder'", "score": "another"}
+
+
+def _check_objective(model: Model, objective: Objective) -> None:
     """Refuse (ValueError) an objective of another kind of model, a variance that nothing learns, and an objective that
     misses one."""
-    if objective.classifies != isinstance(model, ClassifierModel):
-        wanted = "model.net.name='classifier'" if objective.classifies else "training.objective.name='cross_entropy'"
+    if objective.kind != model.kind:
+        fitting = " or ".join(repr(name) for name, other in OBJECTIVES.items() if other.kind == model.kind)
         raise ValueError(
-            f"training.objective is {type(objective).__name__}, and the network a {type(model.net).__name__}; expected "
-            f"{wanted}: a classifier learns by cross-entropy, and nothing else does"
+            f"training.objective is {type(objective).__name__}, for {objective.kind} models, and the network "
+            f"{type(model.net).__name__} is for {model.kind} models; expected training.objective.name={fitting}, or "
+            f"model.net.name={_NETWORKS[objective.kind]}"
         )
     if not isinstance(model, ScoreModel):
         return
@@ -453,9 +475,11 @@ def build(config: ConfigDict, *, data: Source | None = None, scales: Scales | No
     if config.training.sigmas.name != "auto":
         _check_levels(sigmas, process, config.training.sigmas.name)
     model = saved or _model(config, data, codec, process, sigmas, sigma_data)
-    model.data_mean = _mean(reference)
+    if isinstance(model, NoisedModel):
+        model.data_mean = _mean(reference)
     model.data_range = None if data.values is None or codec is not None else data.values.ends
-    _warn_of_scale(reference, model, sigma_data, m.net.name)
+    if isinstance(model, NoisedModel):
+        _warn_of_scale(reference, model, sigma_data, m.net.name)
     weight = part(config, "training.weighting", sigmas=sigmas, prediction=getattr(model, "prediction", EPS), **known)
     uncertainty = model.uncertainty if getattr(model.net, "last_uncertainty", None) is not None else None
     known["num_classes"] = model.num_classes

@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from scorelab import parallel
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise, counter_generator
-from scorelab.noised import NoisedModel
 from scorelab.precision import prepare
+from scorelab.saved import Model
 from scorelab.training import checkpoint
 from scorelab.training.batches import Batches, Draw
 from scorelab.training.config import Experiment
@@ -48,8 +48,8 @@ class NonFiniteError(ValueError):
 @dataclass(frozen=True)
 class Metrics:
     """Of the steps since the last measure: mean loss, also by noise level beside the zero predictor's and the levels
-    (geometric means; None where a part had no sample). Of this step: the norm of the gradient before clipping, the
-    learning rate, and the share of the initial weights in each average.
+    (geometric means; None where a part had no sample, and of an objective without levels). Of this step: the norm of
+    the gradient before clipping, the learning rate, and the share of the initial weights in each average.
     """
 
     step: int
@@ -96,7 +96,7 @@ class Trainer:
         self.averages = averages_of(self.parameters, tuple(config.optim.ema), tuple(config.optim.ema_power))
         self.ema = self.averages[0]
         self.step = self.skipped = 0
-        self._evaluated: NoisedModel | None = None
+        self._evaluated: Model | None = None
         if t.batch_size < self.processes * t.accumulate:
             raise ValueError(
                 f"training.batch_size is {t.batch_size} for {self.processes} processes, accumulate = {t.accumulate}; "
@@ -254,8 +254,8 @@ class Trainer:
         where = "a gradient is not finite"
         if broken.any():
             levels = sigma[broken]
-            span = f"{float(levels.min()):.4g} to {float(levels.max()):.4g}"
-            where = f"the loss is not finite at sigma = {span} ({len(levels)} of {len(losses)} samples)"
+            span = f" at sigma = {float(levels.min()):.4g} to {float(levels.max()):.4g}" * bool(levels.isfinite().all())
+            where = f"the loss is not finite{span} ({len(levels)} of {len(losses)} samples)"
         if self.skipped >= self.config.training.skip_nonfinite:
             raise NonFiniteError(
                 f"step {self.step}: {where}; nothing was changed or written after the last checkpoint: lower optim.lr "
@@ -265,14 +265,14 @@ class Trainer:
         self.skipped += 1
         self.step += 1
 
-    def averaged(self) -> NoisedModel:
+    def averaged(self) -> Model:
         """A copy of the model with the (first) averaged weights, in evaluation mode and single precision."""
         copied = copy.deepcopy(self.model if self._whole is None else self._whole)
         copied.precision = "fp32"
         copied.load_weights(self.ema.weights(self.model))
         return copied.to(self.model.device).requires_grad_(False).eval()
 
-    def evaluated(self) -> NoisedModel:
+    def evaluated(self) -> Model:
         """The same, computing as training does, in one copy that is made once and filled again at each call."""
         if self._evaluated is None:
             t = self.config.training
@@ -344,5 +344,5 @@ class Trainer:
 
 
 def _where(values: Tensor, count: Tensor) -> list[float | None]:
-    """Values as a list, None where nothing was counted."""
-    return [v if n else None for v, n in zip(values.tolist(), count.tolist(), strict=True)]
+    """Values as a list, None where nothing was counted, or there is no value."""
+    return [v if n and v == v else None for v, n in zip(values.tolist(), count.tolist(), strict=True)]

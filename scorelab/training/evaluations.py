@@ -10,9 +10,10 @@ import torch
 from ml_collections import ConfigDict
 
 from scorelab import parallel
+from scorelab.autoencoders import AutoencoderModel
 from scorelab.models import ScoreModel
 from scorelab.noise import counted
-from scorelab.noised import NoisedModel
+from scorelab.saved import Model
 from scorelab.training.batches import Draw
 from scorelab.training.engine import BINS, Trainer
 from scorelab.training.measures import Distance, Evaluation, Found
@@ -35,12 +36,12 @@ class FixedNoiseLoss(Evaluation):
 
     key, what, bins = "validation_loss", "validation loss", "validation_bins"
 
-    def each(self, objective: Any, model: NoisedModel, draw: Draw) -> Tensor:
+    def each(self, objective: Any, model: Model, draw: Draw) -> Tensor:
         """The number of each sample, (B,)."""
         losses: Tensor = objective.losses(model, *draw)
         return losses
 
-    def run(self, model: NoisedModel, trainer: Trainer) -> Found:
+    def run(self, model: Model, trainer: Trainer) -> Found:
         e, batches = trainer.experiment, trainer.batches
         held = batches.known(e.data.batch(0, 0, _FIXED) if e.held_out is None else e.held_out.part(slice(_FIXED)))
         # every part of the levels has as many samples
@@ -69,7 +70,7 @@ class Accuracy(FixedNoiseLoss):
 
     key, what, bins = "accuracy", "accuracy", "accuracy_bins"
 
-    def each(self, objective: Any, model: NoisedModel, draw: Draw) -> Tensor:
+    def each(self, objective: Any, model: Model, draw: Draw) -> Tensor:
         right: Tensor = objective.right(model, *draw)
         return right
 
@@ -142,16 +143,37 @@ class Samples(Evaluation):
         )
 
 
+class Reconstructions(Evaluation):
+    """Images and, after each, what the mean of its codes decodes to: held-out ones, if there are any, of which the root
+    mean square error in [-1, 1] is told, and the bits a dimension of x given its code and of the code."""
+
+    key, what = "reconstruction_rmse", "reconstructions"
+
+    def run(self, model: AutoencoderModel, trainer: Trainer) -> Found:
+        e = trainer.experiment
+        x = (e.data.first(_FIXED).x0 if e.held_out is None else e.held_out.x0[:_FIXED]).to(model.device)
+        noise = counted("normal", tuple(x.shape[1:]), range(len(x)), 0, 10).to(x)
+        objective: Any = e.objective
+        with torch.no_grad():
+            parts = [objective.terms(model, a, b) for a, b in zip(x.chunk(8), noise.chunk(8), strict=True)]
+            found = torch.cat([model.reconstruct(a) for a in x.chunk(8)])
+            pairs = torch.stack([x, found], 1)[: max(1, trainer.config.sampling.samples // 2)].flatten(0, 1)
+            shown = model.decode(pairs)
+        given, rate = (float(torch.cat(bits).double().mean()) for bits in zip(*parts, strict=True))
+        rmse = float((found - x).double().square().mean().sqrt())
+        return Found({self.key: rmse, "bits_given_code": given, "bits_of_code": rate}, shown)
+
+
 def evaluations(config: ConfigDict) -> list[Evaluation]:
-    """Those of a resolved config: the loss at fixed noise, samples, of classifiers the accuracy, and what
-    ``config.evaluation`` names."""
+    """Those of a resolved config: the loss at fixed noise, samples, of classifiers the accuracy, of autoencoders
+    reconstructions, and what ``config.evaluation`` names."""
     t = config.training
-    classifies = getattr(named_part(config, "training.objective"), "classifies", False)
-    found: list[Evaluation] = [FixedNoiseLoss(t.validate_every)]
-    found.append(Accuracy(t.validate_every) if classifies else Samples(t.sample_every))
+    kind = getattr(named_part(config, "training.objective"), "kind", "score")
+    shown = {"classifier": Accuracy(t.validate_every), "autoencoder": Reconstructions(t.sample_every)}
+    found: list[Evaluation] = [FixedNoiseLoss(t.validate_every), shown.get(kind) or Samples(t.sample_every)]
     for name, settings in config.evaluation.items():
         made: Evaluation = EVALUATION.make(settings.to_dict(), f"config.evaluation.{name}", {"called": name})
-        if classifies and isinstance(made, Distance):
+        if kind == "classifier" and isinstance(made, Distance):
             raise ValueError(f"config.evaluation.{name} is of samples, which a classifier draws none of: leave it out")
         lacking = [key for key in ("key", "what") if not isinstance(getattr(made, key, None), str)]
         if lacking:

@@ -27,8 +27,8 @@ from scorelab import parallel
 from scorelab.checks import check_range
 from scorelab.data import Values
 from scorelab.models import ScoreModel
-from scorelab.noised import NoisedModel
 from scorelab.precision import settled_precision
+from scorelab.saved import Model
 from scorelab.training import checkpoint
 from scorelab.training.config import Scales, build
 from scorelab.training.engine import NonFiniteError, Trainer
@@ -103,7 +103,7 @@ def _defaults(config: ConfigDict) -> ConfigDict:
     return resolve(found)
 
 
-def _check_saved(workdir: Path, model: NoisedModel) -> None:
+def _check_saved(workdir: Path, model: Model) -> None:
     """Refuse (ValueError) to go on with other settings than those of the run's own last checkpoint."""
     place = checkpoint.latest(workdir / "checkpoints")
     then = _read(place / "model.json") if place is not None else None
@@ -285,7 +285,7 @@ def train(
     accept_changes: bool = False,
     step: int | None = None,
     spare_threads: bool = False,
-) -> NoisedModel:
+) -> Model:
     """Train an experiment to ``training.steps`` in a run directory, going on from its last whole checkpoint if it has
     one; under torchrun with all its processes, on the GPU if there is one. step: go on from this checkpoint instead,
     and set later ones aside. spare_threads: compute in one thread where a second gains little, so that another busy
@@ -337,7 +337,7 @@ def train(
     return trainer.averaged()
 
 
-def _is_small(model: NoisedModel, batch_size: int) -> bool:
+def _is_small(model: Model, batch_size: int) -> bool:
     """Whether a forward pass makes fewer than 2^25 products, where two threads were at most 11 % faster than one."""
     each = sum(p.numel() for p in model.parameters()) * math.prod(model.data_shape[1:])
     return batch_size * each < 2**25

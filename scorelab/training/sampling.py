@@ -12,6 +12,7 @@ import torch
 from ml_collections import ConfigDict
 
 from scorelab.adapters import clipped
+from scorelab.autoencoders import AutoencoderModel
 from scorelab.checks import broadcast
 from scorelab.classifiers import ClassifierModel
 from scorelab.guidance.autoguidance import autoguidance
@@ -21,6 +22,7 @@ from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.processes import DiscreteVP
 from scorelab.samplers import Ancestral, Calibrated, Sampler, analytic_variance, sample, trajectory
+from scorelab.saved import Model
 from scorelab.scores import combined
 from scorelab.training.config import load_data
 from scorelab.training.settings import part, resolve
@@ -88,13 +90,16 @@ def with_statistics(sampler: Sampler, model: ScoreModel, config: ConfigDict, sig
     return replace(sampler, variance=analytic_variance(score, x0, sigmas, generator=PerSampleNoise(config.seed)))  # type: ignore[type-var]
 
 
-def nfe_of(config: ConfigDict, model: ScoreModel) -> int:
-    """How many evaluations of the score the experiment's sampler takes, tried on a normal distribution."""
+def nfe_of(config: ConfigDict, model: Model) -> int:
+    """How many evaluations of the score the experiment's sampler takes, tried on a normal distribution; ValueError for
+    a model without a score."""
+    if not isinstance(model, ScoreModel):
+        raise ValueError(f"samples of an {model.kind} are decoded at once; expected no --nfe and no --samplers")
     levels, sampler = _without_statistics(*build_sampling(config, model))
     return list(trajectory(_Gaussian(), (1, 2), levels, sampler, generator=PerSampleNoise(0)))[-1].nfe
 
 
-def with_nfe(config: ConfigDict, model: ScoreModel, nfe: int) -> ConfigDict:
+def with_nfe(config: ConfigDict, model: Model, nfe: int) -> ConfigDict:
     """The config with as many noise levels as take ``nfe`` evaluations at most.
 
     Raises ValueError for samplers whose evaluations do not follow from the levels, and where one level takes more.
@@ -110,7 +115,7 @@ def with_nfe(config: ConfigDict, model: ScoreModel, nfe: int) -> ConfigDict:
         return nfe_of(config, model)
 
     # a process of steps has no more
-    most = getattr(model.process, "steps", 2**30) if key == "steps" else 2**30
+    most = getattr(getattr(model, "process", None), "steps", 2**30) if key == "steps" else 2**30
     if takes(min(2, most)) == takes(min(6, most)) and most > 1:
         raise ValueError(
             f"--nfe={nfe}, but sampling.sampler.name={config.sampling.sampler.name!r} chooses its steps itself; "
@@ -253,7 +258,7 @@ def in_turn(model: ScoreModel, n: int) -> Tensor | None:
 
 
 def sample_model(
-    model: ScoreModel,
+    model: ScoreModel | AutoencoderModel,
     config: ConfigDict,
     n: int,
     generator: torch.Generator | PerSampleNoise,
@@ -265,8 +270,10 @@ def sample_model(
     sharded: bool = True,
 ) -> Tensor:
     """n samples, decoded, for a condition (n, ...) or (1, ...) or none, with the experiment's own sampler and batch
-    size, or with a calibrated sampler's file. by: see ``own_score``. sharded: under torchrun every process makes its
-    share of PerSampleNoise's samples and returns all."""
+    size, or with a calibrated sampler's file; of an autoencoder from its prior. by: see ``own_score``. sharded: under
+    torchrun every process makes its share of PerSampleNoise's samples and returns all."""
+    if isinstance(model, AutoencoderModel):
+        return model.sample(n, generator)
     noise_levels, own = build_sampling(config, model)
     if sampler is None:
         own = with_statistics(own, model, config, noise_levels)

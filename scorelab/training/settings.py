@@ -14,6 +14,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import nn
 
+from scorelab.autoencoders import autoencoded
 from scorelab.checks import nearest_name
 from scorelab.codecs import CODECS, Codec
 from scorelab.losses import OBJECTIVES, WEIGHTINGS, Objective
@@ -41,7 +42,7 @@ __all__ = [
 _INNER = Kind("sampler", SAMPLERS, Sampler)
 PARTS = {
     "model.net": Kind("network", NETWORKS, nn.Module, given=("data_shape", "num_classes", "null_class")),
-    "model.codec": Kind("codec", CODECS, Codec, given=("data_shape", "scaled")),
+    "model.codec": Kind("codec", {**CODECS, "autoencoder": autoencoded}, Codec, given=("data_shape", "scaled")),
     "process": Kind("process", PROCESSES, Process),
     "optim": Kind("optimiser", OPTIMISERS, torch.optim.Optimizer),
     "optim.schedule": Kind("schedule", SCHEDULES),

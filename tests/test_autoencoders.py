@@ -1,0 +1,310 @@
+"""Autoencoders: their bound, their codes as a codec, and runs of either."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from problems import F64, generator, randn
+from safetensors.torch import load_file, save_file
+from test_distributed import ROOT
+from test_training import same_files
+
+from scorelab import ScoreModel
+from scorelab.autoencoders import Autoencoded, AutoencoderModel, autoencoded
+from scorelab.cli.main import main
+from scorelab.cli.sampling import sample_run
+from scorelab.data import Arrays, Coded, digits
+from scorelab.losses import Bins, Elbo
+from scorelab.nn import ConvAutoencoder, MLPAutoencoder
+from scorelab.nn.autoencoder import Encoded
+from scorelab.noise import PerSampleNoise
+from scorelab.training import build, train
+from scorelab.typing import Batch
+
+
+def config(name: str, steps: int = 4, **changes):
+    c = runpy.run_path(str(ROOT / "configs" / "digits" / f"{name}.py"))["get_config"]()
+    c.model.net.width, c.data.validation, c.sampling.samples = 8, 40, 4
+    c.training.steps, c.training.batch_size, c.training.checkpoint_every = steps, 16, 2
+    c.training.log_every = c.training.validate_every = c.training.sample_every = 2
+    c.training.precision, c.training.channels_last = "fp32", "no"
+    c.optim.schedule.name, c.optim.warmup = "constant", 0
+    for key, value in changes.items():
+        *groups, last = key.split("__")
+        place = c
+        for group in groups:
+            place = place[group]
+        place[last] = value
+    return c
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """An autoencoder's run, and that of a score of its codes."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(config("autoencoder", 12, optim__lr=0.02), folder / "autoencoder", progress=False)
+    train(latent(folder), folder / "latent", progress=False)
+    return folder
+
+
+def latent(folder, steps: int = 4, **changes):
+    return config("latent", steps, model__codec__path=str(folder / "autoencoder"), **changes)
+
+
+class Linear(torch.nn.Module):
+    """x = W z + std eps, and the posterior of z, which is known."""
+
+    encodes, latent_shape = True, (2,)
+
+    def __init__(self, weight, std: float) -> None:
+        super().__init__()
+        precision = torch.eye(2, dtype=F64) + weight.T @ weight / std**2
+        # W has orthogonal columns: the posterior is independent
+        self.weight, self.std, self.variance = weight, std, torch.diagonal(torch.linalg.inv(precision))
+        self.log_std = torch.full((5,), math.log(std), dtype=F64)
+
+    def encode(self, x):
+        mean = x @ self.weight * self.variance / self.std**2
+        return mean, self.variance.log().expand_as(mean)
+
+    def decode(self, z):
+        return z @ self.weight.T
+
+    def forward(self, x, noise):
+        mean, log_variance = self.encode(x)
+        return Encoded(self.decode(mean + torch.exp(0.5 * log_variance) * noise), self.log_std, mean, log_variance)
+
+
+def test_the_bound_is_tight_where_the_posterior_is_known():
+    """Probabilistic principal components: the ELBO with the right posterior is log p(x), x of N(0, W W' + std^2)."""
+    weight = torch.linalg.qr(randn(5, 2, seed=1))[0] * torch.tensor([1.5, 0.7], dtype=F64)
+    model = AutoencoderModel(Linear(weight, 0.6), data_shape=(5,))
+    x, count = randn(3, 5, seed=2), 40_000
+    law = torch.distributions.MultivariateNormal(torch.zeros(5, dtype=F64), weight @ weight.T + 0.36 * torch.eye(5))
+    many = x.repeat_interleave(count, 0)
+    noise = randn(len(many), 5, seed=3)
+    given, rate = Elbo().terms(model, many, noise)
+    bits = (given + rate).reshape(3, count)
+    wanted = -law.log_prob(x) / (5 * math.log(2))
+    assert bool(((bits.mean(1) - wanted).abs() < 5 * bits.std(1) / count**0.5).all())
+    # of another posterior it is worse by its divergence from the right one
+    mean, log_variance = model.net.encode(x)
+    model.net.encode = lambda x: (mean.repeat_interleave(count, 0) + 0.5, log_variance.repeat_interleave(count, 0))
+    worse = Elbo()(model, many, generator(4)).loss.reshape(3, count)
+    gap = (0.5 * 0.25 / model.net.variance).sum() / (5 * math.log(2))
+    assert bool(((worse.mean(1) - wanted - gap).abs() < 5 * worse.std(1) / count**0.5).all())
+
+
+def test_likelihoods_are_masses_or_densities_of_what_was_said():
+    x0 = torch.tensor([[-1.0, 0.0, 1.0]], dtype=F64)
+    zeros = torch.zeros(1, 1, dtype=F64)
+    found = Encoded(torch.full_like(x0, 0.1), torch.full((3,), math.log(0.4), dtype=F64), zeros, zeros)
+    normal, scale = torch.distributions.Normal(0.1, 0.4), 0.4 / 2**0.5
+    assert torch.allclose(Elbo().log_likelihood(x0, found), normal.log_prob(x0).double(), atol=1e-6)
+    laplace = torch.distributions.Laplace(torch.tensor(0.1, dtype=F64), scale)
+    assert torch.allclose(Elbo(likelihood="laplace").log_likelihood(x0, found), laplace.log_prob(x0))
+    # the masses of all values are one
+    values = torch.linspace(-1, 1, 5, dtype=F64).unsqueeze(0)
+    many = Encoded(torch.full_like(values, 0.1), torch.full((5,), math.log(0.4), dtype=F64), zeros, zeros)
+    masses = Elbo(Bins(0.5, -1.0, 1.0)).log_likelihood(values, many)
+    assert float(masses.exp().sum()) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match=r"likelihood is 'gaussian'; expected one of \('normal', 'laplace'\)"):
+        Elbo(likelihood="gaussian")
+    with pytest.raises(ValueError, match="kl_weight is -1"):
+        Elbo(kl_weight=-1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "codes"),
+    [((3, 9, 14), (2, 3, 4)), ((1, 7), (2, 2)), ((2, 5, 4, 6), (2, 2, 1, 2)), ((1, 1, 1), (2, 1, 1))],
+)
+def test_sizes_of_any_kind_are_halved_and_come_back(shape, codes):
+    net = ConvAutoencoder(shape, width=4, multipliers=(1, 2, 2), latent=2, middle_attention=True)
+    model = AutoencoderModel(net, data_shape=shape).eval()
+    x = torch.randn(3, *shape, generator=generator())
+    mean, std = model.posterior(x)
+    assert mean.shape == std.shape == (3, *codes) == (3, *model.latent_shape)
+    found = model(x, torch.zeros(3, *codes))
+    assert torch.allclose(found.decoded, model.reconstruct(x), atol=1e-6)
+    # one does not depend on another
+    assert torch.allclose(model.reconstruct(x[1:2]), found.decoded[1:2], atol=1e-5)
+    found.decoded.square().sum().backward()
+    assert all(p.grad is not None for n, p in net.named_parameters() if "log_std" not in n)
+
+
+@pytest.mark.parametrize("net", [MLPAutoencoder((1, 8, 8), latent=70), ConvAutoencoder((1, 8, 8), latent=20)])
+def test_codes_larger_than_what_they_are_of_are_refused(net):
+    with pytest.raises(ValueError, match=r"codes have \d+ numbers, .*, and samples 64; expected no more"):
+        Elbo().terms(AutoencoderModel(net, data_shape=(1, 8, 8)), torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["vae", "autoencoder", "latent"])
+def test_a_run_goes_on_bit_for_bit(name, runs, tmp_path):
+    def made(steps: int):
+        return latent(runs, steps) if name == "latent" else config(name, steps)
+
+    train(made(4), tmp_path / "whole", progress=False)
+    train(made(2), tmp_path / "parts", progress=False)
+    train(made(4), tmp_path / "parts", progress=False)
+    same_files(*(tmp_path / name / "checkpoints" / "step_00000004" for name in ("whole", "parts")))
+
+
+def test_a_run_of_an_autoencoder_is_watched_sampled_judged_and_reported(tmp_path, capsys):
+    run = tmp_path / "vae"
+    c = config("vae", 60, training__batch_size=64, optim__lr=3e-3, sampling__samples=6)
+    train(c, run, progress=False)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["loss"] for r in rows if "loss" in r]
+    assert losses[-1] < 0.7 * losses[0]
+    shown = next(r for r in reversed(rows) if "reconstruction_rmse" in r)
+    held = digits().hold_out(40).x0
+    model = AutoencoderModel.load(run)
+    with torch.no_grad():
+        rmse = float((model.reconstruct(held) - held).square().mean().sqrt())
+    assert shown["reconstruction_rmse"] == pytest.approx(rmse, rel=1e-4)
+    assert shown["bits_given_code"] + shown["bits_of_code"] == pytest.approx(rows_of(rows, "validation_loss"), rel=0.05)
+    assert all(level is None for r in rows if "loss" in r for level in r["sigma_bins"])
+    assert main(["report", f"--workdir={run}"]) == 0
+    assert "NaN" not in (run / "report.html").read_text()
+    assert main(["sample", f"--workdir={run}", "--n=5", f"--out={tmp_path / 'x.npz'}"]) == 0
+    with np.load(tmp_path / "x.npz") as archive:
+        x = archive["samples"]
+    assert x.shape == (5, 1, 8, 8) or x.shape == (5, 8, 8)
+    assert 0 <= x.min() <= x.max() <= 16
+    again = sample_run(run, n=3).x
+    assert torch.equal(again, sample_run(run, n=5).x[:3])
+    assert main(["evaluate", f"--workdir={run}", "--n=60", "--few"]) == 0
+    capsys.readouterr()
+    for asked, said in [
+        (["sample", "--condition=3"], "got --condition=3, and an autoencoder has no conditions"),
+        (["sample", "--nfe=4"], "samples of an autoencoder are decoded at once; expected no --nfe"),
+        (["calibrate"], "it holds an autoencoder model and no score model"),
+        (["health"], "expected AutoencoderModel.load"),
+    ]:
+        assert main([*asked, f"--workdir={run}"]) == 2
+        assert said in capsys.readouterr().err
+
+
+def rows_of(rows, key):
+    return [r[key] for r in rows if key in r][-1]
+
+
+def test_drawn_codes_have_unit_variance_and_decode_to_the_data(runs):
+    codec = autoencoded(str(runs / "autoencoder"), (1, 8, 8))
+    data = digits()
+    x0 = data.reference()
+    codec.fit(x0)
+    source = Coded(data, codec)
+    z = torch.cat([source.batch(0, step, 1797).x0 for step in range(3)])
+    assert torch.allclose(z.mean((0, 2, 3)), torch.zeros(2), atol=0.03)
+    assert torch.allclose(z.std((0, 2, 3)), torch.ones(2), atol=0.03)
+    model = AutoencoderModel.load(runs / "autoencoder")
+    assert torch.allclose(codec.decode(codec.encode(x0[:50])), model.reconstruct(x0[:50]), atol=1e-5)
+
+
+def test_a_code_is_the_same_in_whatever_batch_it_is_asked_for(runs):
+    """Encoded once, by blocks of the data, so that a run that goes on sees the same numbers; drawn by its place."""
+    codec = autoencoded(str(runs / "autoencoder"), (1, 8, 8))
+    one, other = Coded(digits(), codec), Coded(digits(), codec)
+    for step in range(4):
+        one.batch(3, step, 40)
+    whole = one.batch(3, 5, 40)
+    found = other.batch(3, 5, 40, range(10, 25))
+    assert torch.equal(whole.x0[10:25], found.x0)
+    assert torch.equal(whole.condition[10:25], found.condition)
+    assert not torch.equal(one.batch(3, 6, 40).x0, whole.x0)
+    # data that is never the same is encoded when it comes, to nearly the same
+    source = digits()
+    source.fixed = False
+    assert torch.allclose(Coded(source, codec).batch(3, 5, 40).x0, whole.x0, atol=1e-5)
+
+
+def test_a_latent_model_is_sampled_decoded_judged_and_moved(runs, tmp_path, capsys):
+    run = runs / "latent"
+    x = sample_run(run, n=10).x
+    model = ScoreModel.load(run)
+    assert (model.data_shape, model.outside_shape, x.shape) == ((2, 4, 4), (1, 8, 8), (10, 1, 8, 8))
+    assert float(x.abs().max()) <= 1
+    assert main(["evaluate", f"--workdir={run}", "--n=40", "--few", "--nfe=3"]) == 0
+    assert main(["likelihood", f"--workdir={run}", "--n=4", "--tolerance=0.1"]) == 0
+    assert main(["health", f"--workdir={run}", "--n=40", "--nfe=3"]) == 0
+    assert main(["report", f"--workdir={run}"]) == 0
+    capsys.readouterr()
+    # the autoencoder goes with it, also where the network is halved
+    for dtype in (None, torch.float16):
+        model.save(tmp_path / "moved", dtype=dtype)
+        shutil.move(runs / "autoencoder", runs / "away")
+        again = ScoreModel.load(tmp_path / "moved")
+        shutil.move(runs / "away", runs / "autoencoder")
+        z = torch.randn(3, 2, 4, 4, generator=generator())
+        assert torch.equal(again.decode(z), model.decode(z))
+
+
+def test_another_autoencoder_is_noticed(runs, tmp_path):
+    run, own = tmp_path / "latent", tmp_path / "autoencoder"
+    shutil.copytree(runs / "latent", run)
+    weights = load_file(run / "checkpoints" / "step_00000004" / "ema.safetensors")
+    name = next(k for k in weights if k.startswith("codec:model.net.") and weights[k].ndim > 1)
+    weights[name].flatten()[0] += 1e-3
+    ScoreModel.load(runs / "latent").save(tmp_path / "moved")
+    save_file(weights, tmp_path / "moved" / "model.safetensors")
+    with pytest.raises(
+        ValueError, match="the autoencoder's weights have SHA-256 .*, and the model was trained on codes"
+    ):
+        ScoreModel.load(tmp_path / "moved")
+    # a run whose autoencoder was trained on
+    shutil.copytree(runs / "autoencoder", own)
+    train(config("autoencoder", 14, optim__lr=0.02), own, progress=False)
+    c = latent(runs, 6)
+    c.model.codec.path = str(own)
+    with pytest.raises(ValueError, match="belongs to another experiment"):
+        train(c, run, progress=False)
+    shutil.rmtree(own)
+    with pytest.raises(ValueError, match=r"model.codec.path: there is no directory .*; expected the directory of a"):
+        train(c, run, progress=False)
+
+
+def test_an_autoencoder_trained_on_is_noticed_by_the_run_that_goes_on(runs, tmp_path):
+    shutil.copytree(runs / "autoencoder", tmp_path / "autoencoder")
+    train(latent(tmp_path), tmp_path / "run", progress=False)
+    train(config("autoencoder", 14, optim__lr=0.02), tmp_path / "autoencoder", progress=False)
+    with pytest.raises(ValueError, match=r"was trained on other data \(.*codec"):
+        train(latent(tmp_path, 6, training__sample_every=0), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training__objective__name": "denoising"}, "training.objective.name='elbo', or model.net.name=another"),
+        ({"model__conditional": True}, "expected one that takes conditions"),
+        ({"model__net__latent": 0}, "expected 1 or more"),
+        ({"model__codec__name": "autoencoder", "model__codec__path": "nowhere"}, "model.codec.path: there is no"),
+    ],
+)
+def test_what_does_not_go_together_is_said(changes, said):
+    with pytest.raises(ValueError, match=said):
+        build(config("autoencoder", **changes))
+
+
+def test_codes_of_other_data_are_refused(runs):
+    c = latent(runs)
+    with pytest.raises(ValueError, match=r"model.codec.path is of data \(1, 8, 8\), and the data has \(1, 4, 4\)"):
+        build(c, data=Arrays(torch.rand(200, 1, 4, 4), torch.arange(200) % 10))
+    with pytest.raises(
+        ValueError, match=r"learnt from data with \(0.0, 16.0\) scaled to \[-1, 1\], and the data has None"
+    ):
+        build(c, data=Arrays(torch.rand(200, 1, 8, 8), torch.arange(200) % 10))
+
+
+def test_samples_of_the_prior_depend_on_their_place_alone():
+    model = AutoencoderModel(MLPAutoencoder((3,), width=8, latent=2), data_shape=(3,))
+    assert torch.equal(model.sample(5, PerSampleNoise(1))[3:], model.sample(2, PerSampleNoise(1, 3)))
+    assert isinstance(Autoencoded.of(model), torch.nn.Module)
+    losses = Elbo().losses(model, Batch(torch.zeros(4, 3)), torch.rand(4), torch.zeros(4, 3))
+    assert losses.shape == (4,)

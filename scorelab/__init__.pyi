@@ -16,6 +16,7 @@ from . import precision as precision
 from . import scores as scores
 from . import training as training
 from .adapters import broadcast, clipped, from_denoiser, from_eps, from_time_score
+from .autoencoders import AutoencoderModel
 from .classifiers import ClassifierModel
 from .evaluation import check_score
 from .guidance import autoguidance, classifier_free
@@ -35,6 +36,7 @@ __version__: str
 __all__ = [
     "VE",
     "VP",
+    "AutoencoderModel",
     "ClassifierModel",
     "Cosine",
     "DiscreteVP",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from scorelab.checks import check_batch, widened
 from scorelab.codecs import Codec
 from scorelab.nn.autoencoder import Encoded
 from scorelab.noise import PerSampleNoise
-from scorelab.saved import Model, unwrapped
+from scorelab.saved import Model, module_checksum, unwrapped
 from scorelab.typing import Shape, Tensor
 
 __all__ = ["Autoencoded", "AutoencoderModel", "autoencoded"]
@@ -37,7 +36,7 @@ class AutoencoderModel(Model):
         """What a code drawn with noise (B, *latent_shape) decodes to; ValueError for shapes that don't fit."""
         check_batch(x, shape=self.data_shape)
         found = self._computed(x, noise)
-        return Encoded(*(part.to(widened(x)) for part in found))
+        return Encoded(**{k: v.to(widened(x)) for k, v in found._asdict().items() if v is not None})
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the codes of x (B, *data_shape), each (B, *latent_shape)."""
@@ -103,15 +102,22 @@ class Autoencoded(Codec):
 
     @classmethod
     def of(cls, model: AutoencoderModel) -> Autoencoded:
-        """The codec of a model."""
-        made = cls(model.to_dict(), _fingerprint(model))
-        made.model.load_weights(model.weights())
+        """The codec of a model, without what it needs in training alone."""
+        described, weights = model.to_dict(), model.weights()
+        if described["net"] is None:
+            raise ValueError(f"{type(model.net).__name__} has no config attribute that says how it is made")
+        if described["net"].get("critic"):
+            described["net"]["critic"] = 0
+            weights = {name: value for name, value in weights.items() if not name.startswith("critic.")}
+        made = cls(described)
+        made.model.load_weights(weights)
+        made.fingerprint = made.config["fingerprint"] = module_checksum(made.model)
         return made
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As ever; ValueError where the autoencoder's weights are not those that it was made of."""
         found = super().load_state_dict(state_dict, strict, assign)
-        if (own := _fingerprint(self.model)) != self.fingerprint:
+        if (own := module_checksum(self.model)) != self.fingerprint:
             raise ValueError(
                 f"the autoencoder's weights have SHA-256 {own[:16]}..., and the model was trained on codes of "
                 f"{self.fingerprint[:16]}...; expected the file that was written with it"
@@ -150,12 +156,3 @@ def autoencoded(path: str, data_shape: Shape) -> Codec:
     if model.data_shape != tuple(data_shape):
         raise ValueError(f"model.codec.path is of data {model.data_shape}, and the data has {tuple(data_shape)}")
     return Autoencoded.of(model)
-
-
-def _fingerprint(model: AutoencoderModel) -> str:
-    """The SHA-256 of all weights by their names."""
-    found = hashlib.sha256()
-    for name, value in sorted(model.weights().items()):
-        found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from scorelab.nn import NETWORKS
 from scorelab.typing import Shape, Tensor
 from scorelab.writing import save_tensors, whole
 
-__all__ = ["Model", "unwrapped"]
+__all__ = ["Model", "module_checksum", "unwrapped"]
 
 
 class _Unfit(ValueError):
@@ -290,6 +291,15 @@ def _check_count(settings: dict[str, Any], state: dict[str, Tensor]) -> None:
     held = sum(v.numel() for v in state.values())
     if count > held:
         raise ValueError(f"its network has {count:,} numbers, and the file of weights {held:,}")
+
+
+def module_checksum(module: nn.Module) -> str:
+    """SHA-256 of all that a module's state holds, by name, and of its class."""
+    content = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__}".encode())
+    for name, value in sorted(module.state_dict().items()):
+        content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
 
 
 def unwrapped(net: nn.Module) -> nn.Module:

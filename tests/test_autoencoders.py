@@ -144,10 +144,33 @@ def test_codes_larger_than_what_they_are_of_are_refused(net):
         Elbo().terms(AutoencoderModel(net, data_shape=(1, 8, 8)), torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8))
 
 
-@pytest.mark.parametrize("name", ["vae", "autoencoder", "latent"])
+class Halves(torch.nn.Module):
+    """Features for a perceptual term."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 6, 3, stride=2, bias=False)
+        torch.nn.init.normal_(self.conv.weight, generator=generator())
+
+    def forward(self, x):
+        return self.conv(x).tanh()
+
+
+ADDED = {
+    "training__objective__perceptual": 0.5,
+    "training__objective__features": f"{__name__}:Halves",
+    "training__objective__adversarial": 0.1,
+    "training__objective__adversarial_from": 3,
+    "model__net__critic": 4,
+}
+
+
+@pytest.mark.parametrize("name", ["vae", "autoencoder", "with all terms", "latent"])
 def test_a_run_goes_on_bit_for_bit(name, runs, tmp_path):
     def made(steps: int):
-        return latent(runs, steps) if name == "latent" else config(name, steps)
+        if name == "latent":
+            return latent(runs, steps)
+        return config("autoencoder", steps, **ADDED) if name == "with all terms" else config(name, steps)
 
     train(made(4), tmp_path / "whole", progress=False)
     train(made(2), tmp_path / "parts", progress=False)
@@ -171,7 +194,9 @@ def test_a_run_of_an_autoencoder_is_watched_sampled_judged_and_reported(tmp_path
     assert shown["bits_given_code"] + shown["bits_of_code"] == pytest.approx(rows_of(rows, "validation_loss"), rel=0.05)
     assert all(level is None for r in rows if "loss" in r for level in r["sigma_bins"])
     assert main(["report", f"--workdir={run}"]) == 0
-    assert "NaN" not in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "Reconstructions over time" in page
+    assert ">nan<" not in page.lower()
     assert main(["sample", f"--workdir={run}", "--n=5", f"--out={tmp_path / 'x.npz'}"]) == 0
     with np.load(tmp_path / "x.npz") as archive:
         x = archive["samples"]
@@ -282,6 +307,9 @@ def test_an_autoencoder_trained_on_is_noticed_by_the_run_that_goes_on(runs, tmp_
     ("changes", "said"),
     [
         ({"training__objective__name": "denoising"}, "training.objective.name='elbo', or model.net.name=another"),
+        ({"model__net__critic": 4}, "adversarial is 0, and the network has a critic; expected both"),
+        ({"training__objective__perceptual": 1.0}, "perceptual is 1 and features is ''; expected both or neither"),
+        ({"training__objective__adversarial": -1.0}, "adversarial is -1; expected a weight of 0 or more"),
         ({"model__conditional": True}, "expected one that takes conditions"),
         ({"model__net__latent": 0}, "expected 1 or more"),
         ({"model__codec__name": "autoencoder", "model__codec__path": "nowhere"}, "model.codec.path: there is no"),
@@ -290,6 +318,41 @@ def test_an_autoencoder_trained_on_is_noticed_by_the_run_that_goes_on(runs, tmp_
 def test_what_does_not_go_together_is_said(changes, said):
     with pytest.raises(ValueError, match=said):
         build(config("autoencoder", **changes))
+
+
+def test_added_terms_are_what_they_say():
+    c = config("autoencoder", **ADDED)
+    experiment, x = build(c), digits().take(torch.arange(16))
+    model, objective, noise = experiment.model.train(), experiment.objective, randn(16, 1, 8, 8).float()
+    found = model(x, noise[:, 0].reshape(16, 64)[:, :32].reshape(16, 2, 4, 4))
+    given, rate = objective.terms(model, x, noise)
+    seen = Halves()
+    a, b = (seen(v).mean((2, 3)) for v in (x, found.decoded))
+    unlike = (a - b).square().mean(1) / (a.square().mean(1) + 1e-6)
+    hinge = (1 - found.real).clamp_min(0) + (1 + found.false).clamp_min(0)
+    expected = given + rate + 0.5 * unlike + hinge.mean((1, 2, 3))
+    batch, u = Batch(x), torch.rand(16)
+    assert torch.allclose(objective.losses(model, batch, u, noise), expected, rtol=1e-4)
+    for _ in range(3):
+        objective.observe(u, expected)
+    loss = objective.losses(model, batch, u, noise)
+    assert torch.allclose(loss, expected - 0.1 * found.judged.mean((1, 2, 3)), rtol=1e-4)
+    # the critic learns to tell them apart, and what is decoded to be taken for data
+    ours = [p for n, p in model.net.named_parameters() if not n.startswith("critic.")]
+    for term, weights, others in (
+        (hinge, model.net.critic.parameters(), ours),
+        (found.judged, [model.net.last[-1].weight], model.net.critic.parameters()),
+    ):
+        every = [*weights, *others]
+        grads = torch.autograd.grad(term.sum(), every, allow_unused=True, retain_graph=True)
+        learns = len(every) - len([*others]) if others is ours else 1
+        assert all(g is not None for g in grads[:learns])
+        assert all(g is None for g in grads[learns:])
+    # a codec does without it
+    codec = Autoencoded.of(model.eval())
+    assert not any("critic" in name for name in codec.state_dict())
+    z = torch.zeros(2, 2, 4, 4)
+    assert torch.equal(codec.model.generate(z), model.generate(z))
 
 
 def test_codes_of_other_data_are_refused(runs):
@@ -304,7 +367,8 @@ def test_codes_of_other_data_are_refused(runs):
 
 def test_samples_of_the_prior_depend_on_their_place_alone():
     model = AutoencoderModel(MLPAutoencoder((3,), width=8, latent=2), data_shape=(3,))
-    assert torch.equal(model.sample(5, PerSampleNoise(1))[3:], model.sample(2, PerSampleNoise(1, 3)))
+    found, again = model.sample(5, PerSampleNoise(1))[3:], model.sample(2, PerSampleNoise(1, 3))
+    assert torch.allclose(found, again, atol=1e-6)
     assert isinstance(Autoencoded.of(model), torch.nn.Module)
     losses = Elbo().losses(model, Batch(torch.zeros(4, 3)), torch.rand(4), torch.zeros(4, 3))
     assert losses.shape == (4,)

@@ -204,6 +204,11 @@ def test_small_experiments_are_whole(path, tmp_path):
         (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(images))
         (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx((np.arange(40) % 10).astype(np.uint8)))
         c.data.path, c.data.validation = str(tmp_path), 10
+    if path.stem == "latent":
+        of_codes = config_of(path.with_name("autoencoder.py"))
+        of_codes.data = c.data
+        c.model.codec.path = str(tmp_path / "autoencoder")
+        build(of_codes).model.save(c.model.codec.path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "explicit steps as long as|step_size = ")
         experiment = build(c)

@@ -28,9 +28,9 @@ from scorelab.data.sources import Stored
 from scorelab.evaluation import Features, collected, compared, features_of
 from scorelab.evaluation.comparison import check_counts, varied
 from scorelab.evaluation.estimates import parts
-from scorelab.evaluation.features import module_checksum
 from scorelab.noise import PerSampleNoise
 from scorelab.precision import prepare
+from scorelab.saved import module_checksum
 from scorelab.training import load_data, sample_model, with_nfe
 from scorelab.typing import Tensor
 

@@ -27,6 +27,7 @@ from scorelab.checks import check_batch, nearest_name
 from scorelab.classifiers import ClassifierModel
 from scorelab.interop.loading import PRETRAINED, pretrained
 from scorelab.parts import Kind
+from scorelab.saved import module_checksum
 from scorelab.typing import Tensor
 from scorelab.writing import whole
 
@@ -38,7 +39,6 @@ __all__ = [
     "Pixels",
     "collected",
     "features_of",
-    "module_checksum",
 ]
 
 _INCEPTION = "6726825d"
@@ -47,7 +47,7 @@ _INCEPTION = "6726825d"
 
 class Features(ABC):
     """``features(x)`` are (B, D), float32, of images x (B, C, H, W) from -1 to 1; no row depends on its neighbours.
-    Networks follow the images to their device."""
+    Networks follow the images to their device, and have no gradients of their own."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -91,8 +91,7 @@ class FromModule(Features):
 
     def __call__(self, x: Tensor) -> Tensor:
         check_batch(x)
-        with torch.no_grad():
-            found = self.module.to(x.device)(x)
+        found = self.module.to(x.device)(x)
         if not isinstance(found, Tensor) or found.ndim < 2 or len(found) != len(x):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"{self.name} returned {got} for {len(x)} images; expected a tensor (B, D) or (B, D, ...)")
@@ -121,8 +120,7 @@ class FromClassifier(Features):
         seen: list[Tensor] = []
         hook = self.last.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
         try:
-            with torch.no_grad():
-                logits = self.model.to(x.device)(x, x.new_tensor(self.model.sigma_range[0]))
+            logits = self.model.to(x.device)(x, x.new_tensor(self.model.sigma_range[0]))
         finally:
             hook.remove()
         return seen[0].float(), logits.float()
@@ -193,15 +191,6 @@ def _inception() -> Any:
     finally:
         if spec is not None:
             del sys.modules["torch_fidelity"]
-
-
-def module_checksum(module: nn.Module) -> str:
-    """SHA-256 of all that its state holds, by name, and of its class."""
-    content = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__}".encode())
-    for name, value in sorted(module.state_dict().items()):
-        content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return content.hexdigest()
 
 
 def features_of(text: str, where: str = "--features") -> Features:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch.nn import functional
 
 from scorelab.losses.base import Objective
 from scorelab.losses.variational import Bins, log_density
@@ -24,26 +25,81 @@ class Elbo(Objective):
     channel (Rybkin et al., 2021, arXiv:2006.13202); bins: where the values of data lie, of which a normal one has its
     mass, None for a density. With kl_weight=1 it is a bound of the data's own code length; below, codes keep more.
     Kingma and Welling, 2014, arXiv:1312.6114; Higgins et al., beta-VAE, 2017.
+
+    Two terms may be added, as in latent diffusion (arXiv:2112.10752). perceptual times the mean square difference of
+    what ``seen``, of the name ``features``, sees of x and of what was decoded, over the mean square of what it sees of
+    x. adversarial times what the network's critic has against the decoded (the mean over patches of minus its number),
+    after ``adversarial_from`` steps; the critic itself learns the hinge loss from the first one on.
     """
 
     kind: ClassVar[str] = "autoencoder"
 
-    def __init__(self, bins: Bins | None = None, kl_weight: float = 1.0, likelihood: str = "normal") -> None:
+    def __init__(
+        self,
+        bins: Bins | None = None,
+        kl_weight: float = 1.0,
+        likelihood: str = "normal",
+        perceptual: float = 0.0,
+        features: str = "",
+        adversarial: float = 0.0,
+        adversarial_from: int = 0,
+        seen: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         if likelihood not in _LIKELIHOODS:
             raise ValueError(f"training.objective.likelihood is {likelihood!r}; expected one of {_LIKELIHOODS}")
-        if not 0 <= kl_weight < math.inf:
-            raise ValueError(f"training.objective.kl_weight is {kl_weight:g}; expected 0 or more, 1 for the bound")
+        weights = {"kl_weight": kl_weight, "perceptual": perceptual, "adversarial": adversarial}
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"training.objective.{name} is {weight:g}; expected a weight of 0 or more")
+        if (perceptual > 0) != (seen is not None):
+            raise ValueError(
+                f"training.objective.perceptual is {perceptual:g} and features is {features!r}; expected both or "
+                "neither: features=package.module:Class, a torch.nn.Module"
+            )
+        if adversarial_from < 0:
+            raise ValueError(f"training.objective.adversarial_from is {adversarial_from}; expected steps, 0 or more")
         self.bins, self.kl_weight, self.likelihood = bins, kl_weight, likelihood
+        self.perceptual, self.features, self.seen = perceptual, features, seen
+        self.adversarial, self.adversarial_from = adversarial, adversarial_from
+        self.observes, self._steps = adversarial_from > 0, 0
 
     def losses(self, score: Callable[..., Any], batch: Batch, u: Tensor, noise: Tensor) -> Tensor:
-        reconstruction, rate = self.terms(score, batch.x0, noise)
-        loss: Tensor = reconstruction + self.kl_weight * rate
+        found = score(batch.x0, latent_noise(noise, score))
+        given, rate = self._terms(batch.x0, found)
+        loss: Tensor = given + self.kl_weight * rate
+        if self.seen is not None:
+            loss = loss + self.perceptual * self._unlike(batch.x0, found.decoded)
+        if found.real is not None:
+            begun = float(self._steps >= self.adversarial_from)
+            hinge = functional.relu(1 - found.real) + functional.relu(1 + found.false)
+            loss = loss + (hinge - begun * self.adversarial * found.judged).flatten(1).mean(1)
         return loss
+
+    def _unlike(self, x0: Tensor, decoded: Tensor) -> Tensor:
+        """How differently they are seen, (B,)."""
+        assert self.seen is not None
+        wanted, found = self.seen(x0), self.seen(decoded)
+        if decoded.requires_grad and not found.requires_grad:
+            raise ValueError(
+                f"training.objective.features={self.features!r} has no gradient in the images; expected one that has"
+            )
+        return (found - wanted).square().flatten(1).mean(1) / (wanted.square().flatten(1).mean(1) + 1e-6)
+
+    def observe(self, u: Tensor, losses: Tensor) -> None:
+        self._steps += 1
+
+    def state(self) -> dict[str, Tensor]:
+        return {"steps": torch.tensor(self._steps)} if self.observes else {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._steps = int(state["steps"])
 
     def terms(self, model: Callable[..., Any], x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Bits a dimension of x0 (B, *D), each (B,): of x0 given a code, and of the code. noise (B, *D): of its first
         numbers the code is drawn."""
-        found = model(x0, latent_noise(noise, model))
+        return self._terms(x0, model(x0, latent_noise(noise, model)))
+
+    def _terms(self, x0: Tensor, found: Any) -> tuple[Tensor, Tensor]:
         unit = 1 / (math.log(2) * math.prod(x0.shape[1:]))
         variance = torch.exp(found.log_variance)
         rate = 0.5 * (found.mean.square() + variance - 1 - found.log_variance).flatten(1).sum(1)

@@ -23,12 +23,16 @@ _LOG_VARIANCES = (-30.0, 20.0)
 
 class Encoded(NamedTuple):
     """Of x (B, *D): what a drawn code decodes to, (B, *D), with the logarithm of the deviation of x about it, (C, 1,
-    ...) or (D,); mean and log-variance of the code, (B, *latent_shape)."""
+    ...) or (D,); mean and log-variance of the code, (B, *latent_shape). Of a network with a critic, what that says of
+    patches, (B, *patches): of x, of what was decoded, for the critic to learn from, and again, for the decoder to."""
 
     decoded: Tensor
     log_std: Tensor
     mean: Tensor
     log_variance: Tensor
+    real: Tensor | None = None
+    false: Tensor | None = None
+    judged: Tensor | None = None
 
 
 class Autoencoder(nn.Module):
@@ -37,9 +41,11 @@ class Autoencoder(nn.Module):
 
     encodes: ClassVar[bool] = True
     latent_shape: Shape
+    critic: nn.Module | None
 
     def __init__(self, data_shape: Shape) -> None:
         super().__init__()
+        self.critic = None
         self.log_std = nn.Parameter(torch.full((data_shape[0], *(1,) * (len(data_shape) - 1)), -1.0))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,8 +59,14 @@ class Autoencoder(nn.Module):
     def forward(self, x: Tensor, noise: Tensor) -> Encoded:
         mean, log_variance = self.encode(x)
         log_variance = log_variance.clamp(*_LOG_VARIANCES)
-        z = mean + torch.exp(0.5 * log_variance) * noise
-        return Encoded(self.decode(z), self.log_std, mean, log_variance)
+        decoded = self.decode(mean + torch.exp(0.5 * log_variance) * noise)
+        found = Encoded(decoded, self.log_std, mean, log_variance)
+        if self.critic is None or not self.training:
+            return found
+        # the decoder learns from the critic as it is
+        held = {name: p.detach() for name, p in self.critic.named_parameters()}
+        judged = torch.func.functional_call(self.critic, held, (decoded,))
+        return found._replace(real=self.critic(x), false=self.critic(decoded.detach()), judged=judged)
 
 
 def _layers(sizes: tuple[int, ...]) -> nn.Sequential:
@@ -89,13 +101,31 @@ class MLPAutoencoder(Autoencoder):
         return x.reshape(len(z), *self.config["data_shape"])
 
 
+def _critic(style: Style, channels: int, width: int) -> nn.Sequential:
+    """Numbers of patches, above 0 for those of data: two convolutions that halve and two that don't, as in Isola et
+    al., 2017, arXiv:1611.07004, with group norms, so that no image depends on its neighbours."""
+    conv: Any = CONV[style.rank]
+    return nn.Sequential(
+        conv(channels, width, 3, stride=2, padding=1),
+        nn.LeakyReLU(0.2),
+        conv(width, 2 * width, 3, stride=2, padding=1),
+        style.norm(2 * width),
+        nn.LeakyReLU(0.2),
+        style.conv(2 * width, 2 * width),
+        style.norm(2 * width),
+        nn.LeakyReLU(0.2),
+        style.conv(2 * width, 1),
+    )
+
+
 class ConvAutoencoder(Autoencoder):
     """Codes (latent, *sizes) of x (B, C, *sizes), one to three sizes, each halved, rounding up, once less than there
     are ``multipliers``.
 
     width: channels at full resolution; multipliers: one each; blocks: residual ones at each, each way.
-    middle_attention: in the middle of either way, with heads of ``head`` channels (0: one head). Raises ValueError for
-    settings that don't fit.
+    middle_attention: in the middle of either way, with heads of ``head`` channels (0: one head). critic: channels of
+    the first layer of what tells patches of images from those of decoded ones, for training; 0: none. Raises ValueError
+    for settings that don't fit.
     """
 
     def __init__(
@@ -109,6 +139,7 @@ class ConvAutoencoder(Autoencoder):
         middle_attention: bool = False,
         head: int = 64,
         dropout: float = 0.0,
+        critic: int = 0,
     ) -> None:
         super().__init__(data_shape)
         self.config = given(locals())
@@ -116,10 +147,12 @@ class ConvAutoencoder(Autoencoder):
             raise ValueError(
                 f"data_shape is {data_shape}; expected (C, L), (C, H, W) or (C, D, H, W): points need mlp_autoencoder"
             )
-        if min(width, blocks, latent, *multipliers, len(multipliers)) < 1 or head < 0 or not 0 <= dropout < 1:
+        sizes = (width, blocks, latent, *multipliers, len(multipliers))
+        if min(sizes) < 1 or min(head, critic) < 0 or not 0 <= dropout < 1:
             raise ValueError(
                 f"width = {width}, blocks = {blocks}, latent = {latent}, multipliers = {multipliers}, head = {head}, "
-                f"dropout = {dropout:g}; expected 1 or more, some multipliers, head >= 0 and 0 <= dropout < 1"
+                f"critic = {critic}, dropout = {dropout:g}; expected 1 or more, some multipliers, head and critic of 0 "
+                "or more and 0 <= dropout < 1"
             )
         rank, channels = len(data_shape) - 1, data_shape[0]
         style, widths = Style(rank, 0, dropout), [width * m for m in multipliers]
@@ -155,6 +188,8 @@ class ConvAutoencoder(Autoencoder):
             if i:
                 self.grow.append(style.conv(to, to))
         self.last = ends(now, channels)
+        if critic:
+            self.critic = _critic(style, channels, critic)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.first(x)

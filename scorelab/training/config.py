@@ -20,8 +20,9 @@ from scorelab.classifiers import ClassifierModel
 from scorelab.codecs import Codec
 from scorelab.data import Coded, Files, Source, load
 from scorelab.described import remember
+from scorelab.evaluation.features import features_of
 from scorelab.interop.loading import pretrained
-from scorelab.losses import OBJECTIVES, Bins, Objective
+from scorelab.losses import OBJECTIVES, Bins, Elbo, Objective
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
 from scorelab.noised import NoisedModel
 from scorelab.precision import settled_precision
@@ -428,6 +429,11 @@ def _check_objective(model: Model, objective: Objective) -> None:
             f"{type(model.net).__name__} is for {model.kind} models; expected training.objective.name={fitting}, or "
             f"model.net.name={_NETWORKS[objective.kind]}"
         )
+    critic = getattr(model.net, "critic", None) is not None
+    if isinstance(objective, Elbo) and critic != (objective.adversarial > 0):
+        said = f"training.objective.adversarial is {objective.adversarial:g}, and the network has "
+        said += f"{'a' if critic else 'no'} critic; expected both, model.net.critic=32 for example, or neither"
+        raise ValueError(said)
     if not isinstance(model, ScoreModel):
         return
     if model.variance and not objective.learns_variance:
@@ -485,6 +491,8 @@ def build(config: ConfigDict, *, data: Source | None = None, scales: Scales | No
     known["num_classes"] = model.num_classes
     values = data.values
     known["bins"] = None
+    if seen := config.training.objective.get("features"):
+        known["seen"] = features_of(seen, "training.objective.features")
     if values is not None and values.step and codec is None:
         known["bins"] = Bins(values.spacing, *values.bounds)
     objective = part(config, "training.objective", sigmas=sigmas, weight=weight, uncertainty=uncertainty, **known)

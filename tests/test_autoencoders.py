@@ -101,6 +101,17 @@ def test_the_bound_is_tight_where_the_posterior_is_known():
     assert bool(((worse.mean(1) - wanted - gap).abs() < 5 * worse.std(1) / count**0.5).all())
 
 
+def test_more_codes_come_nearer_to_the_likelihood():
+    """Of the wrong posterior: weighed by p(x, z)/q(z), whose mean is p(x)."""
+    weight = torch.linalg.qr(randn(5, 2, seed=1))[0] * torch.tensor([1.5, 0.7], dtype=F64)
+    model, x = AutoencoderModel(Linear(weight, 0.6), data_shape=(5,)), randn(5, seed=2)
+    law = torch.distributions.MultivariateNormal(torch.zeros(5, dtype=F64), weight @ weight.T + 0.36 * torch.eye(5))
+    model.net.variance = 1.3 * model.net.variance
+    weights = Elbo().weighed(model, x, randn(200_000, 2, seed=3))[2]
+    assert float(torch.logsumexp(weights, 0)) - math.log(200_000) == pytest.approx(float(law.log_prob(x)), abs=0.01)
+    assert float(weights.mean()) < float(law.log_prob(x)) - 0.02
+
+
 def test_likelihoods_are_masses_or_densities_of_what_was_said():
     x0 = torch.tensor([[-1.0, 0.0, 1.0]], dtype=F64)
     zeros = torch.zeros(1, 1, dtype=F64)
@@ -206,7 +217,13 @@ def test_a_run_of_an_autoencoder_is_watched_sampled_judged_and_reported(tmp_path
     assert torch.equal(again, sample_run(run, n=5).x[:3])
     assert main(["evaluate", f"--workdir={run}", "--n=60", "--few"]) == 0
     capsys.readouterr()
+    assert main(["likelihood", f"--workdir={run}", "--n=40", "--codes=20"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["samples"], told["of"], told["unit"]) == (40, "held-out data", "bits per dimension")
+    assert told["bound"]["mean"] == pytest.approx(rows_of(rows, "validation_loss"), rel=0.02)
+    assert told["bound_by_20_codes"]["mean"] < told["bound"]["mean"]
     for asked, said in [
+        (["likelihood", "--method=bound"], "is an autoencoder's run, --codes is 100, and got --method; expected"),
         (["sample", "--condition=3"], "got --condition=3, and an autoencoder has no conditions"),
         (["sample", "--nfe=4"], "samples of an autoencoder are decoded at once; expected no --nfe"),
         (["calibrate"], "it holds an autoencoder model and no score model"),

@@ -193,6 +193,7 @@ def _likelihood(arguments: list[str]) -> None:
         {"divergence": "hutchinson", "method": "ode", "out": None, "variance": ""},
     )
     flags.DEFINE_float("tolerance", 1e-3, "of the adaptive solver", flag_values=values)
+    flags.DEFINE_integer("codes", 100, "of an autoencoder, drawn for each sample", flag_values=values)
     flags.DEFINE_bool("bits", False, "per dimension, of data that takes some values", flag_values=values)
     parse(arguments, values)
     workdir = _workdir(values)
@@ -202,6 +203,22 @@ def _likelihood(arguments: list[str]) -> None:
     if n < 1 or levels < 0:
         raise ValueError(f"--n is {n}, --levels is {levels}; expected n >= 1 and levels >= 0")
     levels = -1 if values["bits"].value and not levels else levels
+    from scorelab.cli.runs import is_autoencoder
+
+    if is_autoencoder(workdir):
+        of_scores = ("probes", "divergence", "tolerance", "method", "steps", "out", "variance", "levels", "bits")
+        given, codes = [f"--{k}" for k in of_scores if values[k].present], int(values["codes"].value or 0)
+        if given or codes < 1:
+            raise ValueError(
+                f"{workdir} is an autoencoder's run, --codes is {codes}{', and got ' * bool(given)}{', '.join(given)}; "
+                "expected --codes=1 or more, and none of a score's flags"
+            )
+        from scorelab.cli.coded import coded_run
+
+        print(coded_run(workdir, n=n, codes=codes, seed=seed, step=step, data=data))
+        return
+    if values["codes"].present:
+        raise ValueError("--codes is for the run of an autoencoder; expected none")
     method, steps = values["method"].value, int(values["steps"].value or 0)
     if method not in ("ode", "bound"):
         raise ValueError(f"--method is {method!r}; {nearest_name(str(method), ('ode', 'bound'))}")

@@ -19,7 +19,7 @@ from scorelab.saved import Model
 from scorelab.training import Snapshot, checkpoint, default_config, reconstruct
 from scorelab.training.run import recorded_config
 
-__all__ = ["load_drawn", "load_run", "place_of", "run_config"]
+__all__ = ["is_autoencoder", "load_drawn", "load_run", "place_of", "run_config"]
 
 M = TypeVar("M", bound=Model)
 
@@ -55,10 +55,19 @@ def load_drawn(
     workdir: Path, *, step: int = 0, weights: str = "ema"
 ) -> tuple[ConfigDict, ScoreModel | AutoencoderModel, int]:
     """The same of a run that samples can be drawn of: an autoencoder's, too."""
+    return _load(AutoencoderModel if is_autoencoder(workdir) else ScoreModel, workdir, step, weights)
+
+
+def is_autoencoder(workdir: Path) -> bool:
+    """Whether a run, or a saved model, is one; False where there is none."""
     place = workdir if (workdir / "model.json").is_file() else checkpoint.latest(workdir / "checkpoints")
-    described = {} if place is None else json.loads((place / "model.json").read_text())
-    of = AutoencoderModel if described.get("kind") == AutoencoderModel.kind else ScoreModel
-    return _load(of, workdir, step, weights)
+    if place is None or not (place / "model.json").is_file():
+        return False
+    try:
+        return bool(json.loads((place / "model.json").read_text())["kind"] == AutoencoderModel.kind)
+    except (ValueError, KeyError, TypeError):
+        # what is wrong with it is said where it is loaded
+        return False
 
 
 def _load(of: type[M], workdir: Path, step: int, weights: str) -> tuple[ConfigDict, M, int]:

@@ -100,10 +100,27 @@ class Elbo(Objective):
         return self._terms(x0, model(x0, latent_noise(noise, model)))
 
     def _terms(self, x0: Tensor, found: Any) -> tuple[Tensor, Tensor]:
-        unit = 1 / (math.log(2) * math.prod(x0.shape[1:]))
+        unit = self.unit(x0[0])
         variance = torch.exp(found.log_variance)
         rate = 0.5 * (found.mean.square() + variance - 1 - found.log_variance).flatten(1).sum(1)
         return -self.log_likelihood(x0, found).flatten(1).sum(1) * unit, rate * unit
+
+    @staticmethod
+    def unit(x0: Tensor) -> float:
+        """A nat of one sample (*D), in bits a dimension."""
+        return 1 / (math.log(2) * math.prod(x0.shape))
+
+    def weighed(self, model: Any, x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one sample x0 (*D) by K codes that noise (K, *latent_shape) draws from its posterior: ``terms``, and the
+        logarithm of p(x0 | z) p(z) / q(z | x0), whose exponential is p(x0) on average, each (K,)."""
+        many = x0.expand(len(noise), *x0.shape)
+        found = model(many, noise)
+        given, rate = self._terms(many, found)
+        z = found.mean + torch.exp(0.5 * found.log_variance) * noise
+        # the constants of both densities are the same
+        ratio = -0.5 * z.square() + 0.5 * (noise.square() + found.log_variance)
+        weights: Tensor = ratio.flatten(1).sum(1) - given / self.unit(x0)
+        return given, rate, weights
 
     def log_likelihood(self, x0: Tensor, found: Any) -> Tensor:
         """log p(x0 | z) in nats for every number, found as the model returns it."""

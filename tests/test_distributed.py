@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from scorelab import ScoreModel
+from scorelab.cli.runs import is_autoencoder
 from scorelab.training import Trainer, build, checkpoint, train
 from scorelab.training.watch import TIMINGS
 
@@ -41,8 +42,8 @@ for kind in sys.argv[3:]:
 
 
 def config(kind: str):
-    """ "plain": nothing depends on the process, with conditions; "fsdp": likewise; "full": workers, dropout, several
-    averages and accumulation."""
+    """ "plain": nothing depends on the process, with conditions; "fsdp": likewise; "codes": an autoencoder; "latent": a
+    score of its codes; "full": workers, dropout, several averages and accumulation."""
     from test_training import small
 
     c = small(20)
@@ -52,6 +53,12 @@ def config(kind: str):
     if kind in ("plain", "fsdp"):
         c.model.conditional, c.training.label_dropout, c.data.workers = True, 0.2, 2
         c.sampling.grid.n, c.evaluation.pixels = 3, {"name": "distance", "every": 20, "n": 41}
+    if kind == "codes":
+        c.model.net = {"name": "autoencoder", "width": 8, "multipliers": (1, 2), "latent": 2, "critic": 4}
+        c.training.objective = {"name": "elbo", "adversarial": 0.1, "adversarial_from": 5}
+        c.training.sample_every = 20
+    if kind == "latent":
+        c.model.codec = {"name": "autoencoder", "path": os.environ["CODES"]}
     if kind == "full":
         c.model.net.dropout, c.data.workers, c.training.accumulate = 0.2, 2, 5
         c.training.steps, c.training.batch_size, c.training.checkpoint_every = 12, 200, 3
@@ -78,13 +85,16 @@ def rows(workdir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in found]
 
 
-def test_two_processes_do_what_one_does(tmp_path):
-    """Loss after 20 steps within 1e-5, and the loss at fixed noise; so do weights that are spread over them."""
-    train(config("plain"), tmp_path / "one", progress=False)
-    done = launch(tmp_path, ["plain", "fsdp"], tmp_path / "two_", 2)
+def test_two_processes_do_what_one_does(tmp_path, monkeypatch):
+    """Loss after 20 steps within 1e-5, and the loss at fixed noise; so do weights that are spread over them, an
+    autoencoder and a score of its codes."""
+    monkeypatch.setenv("CODES", str(tmp_path / "one_codes"))
+    for kind in ("plain", "codes", "latent"):
+        train(config(kind), tmp_path / f"one_{kind}", progress=False)
+    done = launch(tmp_path, ["plain", "fsdp", "codes", "latent"], tmp_path / "two_", 2)
     assert done.returncode == 0, done.stderr
-    for kind in ("plain", "fsdp"):
-        agree(tmp_path / "one", tmp_path / f"two_{kind}")
+    for kind in ("plain", "fsdp", "codes", "latent"):
+        agree(tmp_path / f"one_{'plain' if kind == 'fsdp' else kind}", tmp_path / f"two_{kind}")
 
 
 def agree(one: Path, two: Path) -> None:
@@ -95,11 +105,13 @@ def agree(one: Path, two: Path) -> None:
             assert b[key] == pytest.approx(a[key], rel=1e-5)
         if "pixels_distance" in a:
             assert b["pixels_distance"] == pytest.approx(a["pixels_distance"], rel=1e-3)
-    assert "pixels_distance" in rows(two)[-1]
+    assert rows(one)[-1].keys() == rows(two)[-1].keys()
     a, b = (load_file(p / "checkpoints" / "step_00000020" / "ema.safetensors") for p in (one, two))
-    x = torch.zeros(1, 1, 8, 8)
-    scores = [ScoreModel.load(p / "checkpoints" / "step_00000020")(x, torch.tensor(1.0)) for p in (one, two)]
-    torch.testing.assert_close(scores[1], scores[0], rtol=1e-3, atol=1e-5)
+    if not is_autoencoder(one):
+        models = [ScoreModel.load(p / "checkpoints" / "step_00000020") for p in (one, two)]
+        x = torch.zeros(1, *models[0].data_shape)
+        scores = [model(x, torch.tensor(1.0)) for model in models]
+        torch.testing.assert_close(scores[1], scores[0], rtol=1e-3, atol=1e-5)
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-5)
 

@@ -8,7 +8,8 @@ training. What is done is not done again, and drawing goes on where it was inter
 benchmarks/results/fashion.json, where rows measured alike stay, the table into docs/evaluation.md; --table only writes
 the table.
 
-scorelab: ``configs/fashion_mnist/minutes.py``. diffusers, in fp32, by its example of unconditional training:
+scorelab: ``configs/fashion_mnist/minutes.py``, and latent diffusion, by ``autoencoder.py`` and ``latent.py`` beside it,
+trained for as long in all. diffusers, in fp32, by its example of unconditional training:
 UNet2DModel of about as many parameters, DDPMScheduler with 1,000 steps, AdamW with that example's settings, a cosine
 after 500 steps of warm-up, clipped gradients, EMAModel; its batch of 16 and rate of 1e-4, and a rate that suits so few
 minutes better. Of DDIM at 50 steps and DPM-Solver++ at 20 each row takes the one whose first samples are nearer: all
@@ -45,8 +46,10 @@ from scorelab.cli.evaluating import evaluate_samples
 from scorelab.cli.overrides import config_file
 from scorelab.cli.runs import load_run
 from scorelab.data.files import read_idx
+from scorelab.noise import counted
 from scorelab.precision import prepare
-from scorelab.training import load_data, sample_model, train
+from scorelab.saved import Model
+from scorelab.training import build, load_data, sample_model, train
 from scorelab.typing import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -59,32 +62,34 @@ Draw = Callable[[int, int], Tensor]
 """Samples (n, 1, 28, 28) in [-1, 1] from the first one's place on."""
 
 
-def config_of(data: Path) -> ConfigDict:
-    c, _ = config_file([f"--config={ROOT / 'configs' / 'fashion_mnist' / 'minutes'}.py"])
+def config_of(data: Path, name: str = "minutes") -> ConfigDict:
+    c, _ = config_file([f"--config={ROOT / 'configs' / 'fashion_mnist' / name}.py"])
     c.data.path = str(data)
+    c.training.sample_every = c.training.validate_every = 0
     return c
+
+
+def trained(c: ConfigDict, minutes: float, workdir: Path) -> tuple[Model, dict[str, Any]]:
+    """A model after so many minutes of CPU time, to the end of its learning rate's schedule, and what it took."""
+    shutil.rmtree(workdir, ignore_errors=True)
+    c.training.steps, _ = steps_in(60 * minutes, step_of(c), 25, time.process_time)
+    c.training.checkpoint_every = c.training.steps
+    began = time.process_time()
+    model = train(c, workdir)
+    told = {"steps": c.training.steps, "batch": c.training.batch_size, "rate": c.optim.lr}
+    told |= {"parameters": sum(p.numel() for p in model.net.parameters()), "seconds": time.process_time() - began}
+    return model, {**told, "precision": json.loads((workdir / "config.json").read_text())["training"]["precision"]}
 
 
 class Scorelab:
     """A row of scorelab's, in a place of its own."""
 
-    def __init__(self, data: Path, place: Path, precision: str) -> None:
-        self.place, self.config = place, config_of(data)
+    def __init__(self, data: Path, place: Path, precision: str, name: str = "minutes") -> None:
+        self.data, self.place, self.config = data, place, config_of(data, name)
         self.config.training.precision = precision
-        self.config.training.sample_every = self.config.training.validate_every = 0
 
     def train(self, minutes: float) -> dict[str, Any]:
-        c, workdir = self.config, self.place / "run"
-        shutil.rmtree(workdir, ignore_errors=True)
-        c.training.steps, _ = steps_in(60 * minutes, step_of(c), 25, time.process_time)
-        c.training.checkpoint_every = c.training.steps
-        began = time.process_time()
-        model = train(c, workdir)
-        seconds = time.process_time() - began
-        count = sum(p.numel() for p in model.parameters())
-        told = {"steps": c.training.steps, "batch": c.training.batch_size, "rate": c.optim.lr, "parameters": count}
-        precision = json.loads((workdir / "config.json").read_text())["training"]["precision"]
-        return {**told, "seconds": seconds, "precision": precision}
+        return trained(self.config, minutes, self.place / "run")[1]
 
     def samplers(self) -> dict[str, Draw]:
         c, model, _ = load_run(self.place / "run")
@@ -102,6 +107,28 @@ class Scorelab:
         if guided and s.guidance_interval:
             guided += " from {:g} to {:g}".format(*s.guidance_interval)
         return {f"{s.sampler.name}, {s.grid.n} levels{guided}": draw}
+
+
+class Latent(Scorelab):
+    """A row of an autoencoder, trained for a share of the time, and a score of its codes, for the rest."""
+
+    share = 0.3
+
+    def train(self, minutes: float) -> dict[str, Any]:
+        c, place = config_of(self.data, "autoencoder"), self.place / "autoencoder"
+        model, coded = trained(c, self.share * minutes, place)
+        x = images_of(self.data, "t10k")
+        terms: Any = build(c).objective
+        noise = counted("normal", SHAPE, range(len(x)), SEED, 0)
+        with torch.no_grad():
+            off = torch.cat([model.reconstruct(a) - a for a in x.split(AT_ONCE)])
+            bits = [terms.terms(model, a, b) for a, b in zip(x.split(AT_ONCE), noise.split(AT_ONCE), strict=True)]
+        given, rate = (float(torch.cat(some).double().mean()) for some in zip(*bits, strict=True))
+        coded |= {"rmse": float(off.double().square().mean().sqrt()), "bits_given_code": given, "bits_of_code": rate}
+        self.config.model.codec.path = str(place)
+        _, told = trained(self.config, (1 - self.share) * minutes, self.place / "run")
+        seconds, parameters = (told[k] + coded[k] for k in ("seconds", "parameters"))
+        return {**told, "seconds": seconds, "parameters": parameters, "autoencoder": coded}
 
 
 class Diffusers:
@@ -187,12 +214,26 @@ def samples_of(place: Path, draw: Draw, n: int) -> Path:
         parts.append(part)
         if not part.is_file():
             place.mkdir(parents=True, exist_ok=True)
+            began = time.process_time()
             with torch.no_grad():
                 x = draw(first, min(AT_ONCE, n - first))
+            part.with_suffix(".seconds").write_text(str(time.process_time() - began))
             np.save(part, ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy())
     whole = place / f"{n}.npz"
     np.savez(whole, samples=np.concatenate([np.load(part) for part in parts])[:n])
     return whole
+
+
+def seconds_of(place: Path, n: int) -> float:
+    """CPU seconds that drawing 1,000 of n samples took."""
+    each = [float((place / f"{first:06}.seconds").read_text()) for first in range(0, n, AT_ONCE)]
+    return 1000 / n * sum(each)
+
+
+def images_of(data: Path, part: str) -> Tensor:
+    """ "train" or "t10k" images, inside."""
+    path = next(p for p in data.glob(f"{part}-images*ubyte*"))
+    return torch.from_numpy(read_idx(path)[:, None].astype(np.float32)) / 127.5 - 1
 
 
 def distance(samples: Path, data: Path) -> dict[str, Any]:
@@ -211,23 +252,26 @@ def row(kind: Scorelab | Diffusers, data: Path, minutes: float, n: int) -> dict[
         )
     tried = kind.samplers()
 
+    def folder_of(name: str) -> Path:
+        return place / name.replace(", ", "_").replace(" ", "_")
+
     def judged(name: str, count: int) -> dict[str, Any]:
-        folder = place / name.replace(", ", "_").replace(" ", "_")
+        folder = folder_of(name)
         return once(folder / f"distance_{count}.json", lambda: distance(samples_of(folder, tried[name], count), data))
 
     first = {name: judged(name, min(n, FIRST))["value"] for name in tried}
     best = min(first, key=lambda name: first[name])
-    return {**told, "sampler": best, "tried": first, "distance": judged(best, n)}
+    found = judged(best, n)
+    return {**told, "sampler": best, "tried": first, "drawing": seconds_of(folder_of(best), n), "distance": found}
 
 
 def floor(data: Path, out: Path) -> dict[str, Any]:
     """The test images' distance from the training images."""
 
     def work() -> dict[str, Any]:
-        path = next(p for p in data.glob("t10k-images*ubyte*"))
         file = out / "test.npz"
         out.mkdir(parents=True, exist_ok=True)
-        np.savez(file, samples=read_idx(path)[:, None])
+        np.savez(file, samples=((images_of(data, "t10k") + 1) * 127.5).round().to(torch.uint8).numpy())
         return distance(file, data)
 
     return once(out / "floor.json", work)
@@ -237,6 +281,7 @@ def rows_of(data: Path, out: Path) -> dict[str, Scorelab | Diffusers]:
     return {
         "scorelab": Scorelab(data, out / "scorelab", "auto"),
         "scorelab_fp32": Scorelab(data, out / "scorelab_fp32", "fp32"),
+        "scorelab_latent": Latent(data, out / "scorelab_latent", "auto", "latent"),
         "diffusers": Diffusers(data, out / "diffusers", 1e-4, 16),
         "diffusers_tuned": Diffusers(data, out / "diffusers_tuned", 1e-3, 16),
     }
@@ -249,17 +294,18 @@ def table(found: dict[str, Any]) -> str:
 
     body = [
         [
-            f"{name.split('_')[0]}, {r['precision']}, rate {r['rate']:g}",
+            f"{name.split('_')[0]}{' of codes' if 'autoencoder' in r else ''}, {r['precision']}, rate {r['rate']:g}",
             f"{r['steps']:,} of {r['batch']}",
             f"{r['seconds'] / 60:.1f}",
             f"{r['parameters']:,}",
             r["sampler"],
+            f"{r['drawing']:.1f}" if "drawing" in r else "",
             *cells(r["distance"]),
         ]
         for name, r in found["rows"].items()
     ]
-    body.append(["test images", "", "", "", "", *cells(found["floor"])])
-    head = ["", "steps", "CPU minutes", "parameters", "sampler", "plain", "extrapolated", "95 %"]
+    body.append(["test images", *[""] * 5, *cells(found["floor"])])
+    head = ["", "steps", "CPU minutes", "parameters", "sampler", "s for 1,000", "plain", "extrapolated", "95 %"]
     return f"{markdown(head, body)}\n\nMeasured on {found['machine']}, {found['versions']}."
 
 

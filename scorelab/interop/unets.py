@@ -15,6 +15,7 @@ from torch import nn
 
 from scorelab.interop.reading import Reader, State
 from scorelab.nn.classifier import Classifier
+from scorelab.nn.diffae import DiffAE
 from scorelab.nn.layers import Attention, Resampled
 from scorelab.nn.unet import UNet
 from scorelab.typing import Tensor
@@ -266,6 +267,7 @@ _ADM = {
     "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "skip": "skip_connection",
+    "scale": "cond_emb_layers.1",
 }
 
 
@@ -327,4 +329,26 @@ def from_adm(net: UNet, state: State, *, legacy: bool = True) -> State:
         read.leaf("pool.out", "out.2.c_proj")
     else:
         read.leaf("last", "out.2")
+    if isinstance(net, DiffAE):
+        _encoder(net, read)
     return read.ended()
+
+
+def _encoder(net: DiffAE, read: _Reader) -> None:
+    """That of a diffusion autoencoder's release: its attention stands beside the block before it."""
+    read.leaf("encoder.first", "encoder.input_blocks.0.0")
+    layers, number = list(net.encoder.layers), 0
+    for i, layer in enumerate(layers):
+        ours, last = f"encoder.layers.{i}", len(layers) - 3
+        attends = isinstance(layer, Attention)
+        number += i < last and not attends
+        place = f"input_blocks.{number}.{int(attends)}" if i < last else f"middle_block.{i - last}"
+        inner = {"norm": "norm", "qkv": "qkv", "out": "proj_out"} if attends else _BLOCK
+        for own, name in inner.items():
+            if f"{ours}.{own}.weight" in read.own:
+                read.leaf(f"{ours}.{own}", f"encoder.{place}.{name}")
+    read.leaf("encoder.norm", "encoder.out.0")
+    read.leaf("encoder.out", "encoder.out.3")
+
+
+_BLOCK = {"norm": "in_layers.0", "conv": "in_layers.2", "skip": "skip_connection"}

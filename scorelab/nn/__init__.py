@@ -6,6 +6,7 @@ from torch import nn
 
 from scorelab.nn.autoencoder import ConvAutoencoder, MLPAutoencoder
 from scorelab.nn.classifier import Classifier
+from scorelab.nn.diffae import DiffAE
 from scorelab.nn.dit import DiT
 from scorelab.nn.edm2 import EDM2
 from scorelab.nn.mlp import MLP
@@ -19,6 +20,7 @@ __all__ = [
     "Classifier",
     "ConvAutoencoder",
     "DiT",
+    "DiffAE",
     "MLPAutoencoder",
     "RefineNet",
     "UNet",
@@ -81,5 +83,6 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "classifier": Classifier,
     "autoencoder": ConvAutoencoder,
     "mlp_autoencoder": MLPAutoencoder,
+    "diffae": DiffAE,
 }
 """Networks by the names that configs and saved models have for them."""

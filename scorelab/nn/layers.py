@@ -32,7 +32,8 @@ class Style:
     embedding: its width, 0 for none. adaptive: time scales and shifts after the second norm, (1 + a) h + b, else it is
     added before it. rescaled: sums of two branches are divided by sqrt(2). group: the least channels in a group of the
     norms, of which there are 32 at most; eps: theirs. fir: the kernel of resampling; () pools and repeats. project: a
-    block that resamples has a convolution in its skip also where the channels stay.
+    block that resamples has a convolution in its skip also where the channels stay. code: the width of what comes
+    behind the embedding, which scales after it, times (1 + c).
     """
 
     rank: int
@@ -44,6 +45,7 @@ class Style:
     eps: float = 1e-5
     fir: tuple[float, ...] = ()
     project: bool = False
+    code: int = 0
 
     def conv(self, channels: int, out: int, kernel: int = 3) -> Any:
         """A convolution that keeps the size."""
@@ -155,6 +157,7 @@ class Residual(nn.Module):
         self.style, self.up = style, up
         self.norm1, self.conv1 = style.norm(channels), style.conv(channels, out)
         self.embed = nn.Linear(style.embedding, (1 + style.adaptive) * out) if style.embedding else None
+        self.scale = nn.Linear(style.code, out) if style.code else None
         self.norm2, self.dropout, self.conv2 = style.norm(out), Dropout(style.dropout), style.conv(out, out)
         nn.init.zeros_(self.conv2.weight)
         projected = channels != out or (up is not None and style.project)
@@ -168,12 +171,16 @@ class Residual(nn.Module):
         if self.embed is None:
             h = self.norm2(h)
         else:
-            time = self.embed(embedding).reshape(x.shape[0], -1, *(1,) * (x.ndim - 2))
+            assert embedding is not None
+            time, code = embedding.tensor_split([self.style.embedding], 1)
+            time = self.embed(time).reshape(x.shape[0], -1, *(1,) * (x.ndim - 2))
             if self.style.adaptive:
                 scale, shift = time.chunk(2, 1)
                 h = self.norm2(h) * (1 + scale) + shift
             else:
                 h = self.norm2(h + time)
+            if self.scale is not None:
+                h = h * (1 + self.scale(code).reshape(x.shape[0], -1, *(1,) * (x.ndim - 2)))
         return self.style.sum(self.skip(x), self.conv2(self.dropout(functional.silu(h))))
 
 

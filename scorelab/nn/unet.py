@@ -119,7 +119,9 @@ class UNet(Conditional):
     without weights. fir: the kernel of its filter. inputs, outputs: what the pyramid of x, or of the output, adds at
     each resolution, "combine" how. rescaled, group, eps, project: see ``Style``. groups: of the norms, as many in all,
     or in each in the order of ``modules()``; () for as many as ``group`` says. input_features: the exponents n of
-    sin(2 pi 2^n x) and its cosine, which come in beside x; 6 and 7 for bytes in [-1, 1], a value or two a period.
+    sin(2 pi 2^n x) and its cosine, which come in beside x; 6 and 7 for bytes in [-1, 1], a value or two a period. code:
+    the condition is (B, code) numbers, which scale in each block after time does. embedded: the width of what the
+    label becomes, 0 for 4 times ``width``.
 
     Raises ValueError for settings that don't fit, and for sizes that its resolutions don't divide.
     """
@@ -156,14 +158,20 @@ class UNet(Conditional):
         first: float = 1,
         variance: bool = False,
         input_features: tuple[int, ...] = (),
+        code: int = 0,
+        embedded: int = 0,
     ) -> None:
         config = given(locals()) | {"embedding": embedding or "fourier"}
         super().__init__()
         self.config = config
         _check(config)
         rank, channels = len(data_shape) - 1, data_shape[0]
-        inner, widths, begun = 4 * width, [int(_channels(width, m)) for m in multipliers], int(_channels(width, first))
-        style = Style(rank, inner, dropout, time == "adaptive", rescaled, group, eps, tuple(fir), project)
+        inner, widths, begun = (
+            embedded or 4 * width,
+            [int(_channels(width, m)) for m in multipliers],
+            int(_channels(width, first)),
+        )
+        style = Style(rank, inner, dropout, time == "adaptive", rescaled, group, eps, tuple(fir), project, code)
         self.style, self.blocks, self.activation_checkpointing = style, blocks, False
         encode = _embedding(embedding or "fourier", width)
         self.embed = nn.Sequential(encode, nn.Linear(encode.width, inner), nn.SiLU(), nn.Linear(inner, inner))
@@ -257,6 +265,11 @@ class UNet(Conditional):
 
     def _embedded(self, x: Tensor, label: Tensor, condition: Tensor | None) -> Tensor:
         encoded = self.embed[0](label if label.is_floating_point() else label.float()).to(x.dtype)
+        if self.style.code:
+            if condition is None or condition.shape[1:] != (self.style.code,):
+                got = "none" if condition is None else tuple(condition.shape)
+                raise ValueError(f"the condition is {got}; expected a code (B, {self.style.code})")
+            return functional.silu(torch.cat([self.embed[1:](encoded), condition.to(x.dtype)], 1))
         if condition is None:
             return functional.silu(self.embed[1:](encoded))
         classes = self.embedded(condition).to(x.dtype)

@@ -38,7 +38,7 @@ from scorelab.cli.cost import cost_of, cost_table, points
 from scorelab.cli.evaluating import JudgedRun
 from scorelab.cli.overrides import config_file
 from scorelab.cli.restoring import measure
-from scorelab.cli.runs import load_run, run_config
+from scorelab.cli.runs import is_autoencoder, load_run, run_config
 from scorelab.cli.sampling import sample_run
 from scorelab.cli.steering import Steering
 from scorelab.inverse import Measurement, encode, slerp
@@ -47,6 +47,7 @@ from scorelab.plotting.page import Section, write_page
 from scorelab.plotting.pictures import tiled
 from scorelab.processes import Process
 from scorelab.samplers import Heun
+from scorelab.saved import Model
 from scorelab.sigmas import karras
 from scorelab.training import load_data, posterior_samples, train
 from scorelab.training.restoring import DEFAULT, usual_nfe
@@ -55,7 +56,7 @@ from scorelab.typing import Batch, Tensor
 ROOT = Path(__file__).parents[1]
 SHARES = {"digits": 40 / 60, "fashion_mnist": 160 / 60}
 """Seconds of training a minute of the gallery."""
-MAIN, LONGER, HELD = "edm", 3, 100
+MAIN, LONGER, HELD = "edm", 3, {"digits": 100, "fashion_mnist": 1000}
 SCALES, SHEET, COUNT = (0, 1, 2, 4), 40, 1000
 TASKS = {name: case.operator for name, case in CASES.items() if not (case.coloured or case.noise_std)}
 COSTS = {"samplers": ["heun", "dpm2m", "ancestral"], "nfe": [5, 10, 20, 50]}
@@ -64,8 +65,9 @@ Numbers = dict[str, Any]
 
 
 def names_of(source: str) -> list[str]:
-    """The configs of a data set's score models, such as digits/edm, that which takes longest last."""
-    found = sorted(p.stem for p in (ROOT / "configs" / source).glob("*.py") if p.stem not in ("classifier", "features"))
+    """The configs of a data set's models that are sampled from, such as digits/edm, that which takes longest last."""
+    other = ("classifier", "features", "autoencoder")
+    found = sorted(p.stem for p in (ROOT / "configs" / source).glob("*.py") if p.stem not in other)
     return [f"{source}/{name}" for name in sorted(found, key=lambda name: name == MAIN)]
 
 
@@ -73,24 +75,26 @@ def config_of(name: str) -> ConfigDict:
     return config_file([f"--config={ROOT / 'configs' / name}.py"])[0]
 
 
-def trained(name: str, minutes: float, workdir: Path) -> ScoreModel:
-    """The run of a config, begun or gone on with; minutes: 0 for all of its steps."""
+def trained(name: str, minutes: float, workdir: Path) -> Model:
+    """The run of a config, begun or gone on with; minutes: 0 for all of its steps. That of codes begins with that of
+    its autoencoder, for as long, beside it."""
     if (workdir / "config.json").is_file():
         c = run_config(workdir)
     else:
-        c = config_of(name)
-        c.data.validation = HELD
+        c, (source, kind) = config_of(name), name.split("/")
+        c.data.validation = HELD[source]
+        if c.model.codec.name == "autoencoder":
+            place = workdir.with_name("autoencoder")
+            trained(f"{source}/autoencoder", minutes, place)
+            c.model.codec.path = str(place)
         c.training.sample_every = c.training.validate_every = 0
         if minutes:
             # to be guided
             c.training.label_dropout = c.training.label_dropout or 0.1 * c.model.conditional
-            source, kind = name.split("/")
             seconds = SHARES[source] * minutes * (LONGER if kind == MAIN else 1)
             c.training.steps = min(c.training.steps, steps_in(seconds, step_of(c), tried=12)[0])
             c.optim.warmup = min(c.optim.warmup, c.training.steps // 10)
-    model = train(c, workdir)
-    assert isinstance(model, ScoreModel)
-    return model
+    return train(c, workdir)
 
 
 def family(name: str, minutes: float, out: Path) -> Numbers:
@@ -105,7 +109,13 @@ def family(name: str, minutes: float, out: Path) -> Numbers:
         drawn = sample_run(out / "run", n=SHEET, steering=steering)
         found[f"{kind.replace('_', ' ')}, s"] = time.perf_counter() - began
         Image.fromarray(tiled(drawn.x, drawn.values, columns=10)).save(out / f"{kind}.png")
-    return found | (judged(name.split("/")[0], out / "run") if not minutes else {})
+    source = name.split("/")[0]
+    if model.codec is not None:
+        x = load_data(c).hold_out(HELD[source]).x0[:8]
+        rows = torch.stack([x, model.decode(model.encode(x))])
+        rows_picture(rows, ("image", "decoded")).savefig(out / "decoded.png")
+        found["training of the codec, s"] = spent(out / "autoencoder")
+    return found | (judged(source, out / "run") if not minutes else {})
 
 
 def judged(source: str, workdir: Path) -> Numbers:
@@ -119,7 +129,7 @@ def judged(source: str, workdir: Path) -> Numbers:
 def main_model(source: str, out: Path) -> tuple[ConfigDict, ScoreModel, Batch]:
     """The config and model that pictures of a data set are made with, and images that it did not see."""
     c, model, _ = load_run(out.parent / f"{source}-{MAIN}" / "run")
-    return c, model, load_data(c).hold_out(HELD)
+    return c, model, load_data(c).hold_out(HELD[source])
 
 
 def rows_picture(rows: Tensor, names: Sequence[str], columns: Sequence[str] = ()) -> Figure:
@@ -168,7 +178,7 @@ def bounds(source: str, out: Path) -> Numbers:
     for name in ("ddpm", "improved_ddpm", "vdm"):
         began, place = time.perf_counter(), out / f"{name}.png"
         run = out.parent / f"{source}-{name}" / "run"
-        told = json.loads(bound_run(run, place, n=HELD, levels=-1, seed=0, step=0, steps=100))
+        told = json.loads(bound_run(run, place, n=100, levels=-1, seed=0, step=0, steps=100))
         parts = {k: told[k]["mean"] for k in ("bound", "prior", "steps", "decoder")}
         found[name] = {**parts, "± of the bound": told["bound"]["standard_error"], "s": time.perf_counter() - began}
     return found
@@ -179,7 +189,10 @@ def schedules(source: str, out: Path) -> Numbers:
     made, ((ax,),) = figure(1, size=6)
     found: dict[tuple[str, float, float], tuple[list[str], Process]] = {}
     for name in sorted(names_of(source)):
-        p = load_run(out.parent / name.replace("/", "-") / "run")[1].process
+        run = out.parent / name.replace("/", "-") / "run"
+        if is_autoencoder(run):
+            continue
+        p = load_run(run)[1].process
         found.setdefault((type(p).__name__, *p.sigma_range), ([], p))[0].append(Path(name).name)
     for k, (names, p) in enumerate(found.values()):
         t = torch.linspace(p.t_min, p.t_max, 400, dtype=torch.float64)
@@ -275,7 +288,9 @@ def section(heading: str, text: str, place: Path) -> Section:
         return heading, f"{text} {said}", [], None
     if "steps" in found:
         drew = [
-            f"{k.removesuffix(', s')} {v:.0f} s" for k, v in found.items() if k.endswith(", s") and k != "training, s"
+            f"{k.removesuffix(', s')} {v:.0f} s"
+            for k, v in found.items()
+            if k.endswith(", s") and not k.startswith("training")
         ]
         text += f" {found['steps']:,} steps in {found['training, s']:.0f} s; {SHEET} samples: {', '.join(drew)}."
     return heading, text, sorted(place.glob("*.png")), found

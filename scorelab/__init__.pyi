@@ -16,12 +16,12 @@ from . import precision as precision
 from . import scores as scores
 from . import training as training
 from .adapters import broadcast, clipped, from_denoiser, from_eps, from_time_score
-from .autoencoders import AutoencoderModel
 from .classifiers import ClassifierModel
 from .evaluation import check_score
 from .guidance import autoguidance, classifier_free
 from .interop.exporting import export
 from .interop.loading import load
+from .latent import AutoencoderModel
 from .likelihood import LogLikelihood, bits_per_dim, log_likelihood, sample_log_prob, variational_bound
 from .models import ScoreModel
 from .noise import PerSampleNoise

@@ -16,10 +16,10 @@ from test_distributed import ROOT
 from test_training import same_files
 
 from scorelab import ScoreModel
-from scorelab.autoencoders import Autoencoded, AutoencoderModel, autoencoded
 from scorelab.cli.main import main
 from scorelab.cli.sampling import sample_run
 from scorelab.data import Arrays, Coded, digits
+from scorelab.latent import Autoencoded, AutoencoderModel, autoencoded
 from scorelab.losses import Bins, Elbo
 from scorelab.nn import ConvAutoencoder, MLPAutoencoder
 from scorelab.nn.autoencoder import Encoded

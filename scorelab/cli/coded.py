@@ -11,9 +11,9 @@ import torch
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from scorelab.autoencoders import AutoencoderModel
 from scorelab.cli.analysis import data_for, held_data, with_data
 from scorelab.cli.runs import load_drawn
+from scorelab.latent import AutoencoderModel
 from scorelab.losses import Elbo
 from scorelab.noise import counted
 from scorelab.training import build

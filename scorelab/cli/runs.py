@@ -11,9 +11,9 @@ import torch
 from ml_collections import ConfigDict
 from safetensors.torch import load_file
 
-from scorelab.autoencoders import AutoencoderModel
 from scorelab.checks import nearest_name
 from scorelab.interop.loading import PRETRAINED, pretrained
+from scorelab.latent import AutoencoderModel
 from scorelab.models import ScoreModel
 from scorelab.saved import Model
 from scorelab.training import Snapshot, checkpoint, default_config, reconstruct

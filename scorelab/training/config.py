@@ -14,7 +14,6 @@ import torch
 from ml_collections import ConfigDict
 from torch import nn
 
-from scorelab.autoencoders import Autoencoded, AutoencoderModel
 from scorelab.checks import nearest_name
 from scorelab.classifiers import ClassifierModel
 from scorelab.codecs import Codec
@@ -22,6 +21,7 @@ from scorelab.data import Coded, Files, Source, load
 from scorelab.described import remember
 from scorelab.evaluation.features import features_of
 from scorelab.interop.loading import pretrained
+from scorelab.latent import Autoencoded, AutoencoderModel
 from scorelab.losses import OBJECTIVES, Bins, Elbo, Objective
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
 from scorelab.noised import NoisedModel

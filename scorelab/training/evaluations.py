@@ -10,7 +10,7 @@ import torch
 from ml_collections import ConfigDict
 
 from scorelab import parallel
-from scorelab.autoencoders import AutoencoderModel
+from scorelab.latent import AutoencoderModel
 from scorelab.models import ScoreModel
 from scorelab.noise import counted
 from scorelab.saved import Model

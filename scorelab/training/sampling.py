@@ -12,12 +12,12 @@ import torch
 from ml_collections import ConfigDict
 
 from scorelab.adapters import clipped
-from scorelab.autoencoders import AutoencoderModel
 from scorelab.checks import broadcast
 from scorelab.classifiers import ClassifierModel
 from scorelab.guidance.autoguidance import autoguidance
 from scorelab.guidance.classifier import classifier
 from scorelab.guidance.classifier_free import classifier_free
+from scorelab.latent import AutoencoderModel
 from scorelab.models import ScoreModel
 from scorelab.noise import PerSampleNoise
 from scorelab.processes import DiscreteVP

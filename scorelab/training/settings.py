@@ -14,9 +14,9 @@ import torch
 from ml_collections import ConfigDict
 from torch import nn
 
-from scorelab.autoencoders import autoencoded
 from scorelab.checks import nearest_name
 from scorelab.codecs import CODECS, Codec
+from scorelab.latent import autoencoded
 from scorelab.losses import OBJECTIVES, WEIGHTINGS, Objective
 from scorelab.nn import NETWORKS
 from scorelab.parts import Kind

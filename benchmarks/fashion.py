@@ -115,8 +115,16 @@ class Latent(Scorelab):
     share = 0.3
 
     def train(self, minutes: float) -> dict[str, Any]:
-        c, place = config_of(self.data, "autoencoder"), self.place / "autoencoder"
-        model, coded = trained(c, self.share * minutes, place)
+        coded = once(self.place / "autoencoder.json", lambda: self._coded(self.share * minutes))
+        self.config.model.codec.path = str(self.place / "autoencoder")
+        _, told = trained(self.config, (1 - self.share) * minutes, self.place / "run")
+        seconds, parameters = (told[k] + coded[k] for k in ("seconds", "parameters"))
+        return {**told, "seconds": seconds, "parameters": parameters, "autoencoder": coded}
+
+    def _coded(self, minutes: float) -> dict[str, Any]:
+        """The autoencoder, and what it makes of the test images."""
+        c = config_of(self.data, "autoencoder")
+        model, coded = trained(c, minutes, self.place / "autoencoder")
         x = images_of(self.data, "t10k")
         terms: Any = build(c).objective
         noise = counted("normal", SHAPE, range(len(x)), SEED, 0)
@@ -124,11 +132,8 @@ class Latent(Scorelab):
             off = torch.cat([model.reconstruct(a) - a for a in x.split(AT_ONCE)])
             bits = [terms.terms(model, a, b) for a, b in zip(x.split(AT_ONCE), noise.split(AT_ONCE), strict=True)]
         given, rate = (float(torch.cat(some).double().mean()) for some in zip(*bits, strict=True))
-        coded |= {"rmse": float(off.double().square().mean().sqrt()), "bits_given_code": given, "bits_of_code": rate}
-        self.config.model.codec.path = str(place)
-        _, told = trained(self.config, (1 - self.share) * minutes, self.place / "run")
-        seconds, parameters = (told[k] + coded[k] for k in ("seconds", "parameters"))
-        return {**told, "seconds": seconds, "parameters": parameters, "autoencoder": coded}
+        rmse = float(off.double().square().mean().sqrt())
+        return {**coded, "rmse": rmse, "bits_given_code": given, "bits_of_code": rate}
 
 
 class Diffusers:

@@ -143,6 +143,11 @@ class ScoreModel(NoisedModel):
 
     def _null(self, count: int) -> Tensor:
         null = self.null_condition
+        if self.semantic:
+            raise ValueError(
+                "this network is told what a sample shows; expected model.conditioned(codes), of images by "
+                "model.net.encode, or model.conditioned(images): a model of its codes makes some (docs/latents.md)"
+            )
         if null is None:
             raise ValueError(
                 "this network has classes and none that stands for no class; expected a condition, as "

@@ -99,7 +99,7 @@ class NoisedModel(Model):
 
     def rehearse(self, x: Tensor) -> None:
         no_null = self.num_classes is not None and self.null_condition is None
-        called = self.conditioned(torch.tensor([0])) if no_null else self
+        called = self.conditioned(torch.tensor([0])) if no_null else self.conditioned(x) if self.semantic else self
         called(x, torch.tensor(self.sigma_range[1], device=x.device))
 
     def _called(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,12 @@ class Model(nn.Module):
     @property
     def conditional(self) -> bool:
         """Whether the network knows conditions, which its training takes from the data."""
-        return self.num_classes is not None or self.null_condition is not None
+        return self.num_classes is not None or self.null_condition is not None or self.semantic
+
+    @property
+    def semantic(self) -> bool:
+        """Whether the condition is a code of the sample itself, which the network makes of it."""
+        return bool(getattr(unwrapped(self.net), "semantic", False))
 
     def rehearse(self, x: Tensor) -> None:
         """One evaluation of x, the network called as it is in training."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from scorelab.checks import check_batch, check_finite, check_range
 from scorelab.codecs import Codec
@@ -275,8 +276,7 @@ class Images(Stored):
 class Coded(Source):
     """The codes of another source's samples; ``values`` are those of what they decode to.
 
-    Where a sample is always the same, and all of them are at most ``most_kept`` numbers, each is encoded once, when it
-    is first asked for.
+    Where a sample is always the same, and all of them are at most ``most_kept`` numbers, each is encoded once.
     """
 
     most_kept: int = 2**29
@@ -330,29 +330,28 @@ _TOGETHER = 64
 
 
 class _Kept:
-    """Moments of the codes of stored samples, each encoded once, and always with the same neighbours: another batch
-    would round otherwise, and a run that goes on differ from one that never stopped."""
+    """Moments of the codes of stored samples, which are all encoded once, when some are first asked for, and by blocks
+    of the data: another batch would round otherwise, and a run that goes on differ from one that never stopped."""
 
     def __init__(self, source: Stored, codec: Codec) -> None:
         self.source, self.codec = source, codec
-        self._known = torch.zeros(len(source), dtype=torch.bool)
         self._found: tuple[Tensor, ...] = ()
         self._lock = threading.Lock()
 
     def moments(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of these samples."""
         with self._lock:
-            for block in sorted(set((index[~self._known[index]] // _TOGETHER).tolist())):
-                rows = slice(block * _TOGETHER, min((block + 1) * _TOGETHER, len(self.source)))
-                with torch.no_grad():
-                    made = self.codec.moments(self.source.take(torch.arange(rows.start, rows.stop)))
-                if not self._found:
-                    self._found = tuple(torch.empty(len(self.source), *m.shape[1:]) for m in made if m is not None)
-                for kept, m in zip(self._found, (m for m in made if m is not None), strict=True):
-                    kept[rows] = m
-                self._known[rows] = True
-            mean, *std = (kept[index] for kept in self._found)
-            return mean, std[0] if std else None
+            if not self._found:
+                self._found = self._encoded()
+        mean, *std = (kept[index] for kept in self._found)
+        return mean, std[0] if std else None
+
+    def _encoded(self) -> tuple[Tensor, ...]:
+        count, parts = len(self.source), []
+        with torch.no_grad():
+            for rows in tqdm(torch.split(torch.arange(count), _TOGETHER), "codes", disable=count < 5000, unit="part"):
+                parts.append([m for m in self.codec.moments(self.source.take(rows)) if m is not None])
+        return tuple(torch.cat(some) for some in zip(*parts, strict=True))
 
 
 class Drawn(Source):

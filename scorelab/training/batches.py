@@ -49,8 +49,8 @@ class Batches:
     """``at(step)`` is this process's ``rows`` of a batch, on ``device``; ``waited`` the seconds spent in it.
 
     null: what stands for "no condition", in place of the share ``dropout`` of them; None for a model without
-    conditions, which then gets none. With ``workers`` threads the next batches are made while a step runs; with 0, when
-    they are asked for.
+    conditions, which then gets none. semantic: the condition is the sample itself. With ``workers`` threads the next
+    batches are made while a step runs; with 0, when they are asked for.
     """
 
     def __init__(
@@ -66,9 +66,10 @@ class Batches:
         conditional: bool = False,
         null: Tensor | None = None,
         dropout: float = 0.0,
+        semantic: bool = False,
     ) -> None:
         self.data, self.objective, self.seed, self.size, self.rows = data, objective, seed, size, rows
-        self.conditional, self.null, self.dropout = conditional, null, dropout
+        self.conditional, self.null, self.dropout, self.semantic = conditional, null, dropout, semantic
         if conditional and dropout and null is None:
             raise ValueError(
                 f"training.label_dropout is {dropout:g}, but the network has no null_condition in place of labels; "
@@ -117,7 +118,9 @@ class Batches:
         return found.mapped(Tensor.pin_memory) if self.device.type == "cuda" else found
 
     def known(self, batch: Batch) -> Batch:
-        """The batch with as much of its condition as the model takes."""
+        """The batch with as much of its condition as the model takes, or with itself as its condition."""
+        if self.semantic:
+            return batch._replace(condition=batch.x0)
         return batch if self.conditional else batch._replace(condition=None)
 
     def noise_shape(self, batch: Batch) -> Shape:

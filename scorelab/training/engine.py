@@ -115,6 +115,7 @@ class Trainer:
             conditional=self.model.conditional,
             null=self.model.null_condition,
             dropout=t.label_dropout,
+            semantic=self.model.semantic,
         )
         # row i of a batch has its level in part i of as many of equal probability
         self._bins = nn.functional.one_hot(torch.tensor(rows) * BINS // t.batch_size, BINS).float().to(device)

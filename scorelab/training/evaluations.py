@@ -102,7 +102,9 @@ def spread_off(found: list[float], wanted: list[float], count: int) -> list[int]
 
 
 class Samples(Evaluation):
-    """Samples as ``scorelab sample`` draws them, and their mean and deviation in every channel beside the data's."""
+    """Samples as ``scorelab sample`` draws them, and their mean and deviation in every channel beside the data's. Of a
+    network that is told what a sample shows, of data, each shown behind what it is of.
+    """
 
     key, what = "sample_mean", "samples"
 
@@ -116,11 +118,17 @@ class Samples(Evaluation):
             mean, std = moments(model.decode(data))
             self._of_data = {"data_mean": mean, "data_std": std}
         n = trainer.config.sampling.samples
-        x = trainer.samples(model, n, in_turn(model, n))
+        shown = in_turn(model, n)
+        if model.semantic:
+            shown = trainer.experiment.data.first(n).x0
+            n = len(shown)
+        x = trainer.samples(model, n, shown)
         mean, std = moments(x)
         # before, samples of most networks are far off
         if trainer.rank == 0 and trainer.step >= _SETTLED:
             self._warn(mean, std, n, trainer.step)
+        if model.semantic and shown is not None:
+            x = torch.stack([model.decode(shown.to(x)), x], 1)[: max(1, n // 2)].flatten(0, 1)
         return Found({self.key: mean, "sample_std": std, **self._of_data}, x)
 
     def _warn(self, mean: list[float], std: list[float], count: int, step: int) -> None:

@@ -253,7 +253,10 @@ def own_score(
 
 
 def in_turn(model: ScoreModel, n: int) -> Tensor | None:
-    """Each class in turn for n samples, (n,); None for a model without classes."""
+    """Each class in turn for n samples, (n,); None for a model without classes. Of one that is told what a sample shows
+    that nothing is there, (n, *data_shape)."""
+    if model.semantic:
+        return torch.zeros(n, *model.data_shape)
     return None if model.num_classes is None else torch.arange(n) % model.num_classes
 
 

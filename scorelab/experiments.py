@@ -20,6 +20,7 @@ __all__ = [
     "adm",
     "classifier",
     "ddpm",
+    "diffae",
     "dit",
     "edm",
     "edm2",
@@ -160,6 +161,17 @@ def adm(*, schedule: str = "ddpm", steps: int = 1000, lr: float = 1e-4, sampled:
     c.sampling.grid.name, c.sampling.grid.steps = "steps", sampled
     c.sampling.sampler.name, c.sampling.sampler.variance = "ancestral", "learned"
     c.sampling.clip = True
+    return c
+
+
+def diffae(*, lr: float = 1e-4) -> ConfigDict:
+    """Diffusion autoencoder: Preechakul et al., 2022, arXiv:2111.15640; DDIM by 100 of DDPM's steps."""
+    c = default_config()
+    c.process.name, c.model.prediction, c.model.label, c.model.net.name = "ddpm", "eps", "index", "diffae"
+    c.training.weighting.name, c.training.sigmas.name = "sigma2", "process"
+    _adam(c, lr, 1.0, 0, 0.9999)
+    _every(c, 1_000_000, 128, 10_000)
+    c.sampling.grid.name, c.sampling.grid.steps, c.sampling.sampler.name = "steps", 100, "ddim"
     return c
 
 

@@ -297,7 +297,7 @@ def test_another_autoencoder_is_noticed(runs, tmp_path):
     ScoreModel.load(runs / "latent").save(tmp_path / "moved")
     save_file(weights, tmp_path / "moved" / "model.safetensors")
     with pytest.raises(
-        ValueError, match="the autoencoder's weights have SHA-256 .*, and the model was trained on codes"
+        ValueError, match="the autoencoder that made the codes has weights of SHA-256 .*, and the model"
     ):
         ScoreModel.load(tmp_path / "moved")
     # a run whose autoencoder was trained on

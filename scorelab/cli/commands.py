@@ -133,6 +133,12 @@ def _restore(arguments: list[str]) -> None:
     restore(arguments)
 
 
+def _edit(arguments: list[str]) -> None:
+    from scorelab.cli.editing import edit
+
+    edit(arguments)
+
+
 def _asked_sampler(values: flags.FlagValues, given: list[str]) -> tuple[Path | None, int]:
     """The file of a calibrated sampler, None where --sampler names another, which goes into ``given``, and --nfe."""
     name, nfe = values["sampler"].value or "", int(values["nfe"].value or 0)
@@ -431,6 +437,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "sample": _sample,
     "restore": _restore,
+    "edit": _edit,
     "calibrate": _calibrate,
     "likelihood": _likelihood,
     "evaluate": _evaluate,

@@ -23,7 +23,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab sample --workdir runs/x [--n 64] [--seed 0] [--out FILE.png|FILE.npz|DIRECTORY]
                        [--sampler NAME|FILE.json] [--nfe 20] [--grid NAME] [--config.sampling.sampler.eta=0.5]
                        [--step STEP] [--weights ema|model|ema_0.9999|ema_power_0.1] [--batch_size 256] [--device cuda]
-                       [--condition each|none|CLASS] [--guidance 2] [--guidance_interval 0.2,5]
+                       [--condition each|data|none|CLASS] [--guidance 2] [--guidance_interval 0.2,5]
                        [--guidance_rescale 0.7] [--autoguidance STEP] [--classifier runs/c]
                        [--precision fp32|bf16|auto] [--compile]
        scorelab sample --model digits|fashion_mnist [--n 64] ...  (comes with scorelab)
@@ -31,6 +31,8 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
                        [--method ddrm|daps|dps|moment_matching|pseudo_inverse|replacement|repaint] [--nfe 100]
                        [--condition CLASS] ...  (of the mask: white is to be filled in)
        scorelab restore ... --task colourise | super_resolve --factor 2 | deblur --blur STD_IN_PIXELS
+       scorelab edit --workdir runs/x --image IMAGE.png --towards CLASS [--strength 1] [--steps 100] [--out FILE.png]
+           (by the codes of a diffusion autoencoder)
        scorelab calibrate --workdir runs/x [--nfe 10] [--method least_squares|gradient] [--starts 64] [--out FILE.json]
                        [--condition ...] [--guidance ...] [--guidance_interval ...] [--autoguidance ...] ...
        scorelab report --workdir runs/x
@@ -42,6 +44,7 @@ _USAGE = """usage: scorelab train  --config configs/digits/ncsn.py --workdir run
        scorelab likelihood --workdir runs/x [--n 64] [--bits] [--divergence hutchinson] [--probes 1]
        scorelab likelihood --workdir runs/x --method bound [--n 64] [--bits] [--steps 250] [--out FILE.png]
                        [--variance posterior|forward|learned|analytic]
+       scorelab likelihood --workdir runs/x [--n 64] [--codes 100]  (of an autoencoder)
            (--config configs/digits/edm.py: of that config's data, for a saved or converted model)
        scorelab evaluate --workdir runs/x [--n 10000] [--against train|held_out] [--few] [--out FILE.json]
                        [--features pixels|digits|fashion_mnist|classifier:DIR|inception:FILE|package.module:Class]
@@ -58,6 +61,7 @@ _PAGES = {
     **dict.fromkeys(["calibrate", "likelihood", "density"], "samplers.md"),
     "sample": "training.md, docs/samplers.md",
     "restore": "inverse.md",
+    "edit": "latents.md",
     "new": "first_hour.md",
     "convert": "networks.md",
     "export": "export.md",

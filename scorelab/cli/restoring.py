@@ -83,7 +83,7 @@ def restore(arguments: list[str]) -> None:
         raise ValueError(f"{workdir} is a model of {model.data_shape}; expected one of gray or colour images as pixels")
     numbers = values_of(workdir, model)
     operator = operator_of(task, model.data_shape, mask=asked["mask"], factor=asked["factor"], blur=asked["blur"])
-    images = _read(Path(asked["image"]).expanduser(), numbers, model.data_shape[0] == 1, config.data.background)
+    images = read_images(Path(asked["image"]).expanduser(), numbers, model.data_shape[0] == 1, config.data.background)
     measured = measure(operator, images, asked["image"])
     noise_std = max(float(asked["noise_std"]), _ROUNDING if task == "deblur" else 0.0)
     method = asked["method"] or DEFAULT
@@ -218,7 +218,7 @@ def _decoded(place: Path, files: Files, option: str) -> Any:
         raise ValueError(f"{option} is {place}, which can't be used: {error.__cause__ or error}") from error
 
 
-def _read(place: Path, numbers: Values | None, gray: bool, background: str) -> Tensor:
+def read_images(place: Path, numbers: Values | None, gray: bool, background: str) -> Tensor:
     """Images (K, C, H, W) as the model sees them: of files from black to white, of arrays in the data's own numbers."""
     if not place.exists():
         raise ValueError(f"--image is {place}, and there is no such file; expected an image, a folder or arrays")

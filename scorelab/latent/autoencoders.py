@@ -8,14 +8,13 @@ import torch
 
 from scorelab.checks import check_batch, widened
 from scorelab.codecs import Codec
+from scorelab.latent.frozen import Frozen, in_parts, of_data
 from scorelab.nn.autoencoder import Encoded
 from scorelab.noise import PerSampleNoise
-from scorelab.saved import Model, module_checksum, unwrapped
+from scorelab.saved import Model, unwrapped
 from scorelab.typing import Shape, Tensor
 
 __all__ = ["Autoencoded", "AutoencoderModel", "autoencoded"]
-
-_AT_ONCE = 250
 
 
 class AutoencoderModel(Model):
@@ -72,33 +71,13 @@ class AutoencoderModel(Model):
         return f"data {self.data_shape}, codes {self.latent_shape}"
 
 
-def in_parts(fn: Any, *tensors: Tensor) -> Any:
-    """fn of some rows at a time, with its results joined: a tensor, or a tuple of them."""
-    found = [fn(*some) for some in zip(*(torch.split(t, _AT_ONCE) for t in tensors), strict=True)]
-    if isinstance(found[0], tuple):
-        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-    return torch.cat(found)
-
-
-class Autoencoded(Codec):
-    """Codes that an ``AutoencoderModel`` draws, less their mean and over their deviation in every channel, so that
-    scores see unit variance (Karras et al., 2024, arXiv:2312.02696; latent diffusion has one factor for all channels).
-
-    autoencoder: ``to_dict`` of the model, whose weights are this codec's. fingerprint: their SHA-256, "" before there
-    are any. Raises ValueError for weights that are not those of the fingerprint.
-    """
-
-    log_scale = None
-    mean: Tensor
-    std: Tensor
+class Autoencoded(Frozen):
+    """Codes that an ``AutoencoderModel`` draws. autoencoder: its ``to_dict``; fingerprint: see ``Frozen``."""
 
     def __init__(self, autoencoder: dict[str, Any], fingerprint: str = "") -> None:
-        super().__init__()
-        self.model = AutoencoderModel.from_dict(autoencoder).requires_grad_(False).eval()
-        self.config, self.fingerprint = {"autoencoder": autoencoder, "fingerprint": fingerprint}, fingerprint
-        shape = (1, self.model.latent_shape[0], *(1,) * (len(self.model.latent_shape) - 1))
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("std", torch.ones(shape))
+        model = AutoencoderModel.from_dict(autoencoder)
+        shape = (1, model.latent_shape[0], *(1,) * (len(model.latent_shape) - 1))
+        super().__init__(model, shape, fingerprint, {"autoencoder": autoencoder})
 
     @classmethod
     def of(cls, model: AutoencoderModel) -> Autoencoded:
@@ -109,50 +88,19 @@ class Autoencoded(Codec):
         if described["net"].get("critic"):
             described["net"]["critic"] = 0
             weights = {name: value for name, value in weights.items() if not name.startswith("critic.")}
-        made = cls(described)
-        made.model.load_weights(weights)
-        made.fingerprint = made.config["fingerprint"] = module_checksum(made.model)
+        made: Autoencoded = cls(described).owning(weights)
         return made
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As ever; ValueError where the autoencoder's weights are not those that it was made of."""
-        found = super().load_state_dict(state_dict, strict, assign)
-        if (own := module_checksum(self.model)) != self.fingerprint:
-            raise ValueError(
-                f"the autoencoder's weights have SHA-256 {own[:16]}..., and the model was trained on codes of "
-                f"{self.fingerprint[:16]}...; expected the file that was written with it"
-            )
-        return found
-
-    def fit(self, x0: Tensor) -> None:
-        """Measure the codes of data (N, *D)."""
+    def _raw(self, x0: Tensor) -> tuple[Tensor, Tensor | None]:
         mean, std = in_parts(self.model.posterior, x0)
-        axes = [0, *range(2, mean.ndim)]
-        own = mean.double()
-        # of drawn codes: of their means, and about them
-        variance = own.var(axes, correction=0, keepdim=True) + std.double().square().mean(axes, keepdim=True)
-        self.mean.copy_(own.mean(axes, keepdim=True))
-        self.std.copy_(variance.sqrt())
-
-    def encode(self, x0: Tensor) -> Tensor:
-        return self.moments(x0)[0]
-
-    def moments(self, x0: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = in_parts(self.model.posterior, x0.to(self.mean.device))
-        return ((mean - self.mean) / self.std).to(x0.device), (std / self.std).to(x0.device)
+        return mean, std
 
     def decode(self, z: Tensor) -> Tensor:
-        x: Tensor = in_parts(self.model.generate, z * self.std.to(z) + self.mean.to(z))
+        x: Tensor = in_parts(self.model.generate, self._own(z))
         return x
 
 
 def autoencoded(path: str, data_shape: Shape) -> Codec:
     """Codes of the autoencoder in ``path``, a run's directory or that of a saved model; ValueError for one of other
     data."""
-    try:
-        model = AutoencoderModel.load(path)
-    except ValueError as error:
-        raise ValueError(f"model.codec.path: {error}; expected the directory of a trained autoencoder") from error
-    if model.data_shape != tuple(data_shape):
-        raise ValueError(f"model.codec.path is of data {model.data_shape}, and the data has {tuple(data_shape)}")
-    return Autoencoded.of(model)
+    return Autoencoded.of(of_data(path, data_shape, AutoencoderModel, "autoencoder"))

@@ -21,7 +21,7 @@ from scorelab.data import Coded, Files, Source, load
 from scorelab.described import remember
 from scorelab.evaluation.features import features_of
 from scorelab.interop.loading import pretrained
-from scorelab.latent import Autoencoded, AutoencoderModel
+from scorelab.latent import AutoencoderModel, Frozen
 from scorelab.losses import OBJECTIVES, Bins, Elbo, Objective
 from scorelab.models import Constant, LogSigma, ScoreModel, UnitVariance
 from scorelab.noised import NoisedModel
@@ -319,7 +319,7 @@ def _codec(config: ConfigDict, data: Source) -> Codec | None:
     codec: Codec = part(config, "model.codec", data_shape=data.data_shape, scaled=scaled)
     if type(codec) is Codec:
         return None
-    if isinstance(codec, Autoencoded):
+    if isinstance(codec, Frozen):
         ends, of_codec = None if data.values is None else data.values.ends, codec.model.data_range
         if ends != of_codec:
             raise ValueError(

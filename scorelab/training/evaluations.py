@@ -10,6 +10,7 @@ import torch
 from ml_collections import ConfigDict
 
 from scorelab import parallel
+from scorelab.data import Coded
 from scorelab.latent import AutoencoderModel
 from scorelab.models import ScoreModel
 from scorelab.noise import counted
@@ -114,8 +115,8 @@ class Samples(Evaluation):
 
     def run(self, model: ScoreModel, trainer: Trainer) -> Found:
         if not self._of_data:
-            data = trainer.experiment.data.first(10_000).x0.to(model.device)
-            mean, std = moments(model.decode(data))
+            data = trainer.experiment.data
+            mean, std = moments((data.source if isinstance(data, Coded) else data).first(10_000).x0)
             self._of_data = {"data_mean": mean, "data_std": std}
         n = trainer.config.sampling.samples
         shown = in_turn(model, n)

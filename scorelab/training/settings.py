@@ -16,7 +16,7 @@ from torch import nn
 
 from scorelab.checks import nearest_name
 from scorelab.codecs import CODECS, Codec
-from scorelab.latent import autoencoded
+from scorelab.latent import autoencoded, semantic
 from scorelab.losses import OBJECTIVES, WEIGHTINGS, Objective
 from scorelab.nn import NETWORKS
 from scorelab.parts import Kind
@@ -39,10 +39,11 @@ __all__ = [
     "resolve",
 ]
 
+_CODECS = {**CODECS, "autoencoder": autoencoded, "semantic": semantic}
 _INNER = Kind("sampler", SAMPLERS, Sampler)
 PARTS = {
     "model.net": Kind("network", NETWORKS, nn.Module, given=("data_shape", "num_classes", "null_class")),
-    "model.codec": Kind("codec", {**CODECS, "autoencoder": autoencoded}, Codec, given=("data_shape", "scaled")),
+    "model.codec": Kind("codec", _CODECS, Codec, given=("data_shape", "scaled")),
     "process": Kind("process", PROCESSES, Process),
     "optim": Kind("optimiser", OPTIMISERS, torch.optim.Optimizer),
     "optim.schedule": Kind("schedule", SCHEDULES),

@@ -57,6 +57,8 @@ ROOT = Path(__file__).parents[1]
 SHARES = {"digits": 40 / 60, "fashion_mnist": 160 / 60}
 """Seconds of training a minute of the gallery."""
 MAIN, LONGER, HELD = "edm", 3, {"digits": 100, "fashion_mnist": 1000}
+CODED = {"autoencoder": "autoencoder", "semantic": "diffae"}
+"""Whose codes a codec's are: the config that it is trained by."""
 SCALES, SHEET, COUNT = (0, 1, 2, 4), 40, 1000
 TASKS = {name: case.operator for name, case in CASES.items() if not (case.coloured or case.noise_std)}
 COSTS = {"samplers": ["heun", "dpm2m", "ancestral"], "nfe": [5, 10, 20, 50]}
@@ -66,7 +68,7 @@ Numbers = dict[str, Any]
 
 def names_of(source: str) -> list[str]:
     """The configs of a data set's models that are sampled from, such as digits/edm, that which takes longest last."""
-    other = ("classifier", "features", "autoencoder")
+    other = ("classifier", "features", *CODED.values())
     found = sorted(p.stem for p in (ROOT / "configs" / source).glob("*.py") if p.stem not in other)
     return [f"{source}/{name}" for name in sorted(found, key=lambda name: name == MAIN)]
 
@@ -77,15 +79,15 @@ def config_of(name: str) -> ConfigDict:
 
 def trained(name: str, minutes: float, workdir: Path) -> Model:
     """The run of a config, begun or gone on with; minutes: 0 for all of its steps. That of codes begins with that of
-    its autoencoder, for as long, beside it."""
+    what makes them, for as long, beside it."""
     if (workdir / "config.json").is_file():
         c = run_config(workdir)
     else:
         c, (source, kind) = config_of(name), name.split("/")
         c.data.validation = HELD[source]
-        if c.model.codec.name == "autoencoder":
-            place = workdir.with_name("autoencoder")
-            trained(f"{source}/autoencoder", minutes, place)
+        if of := CODED.get(c.model.codec.name):
+            place = workdir.with_name("codec")
+            trained(f"{source}/{of}", minutes, place)
             c.model.codec.path = str(place)
         c.training.sample_every = c.training.validate_every = 0
         if minutes:
@@ -114,7 +116,7 @@ def family(name: str, minutes: float, out: Path) -> Numbers:
         x = load_data(c).hold_out(HELD[source]).x0[:8]
         rows = torch.stack([x, model.decode(model.encode(x))])
         rows_picture(rows, ("image", "decoded")).savefig(out / "decoded.png")
-        found["training of the codec, s"] = spent(out / "autoencoder")
+        found["training of the codec, s"] = spent(out / "codec")
     return found | (judged(source, out / "run") if not minutes else {})
 
 

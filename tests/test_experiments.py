@@ -200,14 +200,14 @@ def test_small_experiments_are_whole(path, tmp_path):
     """Two of its samples go through the objective, and the sampler takes its first step."""
     c = config_of(path)
     if path.parent.name == "fashion_mnist":
-        images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+        images = np.random.default_rng(0).integers(0, 256, (80, 28, 28), dtype=np.uint8)
         (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(images))
-        (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx((np.arange(40) % 10).astype(np.uint8)))
+        (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx((np.arange(80) % 10).astype(np.uint8)))
         c.data.path, c.data.validation = str(tmp_path), 10
-    if path.stem == "latent":
-        of_codes = config_of(path.with_name("autoencoder.py"))
+    if of := {"autoencoder": "autoencoder", "semantic": "diffae"}.get(c.model.codec.name):
+        of_codes = config_of(path.with_name(f"{of}.py"))
         of_codes.data = c.data
-        c.model.codec.path = str(tmp_path / "autoencoder")
+        c.model.codec.path = str(tmp_path / of)
         build(of_codes).model.save(c.model.codec.path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "explicit steps as long as|step_size = ")

@@ -172,6 +172,7 @@ def diffae(*, lr: float = 1e-4) -> ConfigDict:
     _adam(c, lr, 1.0, 0, 0.9999)
     _every(c, 1_000_000, 128, 10_000)
     c.sampling.grid.name, c.sampling.grid.steps, c.sampling.sampler.name = "steps", 100, "ddim"
+    c.sampling.clip = True
     return c
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from scorelab.adapters import clipped
 from scorelab.codecs import Codec
 from scorelab.inverse.editing import encode
 from scorelab.latent.frozen import Frozen, in_parts, of_data
@@ -27,7 +28,7 @@ from scorelab.processes import DiscreteVP
 from scorelab.samplers import DDIM, sample
 from scorelab.saved import unwrapped
 from scorelab.sigmas import from_betas
-from scorelab.typing import Shape, Tensor
+from scorelab.typing import ScoreFn, Shape, Tensor
 from scorelab.writing import save_tensors, whole
 
 __all__ = ["Directions", "Semantic", "codes", "ddim_levels", "decoded", "latents", "semantic"]
@@ -66,10 +67,13 @@ def latents(model: ScoreModel, x0: Tensor, z: Tensor, *, steps: int = 100, exact
     return encode(model.conditioned(z), x0, ddim_levels(model, steps), DDIM(), exact=exact, tol=1e-4)
 
 
-def decoded(model: ScoreModel, z: Tensor, latent: Tensor, *, steps: int = 100) -> Tensor:
-    """Images (B, C, *sizes) of codes z (B, code) and latents (B, C, *sizes), unscaled at the largest level."""
+def decoded(model: ScoreModel, z: Tensor, latent: Tensor, *, steps: int = 100, clip: bool = False) -> Tensor:
+    """Images (B, C, *sizes) of codes z (B, code) and latents (B, C, *sizes), unscaled at the largest level. clip: the
+    denoised images to [-1, 1], which helps where the latents are fresh noise; those of ``latents`` were made without.
+    """
     check_semantic(model)
-    return sample(model.conditioned(z), latent, ddim_levels(model, steps), DDIM())
+    score: ScoreFn = model.conditioned(z)
+    return sample(clipped(score, -1.0, 1.0) if clip else score, latent, ddim_levels(model, steps), DDIM())
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,11 @@ class Directions:
 
     def towards(self, z: Tensor, k: int, strength: float = 1.0) -> Tensor:
         """Codes (B, code) moved along the direction in which class ``k`` gains on all others: at ``strength`` 1 as far
-        as the mean of that class lies that way, and back again below 0."""
+        as the mean of that class lies that way, not at all where they are beyond it."""
         inside = (z.double().cpu() - self.mean) / self.std
         way = self.weight[k] - self.weight.mean(0)
         way = way / way.norm()
-        far = (self.means[k] - inside) @ way
+        far = ((self.means[k] - inside) @ way).clamp_min(0.0)
         moved: Tensor = ((inside + strength * far.unsqueeze(1) * way) * self.std + self.mean).to(z)
         return moved
 
@@ -168,8 +172,11 @@ class Semantic(Frozen):
         shape, high = self.model.data_shape, self.model.sigma_range[1]
         noise = torch.cat([counted("normal", shape, range(1), *_counters(row)) for row in z])
         with torch.no_grad():
+            clip = self.model.data_range is not None
             made: Tensor = in_parts(
-                lambda own, latent: decoded(self.model, own, latent, steps=self.steps), self._own(z), high * noise.to(z)
+                lambda own, latent: decoded(self.model, own, latent, steps=self.steps, clip=clip),
+                self._own(z),
+                high * noise.to(z),
             )
         return made
 

@@ -20,4 +20,5 @@ def get_config() -> ConfigDict:
     c.training.steps, c.training.batch_size = 16_000, 64
     c.optim.lr, c.optim.schedule.name, c.optim.ema = 2e-3, "cosine", (0.999,)
     c.sampling.sampler.name, c.sampling.grid.name, c.sampling.grid.n = "dpm2m", "karras", 15
+    c.sampling.guidance, c.sampling.guidance_interval = 1.5, (0.2, 5.0)
     return c

@@ -223,6 +223,7 @@ class Model(nn.Module):
                 raise ValueError(
                     f"{folder} holds no {name}; expected a directory written by {cls.__name__}.save, or of a run"
                 )
+        _check_recorded(folder, weights)
         try:
             state = load_file(folder / weights)
         except (OSError, SafetensorError) as error:
@@ -270,6 +271,19 @@ class Model(nn.Module):
             "data_range": None if settings["data_range"] is None else tuple(settings["data_range"]),
             "codec": None if settings.get("codec") is None else part_from_dict(settings["codec"], CODEC),
         }
+
+
+def _check_recorded(folder: Path, name: str) -> None:
+    """Refuse (ValueError) a file of a checkpoint that is not as its manifest recorded it."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return
+    try:
+        wanted = json.loads(manifest.read_text())["files"][name]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{manifest} is damaged ({error!r}), or does not know {name}: take another step") from error
+    if hashlib.sha256((folder / name).read_bytes()).hexdigest() != wanted:
+        raise ValueError(f"{folder / name} is damaged (its checksum is not the recorded one): take another step")
 
 
 def _halved(name: str, value: Tensor) -> bool:

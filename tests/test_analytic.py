@@ -14,7 +14,8 @@ from scipy.integrate import quad
 
 from scorelab import PerSampleNoise, sample, variational_bound
 from scorelab.cli.main import main
-from scorelab.cli.sampling import load_run, sample_run
+from scorelab.cli.runs import load_run
+from scorelab.cli.sampling import sample_run
 from scorelab.distributions import Gaussian, GaussianMixture
 from scorelab.inverse import Inpainting, Measurement
 from scorelab.samplers import AnalyticVariance, Ancestral, analytic_variance

@@ -125,6 +125,14 @@ def test_likelihoods_are_masses_or_densities_of_what_was_said():
     many = Encoded(torch.full_like(values, 0.1), torch.full((5,), math.log(0.4), dtype=F64), zeros, zeros)
     masses = Elbo(Bins(0.5, -1.0, 1.0)).log_likelihood(values, many)
     assert float(masses.exp().sum()) == pytest.approx(1, abs=1e-6)
+    # and a Laplace distribution's what its density integrates to, about the peak and far from it
+    for mean, std in ((0.1, 0.4), (0.25, 0.05), (-3.0, 0.2)):
+        off = Encoded(torch.full_like(values, mean), torch.full((5,), math.log(std), dtype=F64), zeros, zeros)
+        masses = Elbo(Bins(0.5, -1.0, 1.0), likelihood="laplace").log_likelihood(values, off)
+        assert float(torch.logsumexp(masses, 1)) == pytest.approx(0, abs=1e-9)
+        law = torch.distributions.Laplace(torch.tensor(mean, dtype=F64), std / 2**0.5)
+        ends = law.cdf(torch.tensor([-0.75, -0.25, 0.25, 0.75], dtype=F64))
+        assert torch.allclose(masses[0, 1:4].exp(), ends.diff(), rtol=1e-6, atol=1e-12)
     with pytest.raises(ValueError, match=r"likelihood is 'gaussian'; expected one of \('normal', 'laplace'\)"):
         Elbo(likelihood="gaussian")
     with pytest.raises(ValueError, match="kl_weight is -1"):
@@ -225,6 +233,7 @@ def test_a_run_of_an_autoencoder_is_watched_sampled_judged_and_reported(tmp_path
     for asked, said in [
         (["likelihood", "--method=bound"], "is an autoencoder's run, --codes is 100, and got --method; expected"),
         (["sample", "--condition=3"], "got --condition=3, and an autoencoder has no conditions"),
+        (["sample", "--sampler=heun"], "got --config.sampling.sampler.name=heun, but samples of an autoencoder are"),
         (["sample", "--nfe=4"], "samples of an autoencoder are decoded at once; expected no --nfe"),
         (["calibrate"], "it holds an autoencoder model and no score model"),
         (["health"], "expected AutoencoderModel.load"),
@@ -310,6 +319,31 @@ def test_another_autoencoder_is_noticed(runs, tmp_path):
     shutil.rmtree(own)
     with pytest.raises(ValueError, match=r"model.codec.path: there is no directory .*; expected the directory of a"):
         train(c, run, progress=False)
+
+
+def test_a_damaged_autoencoder_makes_no_codes(runs, tmp_path):
+    shutil.copytree(runs / "autoencoder", tmp_path / "autoencoder")
+    place = sorted((tmp_path / "autoencoder" / "checkpoints").iterdir())[-1] / "ema.safetensors"
+    content = bytearray(place.read_bytes())
+    content[-5] ^= 1
+    place.write_bytes(content)
+    with pytest.raises(ValueError, match="ema.safetensors is damaged"):
+        autoencoded(str(tmp_path / "autoencoder"), (1, 8, 8))
+
+
+def test_codes_of_numbers_that_were_scaled_first_decode_to_the_numbers(tmp_path):
+    """The autoencoder's own codec comes before it, and after it."""
+    x = torch.randn(300, 3, generator=generator()) * torch.tensor([3.0, 5.0, 12.0]) + 100
+    np.save(tmp_path / "x.npy", x.numpy())
+    c = config("vae", 200, training__batch_size=100, optim__lr=0.01, data__validation=0, training__sample_every=0)
+    c.data.source, c.data.path, c.model.net.latent, c.model.net.width = "arrays", str(tmp_path / "x.npy"), 3, 32
+    c.training.checkpoint_every, c.training.validate_every, c.training.objective.kl_weight = 200, 0, 0.01
+    train(c, tmp_path / "autoencoder", progress=False)
+    model = AutoencoderModel.load(tmp_path / "autoencoder")
+    codec = autoencoded(str(tmp_path / "autoencoder"), (3,))
+    codec.fit(x)
+    assert torch.allclose(codec.decode(codec.encode(x)), model.decode(model.reconstruct(model.encode(x))), atol=1e-2)
+    assert float((codec.decode(codec.encode(x)) - x).square().mean().sqrt()) < 4
 
 
 def test_an_autoencoder_trained_on_is_noticed_by_the_run_that_goes_on(runs, tmp_path):

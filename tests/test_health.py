@@ -222,7 +222,8 @@ def test_a_missing_class_is_named(bars):
     # asked for, and something else came
     asked = torch.arange(300) % 6
     found = sample_health(images(torch.where(asked == 2, 3, asked), generator), train, held, asked=asked)
-    assert "class 2 has 0.0% of those asked for" in str(judged([], found))
+    assert found.p_classes is None
+    assert "of samples asked to be of class 2, 0.0% look like it" in str(judged([], found))
 
 
 def test_clipped_samples_and_paler_ones(bars):
@@ -384,3 +385,10 @@ def test_without_held_out_data_it_says_what_cannot_be_told(tmp_path, capsys):
 def test_a_command_that_cannot_be_done_is_refused(run, options, said, capsys):
     assert main(["health", f"--workdir={run}", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_scores_of_normal_data_of_one_variance_tell_nothing_of_their_level():
+    """The loss by the best multiple of eps_hat is the same whatever level the score is told."""
+    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(1))
+    found = level_health(lambda x, s: -x / (1 + s**2), x, None, count=6, points=400, sigma_min=0.01, sigma_max=20.0)
+    assert level_told(list(found)) is None

@@ -105,6 +105,7 @@ def _sample(arguments: list[str]) -> None:
     if values["grid"].value:
         given.append(f"--config.sampling.grid.name={values['grid'].value}")
     sampler, nfe = _asked_sampler(values, given)
+    _check_drawn(workdir, sampler, given)
     if batch_size:
         given.append(f"--config.sampling.batch_size={batch_size}")
     out = Path(values["out"].value).expanduser() if values["out"].value else None
@@ -131,6 +132,15 @@ def _restore(arguments: list[str]) -> None:
     from scorelab.cli.restoring import restore
 
     restore(arguments)
+
+
+def _check_drawn(workdir: Path, sampler: Path | None, given: list[str]) -> None:
+    """Refuse (ValueError) a sampler for an autoencoder, which has none."""
+    from scorelab.cli.runs import is_autoencoder
+
+    asked = [g for g in given if g.startswith("--config.sampling.")] + [f"--sampler={sampler}"] * (sampler is not None)
+    if asked and is_autoencoder(workdir):
+        raise ValueError(f"got {asked[0]}, but samples of an autoencoder are decoded at once; expected no sampler")
 
 
 def _edit(arguments: list[str]) -> None:
@@ -288,6 +298,7 @@ def _evaluate(arguments: list[str]) -> None:
             raise ValueError(f"--n is {n}; expected 1 or more")
         counts = _counts(values, several)
         file, nfe = (None, 0) if several else _asked_sampler(values, given)
+        _check_drawn(workdir, file, given)
         options |= {k: int(values[k].value or 0) for k in ("seed", "step")}
         options |= {"weights": str(values["weights"].value), "nfe": nfe, "data": data}
         options |= {"steering": Steering(**guidance_of(values)), "changes": lambda c: sampling_changed(c, given)}

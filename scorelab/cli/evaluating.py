@@ -28,6 +28,7 @@ from scorelab.data.sources import Stored
 from scorelab.evaluation import Features, collected, compared, features_of
 from scorelab.evaluation.comparison import check_counts, varied
 from scorelab.evaluation.estimates import parts
+from scorelab.latent import AutoencoderModel
 from scorelab.noise import PerSampleNoise
 from scorelab.precision import prepare
 from scorelab.saved import module_checksum
@@ -200,7 +201,8 @@ class JudgedRun:
         finally:
             hook.remove()
         each = evaluated / max(1, len(parallel.shard(self._n)))
-        own = {"sampler": sampler_of(config, sampler), "network_evaluations": round(each, 2)}
+        by = {"name": "prior"} if isinstance(self.model, AutoencoderModel) else sampler_of(config, sampler)
+        own = {"sampler": by, "network_evaluations": round(each, 2)}
         return {**self.about, **own, **found, "seconds_drawing": round(seconds, 1)}
 
 

@@ -22,7 +22,7 @@ from scorelab.evaluation import Estimate
 from scorelab.health import Health, SampleHealth, judged, lag, level_health, sample_health
 from scorelab.health.verdict import NORMAL
 from scorelab.models import ScoreModel
-from scorelab.noise import PerSampleNoise
+from scorelab.noise import PerSampleNoise, counted
 from scorelab.precision import prepare
 from scorelab.training import sample_model, with_nfe
 from scorelab.typing import Batch
@@ -113,9 +113,15 @@ def _data(source: Source, config: ConfigDict) -> tuple[Batch | None, Batch | Non
 
 
 def _coded(model: ScoreModel, batch: Batch) -> Batch:
-    with torch.no_grad():
-        parts = [model.encode(part) for part in torch.split(batch.x0, 1000)]
-    return Batch(torch.cat(parts), batch.condition)
+    """The batch as training sees it: codes are drawn. Of a network that is told what a sample shows that is it."""
+    x0 = batch.x0
+    if model.codec is not None:
+        with torch.no_grad():
+            mean, std = model.codec.moments(x0)
+        x0 = mean
+        if std is not None:
+            x0 = mean + std * counted("normal", tuple(mean.shape[1:]), range(len(mean)), 0, 0, 13).to(mean)
+    return Batch(x0, x0 if model.semantic else batch.condition)
 
 
 def _raw(workdir: Path, step: int, model: ScoreModel) -> ScoreModel | None:
@@ -161,10 +167,10 @@ def _of_samples(found: dict[str, Any] | None) -> list[str]:
         )
     if found["classes"]:
         shares = ", ".join(f"{_cell(c['share'])} ({_cell(c['of_data'])})" for c in found["classes"])
-        lines.append(
-            f"classes of {found['classes_of']} (of data), by their nearest training data: {shares}; p of equal shares "
-            f"{found['p_classes']:.2g}; normal is about the data's"
-        )
+        p = found["p_classes"]
+        said = f"classes of {found['classes_of']} (of data), by their nearest training data: {shares}"
+        said += "" if p is None else f"; p of equal shares {p:.2g}"
+        lines.append(f"{said}; normal is about the data's")
     if (copied := found["copies"]) is not None:
         lines.append(
             f"copies: {_cell(copied['share'], True)} more samples than chance nearest to training data, "

@@ -40,13 +40,13 @@ class Class:
 @dataclass(frozen=True)
 class SampleHealth:
     """``channels`` and ``classes`` (none without labels), ``classes_of`` what these are shares of; ``p_classes``: that
-    samples have the data's shares, by a chi-squared test (1 where they were asked for by class); ``copies``: None
+    samples have the data's shares, by a chi-squared test (None where they were asked for by class); ``copies``: None
     without held-out data."""
 
     channels: list[Channel]
     classes: list[Class]
     classes_of: str
-    p_classes: float
+    p_classes: float | None
     copies: Copies | None
 
 
@@ -87,7 +87,7 @@ def _channel(x: Tensor, data: Tensor) -> Channel:
 
 def _classes(
     mine: Tensor, theirs: Tensor, train: Batch, data: Batch, asked: Tensor | None
-) -> tuple[list[Class], float]:
+) -> tuple[list[Class], float | None]:
     """By the nearest training data of the samples, ``mine``, and of the data, ``theirs``."""
     if train.condition is None or data.condition is None or train.condition.ndim != 1:
         return [], 1.0
@@ -96,7 +96,7 @@ def _classes(
     if asked is not None:
         own = data.condition.cpu()
         right = [(taken[asked.cpu() == k] == k, of_data[own == k] == k) for k in range(count)]
-        return [Class(_part(a), _part(b)) for a, b in right], 1.0
+        return [Class(_part(a), _part(b)) for a, b in right], None
     n, m = len(taken), len(of_data)
     shares = [((taken == k), (of_data == k)) for k in range(count)]
     # of two sets: with the pooled shares what both would be expected to have

@@ -177,9 +177,14 @@ def _of_score(levels: Sequence[Level]) -> Iterator[Finding]:
         )
 
 
+_ROUNDING = 1e-5
+"""Differences of mean logarithms of losses that tell nothing, of losses in single precision."""
+
+
 def level_told(levels: Sequence[Level]) -> Estimate | None:
     """By how much sigma would have to be multiplied before the score is told it (its logarithm, or steps of the score's
-    own levels) for the least loss by the best multiple of eps_hat; None where that can be asked at fewer than 3 levels.
+    own levels) for the least loss by the best multiple of eps_hat; None where that can be asked at fewer than 3 levels,
+    or makes no difference, as for normal data of one variance in all directions.
 
     The logarithms of all levels' losses are summed, and the parabola through the least of the sums and its neighbours
     has its vertex there. The error is what the slopes of the single levels' parabolas, which make up 0 there, tell of
@@ -192,7 +197,10 @@ def level_told(levels: Sequence[Level]) -> Estimate | None:
         return None
     # of each level (L), part of its samples (P) and what the score was told (R)
     logs = torch.tensor(whole, dtype=torch.float64).clamp_min(1e-12).log().movedim(2, 1)
-    k = int(logs.sum((0, 1)).argmin())
+    means = logs.mean((0, 1))
+    if float(means.max() - means.min()) < _ROUNDING:
+        return None
+    k = int(means.argmin())
     if k in (0, len(asked) - 1):
         gains = logs[:, :, asked.index(0)] - logs[:, :, k]
         sure = float(gains.mean()) > _SURE * float(gains.var(1).sum().sqrt()) / gains.numel() ** 0.5 / len(gains) ** 0.5
@@ -267,10 +275,16 @@ def _of_samples(samples: SampleHealth | None) -> Iterator[Finding]:
         gap = one.of_data.value - one.share.value
         error = math.hypot(one.share.stderr, one.of_data.stderr)
         if one.share.value < _SCARCE * one.of_data.value and gap > _SURE * error:
+            by_class = samples.p_classes is None
             yield Finding(
                 "class",
-                f"class {k} has {one.share.value:.1%} of {samples.classes_of} and {one.of_data.value:.1%} of the data",
-                "look for it in the training data, and at its labels",
+                f"of samples asked to be of class {k}, {one.share.value:.1%} look like it; of the data's own, "
+                f"{one.of_data.value:.1%}"
+                if by_class
+                else f"class {k} has {one.share.value:.1%} of the samples and {one.of_data.value:.1%} of the data",
+                "train longer, or look at its labels"
+                if by_class
+                else "look for it in the training data, and at its labels",
             )
     for c, channel in enumerate(samples.channels):
         far = abs(channel.mean.value) - _SURE * channel.mean.stderr > _FAR

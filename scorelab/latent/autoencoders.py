@@ -92,11 +92,12 @@ class Autoencoded(Frozen):
         return made
 
     def _raw(self, x0: Tensor) -> tuple[Tensor, Tensor | None]:
-        mean, std = in_parts(self.model.posterior, x0)
+        # an autoencoder may have a codec of its own
+        mean, std = in_parts(lambda x: self.model.posterior(self.model.encode(x)), x0)
         return mean, std
 
     def decode(self, z: Tensor) -> Tensor:
-        x: Tensor = in_parts(self.model.generate, self._own(z))
+        x: Tensor = in_parts(lambda own: self.model.decode(self.model.generate(own)), self._own(z))
         return x
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from scorelab.codecs import Codec
 from scorelab.saved import Model, module_checksum
@@ -91,9 +90,9 @@ def of_data(path: str, data_shape: Shape, kind: type[Model], called: str) -> Any
     """The model in ``path``, a run's directory or that of a saved model; ValueError for one of other data, or of
     another kind than what is ``called`` so."""
     try:
-        model: nn.Module = kind.load(path)
+        model = kind.load(path)
     except ValueError as error:
         raise ValueError(f"model.codec.path: {error}; expected the directory of a trained {called}") from error
-    if model.data_shape != tuple(data_shape):
-        raise ValueError(f"model.codec.path is of data {model.data_shape}, and the data has {tuple(data_shape)}")
+    if model.outside_shape != tuple(data_shape):
+        raise ValueError(f"model.codec.path is of data {model.outside_shape}, and the data has {tuple(data_shape)}")
     return model

@@ -22,8 +22,8 @@ class Elbo(Objective):
     """-log p(x | z) + kl_weight KL(q(z | x) || N(0, 1)), in bits a dimension of x; called with an ``AutoencoderModel``.
 
     p(x | z) is normal or a Laplace distribution about what z decodes to, of a deviation that is learned for each
-    channel (Rybkin et al., 2021, arXiv:2006.13202); bins: where the values of data lie, of which a normal one has its
-    mass, None for a density. With kl_weight=1 it is a bound of the data's own code length; below, codes keep more.
+    channel (Rybkin et al., 2021, arXiv:2006.13202); bins: where the values of data lie, of which it has the mass, None
+    for a density. With kl_weight=1 it is a bound of the data's own code length; below, codes keep more.
     Kingma and Welling, 2014, arXiv:1312.6114; Higgins et al., beta-VAE, 2017.
 
     Two terms may be added, as in latent diffusion (arXiv:2112.10752). perceptual times the mean square difference of
@@ -127,6 +127,8 @@ class Elbo(Objective):
         std = torch.exp(found.log_std).expand_as(found.decoded)
         if self.likelihood == "laplace":
             scale = std * 0.5**0.5
+            if self.bins is not None:
+                return laplace_log_mass(self.bins, x0, found.decoded, scale)
             laplace: Tensor = -(x0 - found.decoded).abs() / scale - torch.log(2 * scale)
             return laplace
         if self.bins is not None:
@@ -136,6 +138,25 @@ class Elbo(Objective):
     def zero(self, batch: Batch, u: Tensor, noise: Tensor) -> Tensor:
         """None: there is no such autoencoder."""
         return torch.full_like(u, math.nan)
+
+
+def laplace_log_mass(bins: Bins, x0: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """log of what a Laplace distribution about ``mean`` has in x0's bins, of which the first and the last are open."""
+    half = 0.5 * bins.spacing
+    below, above = x0 <= bins.low + 0.5 * half, x0 >= bins.high - 0.5 * half
+    upper = torch.where(above, math.inf, (x0 - mean + half) / scale)
+    lower = torch.where(below, -math.inf, (x0 - mean - half) / scale)
+    # mirrored to the left of the peak, or with the peak inside
+    mirrored = lower > 0
+    upper, lower = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
+    inside = upper > 0
+    b, a = torch.where(inside, -1.0, upper), torch.where(inside, -2.0, lower)
+    left = math.log(0.5) + b + torch.log1p(-torch.exp(a - b))
+    b, a = torch.where(inside, upper, 1.0), torch.where(inside, lower, -1.0)
+    # 1 - exp(-b)/2 - exp(a)/2, of small b and a
+    both = torch.log(-0.5 * (torch.expm1(-b) + torch.expm1(a)))
+    mass: Tensor = torch.where(inside, both, left)
+    return mass
 
 
 def latent_noise(noise: Tensor, model: Any) -> Tensor:

@@ -25,7 +25,7 @@ from scorelab.training import own_score, resolve, with_statistics
 from scorelab.typing import Tensor
 from scorelab.writing import check_writable, whole
 
-__all__ = ["bound_run"]
+__all__ = ["bound_run", "with_error"]
 
 _AT_ONCE = 64
 _VARIANCES = ("posterior", "forward", "learned", "analytic")
@@ -130,9 +130,10 @@ def _summed(terms: list[VariationalBound], dims: int, grid: Tensor, bits: bool, 
     axes[0, 0].set_title(f"the bound: {float(total.mean()):.4g} {called}, of {len(total)} samples", fontsize=9)
     with whole(out) as aside:
         drawn.savefig(aside, format="png")
-    said = {name: _with_error(value) for name, value in {"bound": total, **every}.items()}
+    said = {name: with_error(value) for name, value in {"bound": total, **every}.items()}
     return {**said, "unit": f"{called}, of minus log p", "terms": str(out)}
 
 
-def _with_error(x: Tensor) -> dict[str, float | None]:
+def with_error(x: Tensor) -> dict[str, float | None]:
+    """The mean of x (N,) and its standard error, as records have them; no error of one number."""
     return {"mean": float(x.mean()), "standard_error": float(x.std() / len(x) ** 0.5) if len(x) > 1 else None}

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from scorelab.cli.analysis import data_for, held_data, with_data
+from scorelab.cli.bound import with_error
 from scorelab.cli.runs import load_drawn
 from scorelab.latent import AutoencoderModel
 from scorelab.losses import Elbo
@@ -55,13 +56,9 @@ def coded_run(workdir: Path, *, n: int, codes: int, seed: int, step: int, data: 
         "samples": len(x0),
         "of": "held-out data" if config.data.validation else "training data",
         "unit": "bits per dimension" if objective.bins is not None else "bits per dimension, of a density",
-        "bound": _with_error(given + rate),
-        "given_code": _with_error(given),
-        "of_code": _with_error(rate),
-        f"bound_by_{codes}_codes": _with_error(tighter),
+        "bound": with_error(given + rate),
+        "given_code": with_error(given),
+        "of_code": with_error(rate),
+        f"bound_by_{codes}_codes": with_error(tighter),
     }
     return json.dumps(numbers, indent=1)
-
-
-def _with_error(x: Tensor) -> dict[str, float | None]:
-    return {"mean": float(x.mean()), "standard_error": float(x.std() / len(x) ** 0.5) if len(x) > 1 else None}

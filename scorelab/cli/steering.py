@@ -19,7 +19,7 @@ from scorelab.cli.runs import load_run
 from scorelab.data import Source
 from scorelab.models import ScoreModel
 from scorelab.saved import Model
-from scorelab.training import load_data
+from scorelab.training.config import training_data
 from scorelab.training.run import recorded_data
 from scorelab.training.sampling import check_guidance
 from scorelab.typing import Tensor
@@ -72,7 +72,7 @@ class Steering:
         _guide(config, self.guidance, self.guidance_interval, self.guidance_rescale)
 
         def drawn(count: int) -> Tensor:
-            return _drawn(_split(config) if source is None else source, count, n, seed)
+            return _drawn(training_data(config) if source is None else source, count, n, seed)
 
         labels, by = self._found(workdir, config, model, n, found, weights, drawn)
         if self.guidance_interval is not None or self.guidance_rescale is not None:
@@ -176,14 +176,6 @@ def _earlier(workdir: Path, config: ConfigDict, model: ScoreModel, step: int, fo
     if not 0 < step < found:
         raise ValueError(f"--autoguidance is {step}; expected an earlier step than that of the samples, {found}")
     return load_run(workdir, step=step, weights=weights)[1].to(model.device)
-
-
-def _split(config: ConfigDict) -> Source:
-    """The data of a run, without what it held out."""
-    source = load_data(config)
-    if config.data.validation:
-        source.hold_out(config.data.validation)
-    return source
 
 
 def _drawn(source: Source, count: int, n: int, seed: int) -> Tensor:

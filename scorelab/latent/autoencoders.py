@@ -9,7 +9,7 @@ import torch
 from scorelab.checks import check_batch, widened
 from scorelab.codecs import Codec
 from scorelab.latent.frozen import Frozen, in_parts, of_data
-from scorelab.nn.autoencoder import Encoded
+from scorelab.nn.autoencoder import LOG_VARIANCES, Encoded
 from scorelab.noise import PerSampleNoise
 from scorelab.saved import Model, unwrapped
 from scorelab.typing import Shape, Tensor
@@ -41,7 +41,7 @@ class AutoencoderModel(Model):
         """Mean and deviation of the codes of x (B, *data_shape), each (B, *latent_shape)."""
         check_batch(x, shape=self.data_shape)
         mean, log_variance = self._computed(x, by="encode")
-        return mean.to(x.dtype), torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)).to(x.dtype)
+        return mean.to(x.dtype), torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCES)).to(x.dtype)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """What the mean of the codes of x decodes to, like x."""

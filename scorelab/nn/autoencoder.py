@@ -16,9 +16,10 @@ from torch import nn
 from scorelab.nn.layers import CONV, Attention, Residual, Style, given, grown
 from scorelab.typing import Shape, Tensor
 
-__all__ = ["Autoencoder", "ConvAutoencoder", "Encoded", "MLPAutoencoder"]
+__all__ = ["LOG_VARIANCES", "Autoencoder", "ConvAutoencoder", "Encoded", "MLPAutoencoder"]
 
-_LOG_VARIANCES = (-30.0, 20.0)
+LOG_VARIANCES = (-30.0, 20.0)
+"""What log-variances of codes are clamped to, as in latent diffusion's release."""
 
 
 class Encoded(NamedTuple):
@@ -58,7 +59,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor) -> Encoded:
         mean, log_variance = self.encode(x)
-        log_variance = log_variance.clamp(*_LOG_VARIANCES)
+        log_variance = log_variance.clamp(*LOG_VARIANCES)
         decoded = self.decode(mean + torch.exp(0.5 * log_variance) * noise)
         found = Encoded(decoded, self.log_std, mean, log_variance)
         if self.critic is None or not self.training:

@@ -33,7 +33,17 @@ from scorelab.sigmas import FromSigmas, SigmaDistribution
 from scorelab.training.settings import check_types, check_used, default_config, named_part, part, plain, resolve
 from scorelab.typing import Batch, Tensor
 
-__all__ = ["Experiment", "Scales", "build", "choose", "load_data", "network", "scales_of", "sigma_data_of"]
+__all__ = [
+    "Experiment",
+    "Scales",
+    "build",
+    "choose",
+    "load_data",
+    "network",
+    "scales_of",
+    "sigma_data_of",
+    "training_data",
+]
 
 _PREDICTIONS = {"x0": X0, "eps": EPS, "score": SCORE, "v": V, "flow": FLOW}
 _LABELS = ("log_sigma", "relative_log_sigma", "time", "index")
@@ -150,6 +160,14 @@ def load_data(config: ConfigDict) -> Source:
         c.path or "", size, c.grayscale, c.flip, c.dequantise, c.skip_bad, c.cache or "", c.background, c.layout
     )
     return load(c.source, files)
+
+
+def training_data(config: ConfigDict) -> Source:
+    """The same without what was held out of training."""
+    source = load_data(config)
+    if config.data.validation:
+        source.hold_out(config.data.validation)
+    return source
 
 
 def _check_training(config: ConfigDict) -> None:

@@ -24,7 +24,7 @@ from scorelab.processes import DiscreteVP
 from scorelab.samplers import Ancestral, Calibrated, Sampler, analytic_variance, sample, trajectory
 from scorelab.saved import Model
 from scorelab.scores import combined
-from scorelab.training.config import load_data
+from scorelab.training.config import training_data
 from scorelab.training.settings import part, resolve
 from scorelab.typing import ScoreFn, Tensor
 
@@ -80,10 +80,7 @@ def with_statistics(sampler: Sampler, model: ScoreModel, config: ConfigDict, sig
     """
     if not _is_analytic(sampler):
         return sampler
-    source = load_data(config)
-    if config.data.validation:
-        source.hold_out(config.data.validation)
-    batch = source.batch(config.seed, 0, _STATISTICS).mapped(lambda t: t.to(model.device))
+    batch = training_data(config).batch(config.seed, 0, _STATISTICS).mapped(lambda t: t.to(model.device))
     with torch.no_grad():
         x0 = model.encode(batch.x0)
     score = own_score(model, config, batch.condition if model.conditional else None, guided=False)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
-
 import pytest
 import torch
 from PIL import Image
 from problems import generator
 from published import difference, released
-from test_distributed import ROOT
+from test_autoencoders import config as experiment
 from test_training import same_files
 
 from scorelab import ScoreModel
@@ -48,20 +46,10 @@ def test_the_network_is_the_release_s():
 
 
 def config(name: str, steps: int = 2, **changes):
-    c = runpy.run_path(str(ROOT / "configs" / "digits" / f"{name}.py"))["get_config"]()
-    c.model.net.width, c.data.validation, c.sampling.samples, c.sampling.batch_size = 8, 40, 4, 4
-    c.training.steps, c.training.batch_size, c.training.checkpoint_every = steps, 16, 2
-    c.training.log_every = c.training.validate_every = c.training.sample_every = 2
-    c.training.precision, c.training.channels_last = "fp32", "no"
-    c.optim.schedule.name, c.optim.warmup = "constant", 0
+    c = experiment(name, steps, **changes)
+    c.sampling.batch_size = 4
     if name == "diffae":
         c.model.net.code, c.sampling.grid.steps = 5, 3
-    for key, value in changes.items():
-        group, _, last = key.rpartition("__")
-        place = c
-        for part in group.split("__"):
-            place = place[part]
-        place[last] = value
     return c
 
 
